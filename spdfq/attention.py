@@ -1,0 +1,247 @@
+"""The one tap on attention's products: every transformer that calls `scaled_dot_product_attention` is seen here."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from attrs import define, field
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from spdfq.errors import ModelError
+
+CLASS_ATTENTION = "class_attention"
+ATTENTION_OUTPUTS = "attention_outputs"
+NEEDS = frozenset({CLASS_ATTENTION, ATTENTION_OUTPUTS})
+_EXPLICIT_LIMIT_CPU = 64 * 64  # queries x keys up to which explicit products beat the fused kernel: benchmarks/attention.py
+
+
+class AttentionMode(TorchFunctionMode):
+    """Hands each scaled-dot-product attention call to `attend`; every other function goes to `other`."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Compute the attention output ``[..., N_q, d]`` from its operands."""
+        raise TypeError(f"{type(self).__name__} does not say how to attend")
+
+    def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Compute any other function."""
+        return func(*args, **kwargs)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return self.other(func, args, kwargs or {})
+        return self.attend(*_operands(*args, **(kwargs or {})))
+
+
+def _operands(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """The operands of a `scaled_dot_product_attention` call, its mask and scale made explicit."""
+    if dropout_p:
+        raise ModelError("attention with dropout cannot be tapped; put the model into evaluation mode")
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    return query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax rows ``[..., N_q, N_k]`` in float32; the mask (boolean or additive) is applied before the softmax."""
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.float() * scale @ key.float().mT
+        return masked(scores, mask).softmax(-1)
+
+
+def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores with a boolean (true = keep) or additive mask applied."""
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention output by the faster way: explicit products for few tokens on a CPU, the fused kernel elsewhere."""
+    few = query.shape[-2] * key.shape[-2] <= _EXPLICIT_LIMIT_CPU
+    if query.device.type == "cpu" and few:
+        scores = masked(query * scale @ key.mT, mask)
+        return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+@contextmanager
+def fused_attention(model: nn.Module) -> Iterator[None]:
+    """Set timm's ``fused_attn`` flags, so that attention goes through one function; restored on exit."""
+    flagged = [(module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")]
+    try:
+        for module, _ in flagged:
+            module.fused_attn = True
+        yield
+    finally:
+        for module, flag in flagged:
+            module.fused_attn = flag
+
+
+@contextmanager
+def module_names(model: nn.Module) -> Iterator[list[str]]:
+    """A stack of the names of the modules whose ``forward`` runs, innermost last (leaf modules are left out)."""
+    stack: list[str] = []
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if next(module.children(), None) is not None:
+                enter = module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
+                hooks.callback(enter.remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield stack
+
+
+@define
+class AttentionRecord:
+    """What one forward pass showed, a list entry per attention in the order they ran.
+
+    Args:
+        names: module names.
+        grids: token grid ``(h, w)`` of the keys, prefix tokens left out; the window's own for windowed attention.
+        class_attention: float32 ``[B, H, h*w]``: the class query's softmax row over patch tokens, or the mean over
+            queries where there is no class token; windows are folded into the batch, image by image.
+        attention_outputs: ``[B, H, N, d]``, prefix tokens included.
+        prefix: how many class and register tokens come before the patch tokens.
+    """
+
+    names: list[str] = field(factory=list)
+    grids: list[tuple[int, int]] = field(factory=list)
+    class_attention: list[Tensor] = field(factory=list)
+    attention_outputs: list[Tensor] = field(factory=list)
+    prefix: int = 0
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        for entries in (self.names, self.grids, self.class_attention, self.attention_outputs):
+            entries.clear()
+
+
+@contextmanager
+def record_attention(
+    model: nn.Module, needs: frozenset[str] | set[str] = frozenset({CLASS_ATTENTION}), rows: int | None = None
+) -> Iterator[AttentionRecord]:
+    """Record attention during forward passes of ``model`` inside the ``with`` block; each pass starts afresh.
+
+    Only what is asked for is computed: a class-token row costs O(N). Nothing stays behind on exit.
+
+    Args:
+        model: any module whose attention calls `scaled_dot_product_attention`, or does so when ``fused_attn`` is set.
+        needs: any of ``class_attention`` and ``attention_outputs``.
+        rows: record the first so many images of the batch only.
+
+    Raises:
+        ModelError: an unknown need, or (from the forward pass) attention that is not over the token grid, or none.
+    """
+    if unknown := sorted(set(needs) - NEEDS):
+        raise ModelError(f"cannot record {', '.join(unknown)}; known: {', '.join(sorted(NEEDS))}")
+    if not needs:
+        yield AttentionRecord()
+        return
+    prefix, has_class = prefix_tokens(model)
+    record = AttentionRecord(prefix=prefix)
+    with ExitStack() as stack:
+        stack.enter_context(fused_attention(model))
+        names = stack.enter_context(module_names(model))
+        recorder = _Recorder(model, record, names, frozenset(needs), rows, has_class)
+        stack.callback(model.register_forward_pre_hook(recorder.begin).remove)
+        stack.callback(model.register_forward_hook(recorder.end).remove)
+        stack.enter_context(recorder)
+        yield record
+
+
+def prefix_tokens(model: nn.Module) -> tuple[int, bool]:
+    """How many class and register tokens precede the patch tokens, and whether the first of them is a class token."""
+    has_class = isinstance(getattr(model, "cls_token", None), Tensor)
+    return int(getattr(model, "num_prefix_tokens", has_class)), has_class
+
+
+class _Recorder(AttentionMode):
+    def __init__(
+        self,
+        model: nn.Module,
+        record: AttentionRecord,
+        names: list[str],
+        needs: frozenset[str],
+        rows: int | None,
+        has_class: bool,
+    ) -> None:
+        super().__init__()
+        self.model, self.record, self.names = model, record, names
+        self.needs, self.rows, self.has_class = needs, rows, has_class
+        self.batch = 0
+
+    def begin(self, _: nn.Module, inputs: tuple) -> None:
+        self.record.clear()
+        self.batch = len(inputs[0])
+
+    def end(self, *_: Any) -> None:
+        if not self.record.names:
+            raise ModelError(
+                f"{type(self.model).__name__}: no attention went through scaled_dot_product_attention, so none can be "
+                "recorded; leave out the losses that need attention"
+            )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        name = self.names[-1] if self.names else ""
+        self.record.names.append(name)
+        probabilities = None
+        if CLASS_ATTENTION in self.needs:
+            self.record.grids.append(self._grid(name, key))
+            if self.has_class:
+                rows = attention_probabilities(*self._class_query(query, key, mask), scale)
+            else:
+                rows = probabilities = attention_probabilities(query, key, mask, scale)
+            rows = rows[self._kept(query), :, 0 if self.has_class else slice(self.record.prefix, None)]
+            rows = rows if self.has_class else rows.mean(-2)
+            self.record.class_attention.append(rows[..., self.record.prefix :])
+        if probabilities is not None:
+            output = probabilities.to(value.dtype) @ value
+        else:
+            output = attend(query, key, value, mask, scale)
+        if ATTENTION_OUTPUTS in self.needs:
+            self.record.attention_outputs.append(output[self._kept(query)])
+        return output
+
+    def _kept(self, query: Tensor) -> slice:
+        """The rows of the recorded images: windows are folded into the batch image by image."""
+        return slice(None) if self.rows is None else slice(self.rows * (len(query) // self.batch))
+
+    def _class_query(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if mask is not None and mask.ndim >= 2 and mask.shape[-2] > 1:
+            mask = mask[..., :1, :]
+        return query[..., :1, :], key, mask
+
+    def _grid(self, name: str, key: Tensor) -> tuple[int, int]:
+        """The token grid of the keys; attention over channels or pooled tokens is refused."""
+        tokens = key.shape[-2] - self.record.prefix
+        window = getattr(dict(self.model.named_modules()).get(name), "window_size", None)
+        patches = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
+        for grid in (window, patches):
+            if isinstance(grid, (tuple, list)) and len(grid) == 2 and grid[0] * grid[1] == tokens:
+                return grid[0], grid[1]
+        side = math.isqrt(max(tokens, 0))
+        if patches is None and side * side == tokens > 0:
+            return side, side
+        raise ModelError(
+            f"{name or type(self.model).__name__}: attends over {key.shape[-2]} keys, which is not the token grid "
+            f"{patches or window}; its attention cannot be recorded, leave out the losses that need it"
+        )

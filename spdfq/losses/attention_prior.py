@@ -1,0 +1,103 @@
+"""Attention priors alignment (APA): pull each head's attention towards a random map of its own."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from spdfq.attention import CLASS_ATTENTION
+from spdfq.losses.base import Loss, LossInputs
+from spdfq.losses.priors import GaussianMixturePrior
+from spdfq.registry import losses
+from spdfq.structure import component
+
+
+def attention_prior_loss(attention: list[Tensor], prior: list[Tensor], start: int) -> Tensor:
+    """Mean squared distance of attention rows to their priors, deeper blocks weighing more.
+
+    ``Σ_{l≥start} (l+1)/L · Σ_h mean_{B,K}(A − P)²`` with ``L = len(attention)`` (arXiv 2412.16553, section 3.2).
+
+    Args:
+        attention: a ``[B, H, K]`` tensor for each block.
+        prior: likewise; entries before ``start`` are not read.
+        start: 0-based index of the first block used; the deep half is ``L // 2``.
+
+    Returns:
+        A scalar.
+    """
+    if len(attention) != len(prior):
+        raise ValueError(f"{len(attention)} blocks of attention but {len(prior)} of priors")
+    if not 0 <= start < len(attention):
+        raise ValueError(f"start must be a block index of 0 to {len(attention) - 1}, got {start}")
+    terms = [
+        (index + 1) / len(attention) * (attention[index] - prior[index]).square().mean((0, 2)).sum()
+        for index in range(start, len(attention))
+    ]
+    return torch.stack(terms).sum()
+
+
+@losses.register("attention_prior", paper="arXiv:2412.16553")
+@define(kw_only=True)
+class AttentionPriorLoss(Loss):
+    """Attention priors alignment (APA): each image, block and head follows a prior map drawn for it.
+
+    Args:
+        weight: factor of this loss; ``auto`` balances its gradient against the label loss's.
+        prior: what the maps are drawn from.
+        blocks: the deep half as published, or all blocks.
+        scale: what a map sums to: the mass its row gives to patch tokens (detached), one, or a peak of one (unpublished).
+        follow: roll and mirror the maps along with the images (unpublished; windows do not move, so theirs stay).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({CLASS_ATTENTION})
+
+    prior: Any = component("prior", default=GaussianMixturePrior)
+    blocks: Literal["deep", "all"] = "deep"
+    scale: Literal["mass", "sum", "max"] = "mass"
+    follow: bool = True
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        """The loss of a group; the maps are drawn in its first iteration and kept."""
+        attention = inputs.attention.class_attention
+        start = self.start(len(attention))
+        targets = [
+            self._scaled(self.maps(inputs, block), row) if block >= start else row
+            for block, row in enumerate(attention)
+        ]
+        return attention_prior_loss(attention, targets, start)
+
+    def start(self, blocks: int) -> int:
+        """Index of the first block used."""
+        return blocks // 2 if self.blocks == "deep" else 0
+
+    def maps(self, inputs: LossInputs, block: int) -> Tensor:
+        """Maps ``[B, H, K]`` of a block, each summing to 1, moved along with this iteration's images."""
+        row, grid = inputs.attention.class_attention[block], inputs.attention.grids[block]
+
+        def draw() -> Tensor:
+            count = row.shape[0] * row.shape[1]
+            return self.prior.sample(count, grid, inputs.generator("prior", block)).to(row.device).view(row.shape)
+
+        maps = inputs.keep(("prior", block), draw)
+        windowed = len(row) != len(inputs.images)
+        return maps if windowed or not self.follow else _moved(maps, grid, inputs)
+
+    def _scaled(self, maps: Tensor, row: Tensor) -> Tensor:
+        if self.scale == "mass":
+            return maps * row.detach().sum(-1, keepdim=True)
+        return maps if self.scale == "sum" else maps / maps.amax(-1, keepdim=True)
+
+
+def _moved(maps: Tensor, grid: tuple[int, int], inputs: LossInputs) -> Tensor:
+    """Maps mirrored and rolled like the images; shifts between tokens are interpolated."""
+    if not inputs.flip and inputs.shift == (0, 0):
+        return maps
+    moved = maps.unflatten(-1, grid)
+    moved = moved.flip(-1) if inputs.flip else moved
+    for axis in (-2, -1):
+        tokens = inputs.shift[axis] * grid[axis] / inputs.images.shape[axis]
+        whole = int(tokens // 1)
+        part = tokens - whole
+        moved = (1 - part) * moved.roll(whole, axis) + part * moved.roll(whole + 1, axis)
+    return moved.flatten(-2)

@@ -1,0 +1,71 @@
+"""What every loss of the synthesis is: an attrs class called with what one iteration produced."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from spdfq.attention import AttentionRecord
+
+
+@define(kw_only=True)
+class LossInputs:
+    """What one iteration over a group of ``B`` images and its ``M`` crops hands to the losses.
+
+    Args:
+        images: ``[B, C, h, w]``, normalised, as the teacher saw them.
+        logits: ``[B+M, K]`` float32: the images first, then the crops.
+        targets: ``[B+M, K]`` probabilities drawn by the target.
+        labels: ``[B+M, K]`` boolean: the classes each view is meant to show.
+        view_weights: ``[B+M]``: 1/B for an image, 1/(B m) for each of an image's m crops.
+        attention: what the losses asked to be recorded, for the images alone.
+        flip: whether the images were mirrored in this iteration.
+        shift: rows and columns the images were rolled by, in pixels.
+        generator: a generator for a purpose, the same one each time it is asked for within a group.
+        kept: what a loss wants to keep for the group; see `keep`.
+    """
+
+    images: Tensor
+    logits: Tensor | None = None
+    targets: Tensor | None = None
+    labels: Tensor | None = None
+    view_weights: Tensor | None = None
+    attention: AttentionRecord = field(factory=AttentionRecord)
+    flip: bool = False
+    shift: tuple[int, int] = (0, 0)
+    generator: Callable[..., torch.Generator] = field(default=lambda *purpose: torch.Generator().manual_seed(0))
+    kept: dict[Any, Any] = field(factory=dict)
+
+    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned the first time this key was asked for in this group."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+
+def _weight(_: Any, attribute: Any, value: Any) -> None:
+    if value != "auto" and not value >= 0:
+        raise ValueError(f"must be at least 0 or 'auto', got {value!r}")
+
+
+@define(kw_only=True)
+class Loss:
+    """Base class of losses.
+
+    Args:
+        weight: factor of this loss in the sum; ``auto`` balances its gradient against the label loss's.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What must be recorded: names of `spdfq.attention.NEEDS`."""
+
+    label_loss: ClassVar[bool] = False
+    """Whether this is the loss that ``weight = "auto"`` balances others against."""
+
+    weight: float | Literal["auto"] = field(default=1.0, validator=_weight)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        """The loss of a group, a scalar with a gradient to the images, not yet weighted."""
+        raise TypeError(f"{type(self).__name__} does not define __call__")

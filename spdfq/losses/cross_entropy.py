@@ -1,0 +1,78 @@
+"""Label losses: hard and soft cross-entropy over images and their crops."""
+
+from typing import ClassVar
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from spdfq.losses.base import Loss, LossInputs
+from spdfq.registry import losses
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy against a distribution, mean over the batch.
+
+    Args:
+        logits: ``[B, C]``.
+        target: ``[B, C]`` probabilities.
+
+    Returns:
+        A scalar, in nats.
+    """
+    return -(target * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy against class indices, mean over the batch.
+
+    Args:
+        logits: ``[B, C]``.
+        labels: ``[B]`` class indices.
+
+    Returns:
+        A scalar, in nats.
+    """
+    return torch.nn.functional.cross_entropy(logits, labels)
+
+
+def _over_views(inputs: LossInputs, target: Tensor) -> Tensor:
+    """Image by image: the loss of the whole plus the mean over its crops; mean over images."""
+    assert inputs.logits is not None and inputs.view_weights is not None
+    per_view = -(target * inputs.logits.log_softmax(-1)).sum(-1)
+    return (inputs.view_weights * per_view).sum()
+
+
+@losses.register("soft_cross_entropy", paper="arXiv:2412.16553")
+@define(kw_only=True)
+class SoftCrossEntropyLoss(Loss):
+    """Softlabel learning (SL): cross-entropy to the drawn target distribution, whole image plus mean over its crops.
+
+    Args:
+        weight: factor of this loss.
+    """
+
+    label_loss: ClassVar[bool] = True
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        """The loss of a group."""
+        assert inputs.targets is not None
+        return _over_views(inputs, inputs.targets)
+
+
+@losses.register("cross_entropy", paper="arXiv:2203.02250")
+@define(kw_only=True)
+class CrossEntropyLoss(Loss):
+    """Cross-entropy to the hard label; a view of several classes shares its label evenly among them.
+
+    Args:
+        weight: factor of this loss.
+    """
+
+    label_loss: ClassVar[bool] = True
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        """The loss of a group."""
+        assert inputs.labels is not None
+        shares = inputs.labels.float()
+        return _over_views(inputs, shares / shares.sum(-1, keepdim=True))

@@ -1,0 +1,101 @@
+"""Attention priors: random maps of one to a few bumps on the token grid (SPDFQ, arXiv 2412.16553, section 3.2)."""
+
+from typing import Literal
+
+import torch
+from attrs import field, frozen, validators
+from torch import Tensor
+
+from spdfq.registry import priors
+
+
+def _ordered_pair(_: object, __: object, value: tuple[float, float]) -> None:
+    if not 0 < value[0] <= value[1]:
+        raise ValueError(f"expected two increasing positive numbers, got {list(value)}")
+
+
+@frozen(kw_only=True)
+class MixturePrior:
+    """A mixture of ``k ~ U{1..max_components}`` elliptic bumps of equal height, positions uniform on the grid.
+
+    Args:
+        max_components: most bumps in one map (5 in the paper).
+        sigma: range of the standard deviation along each axis, in sides of the grid (unpublished).
+        correlation: range ``-c..c`` of the correlation of the two axes (unpublished).
+        combine: how overlapping bumps combine (unpublished).
+    """
+
+    max_components: int = field(default=5, validator=validators.ge(1), kw_only=False)
+    sigma: tuple[float, float] = field(default=(0.05, 0.25), validator=_ordered_pair)
+    correlation: float = field(default=0.5, validator=[validators.ge(0.0), validators.lt(1.0)])
+    combine: Literal["sum", "max"] = "sum"
+
+    def profile(self, squared: Tensor) -> Tensor:
+        """Height of a bump at a squared Mahalanobis distance from its centre."""
+        raise TypeError(f"{type(self).__name__} does not define a profile")
+
+    def sample(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Draw maps.
+
+        Args:
+            count: number of maps.
+            grid: tokens ``(h, w)``.
+            generator: CPU generator; it alone decides the result.
+
+        Returns:
+            float32 ``[count, h*w]``, non-negative, each map summing to 1.
+        """
+        shape = (count, self.max_components, 1)
+        draw = torch.rand(5, *shape, generator=generator)
+        low, high = self.sigma
+        spread_y, spread_x = low + (high - low) * draw[2], low + (high - low) * draw[3]
+        rho = self.correlation * (2 * draw[4] - 1)
+        y, x = _centres(grid)
+        dy, dx = (y - draw[0]) / spread_y, (x - draw[1]) / spread_x
+        heights = self.profile((dy**2 + dx**2 - 2 * rho * dy * dx) / (1 - rho**2))
+        used = torch.randint(1, self.max_components + 1, (count, 1, 1), generator=generator)
+        heights = heights * (torch.arange(self.max_components).view(1, -1, 1) < used)
+        maps = heights.sum(1) if self.combine == "sum" else heights.amax(1)
+        # the nearest token is at most half a cell away, but a narrow bump on a coarse grid can still vanish there
+        maps = maps + torch.finfo(maps.dtype).tiny * grid[0] * grid[1]
+        return maps / maps.sum(-1, keepdim=True)
+
+
+def _centres(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row and column ``[h*w]`` of each token's centre, in sides of the grid."""
+    rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
+    return rows.repeat_interleave(grid[1]), columns.repeat(grid[0])
+
+
+@priors.register("gaussian_mixture", paper="arXiv:2412.16553")
+@frozen(kw_only=True)
+class GaussianMixturePrior(MixturePrior):
+    """Mixture of two-dimensional Gaussians, the prior of SPDFQ.
+
+    Args:
+        max_components: most Gaussians in one map (5 in the paper).
+        sigma: range of the standard deviation along each axis, in sides of the grid (unpublished).
+        correlation: range ``-c..c`` of the correlation of the two axes (unpublished).
+        combine: how overlapping Gaussians combine (unpublished).
+    """
+
+    def profile(self, squared: Tensor) -> Tensor:
+        """``exp(-d²/2)``."""
+        return (-0.5 * squared).exp()
+
+
+@priors.register("laplace", paper="arXiv:2412.16553")
+@frozen(kw_only=True)
+class LaplacePrior(MixturePrior):
+    """Mixture of elliptic Laplace bumps, sharper at the centre and heavier in the tails.
+
+    Args:
+        max_components: most bumps in one map.
+        sigma: range of the standard deviation along each axis, in sides of the grid (unpublished).
+        correlation: range ``-c..c`` of the correlation of the two axes (unpublished).
+        combine: how overlapping bumps combine (unpublished).
+    """
+
+    def profile(self, squared: Tensor) -> Tensor:
+        """``exp(-√2 d)``."""
+        return (-(2.0**0.5) * squared.sqrt()).exp()

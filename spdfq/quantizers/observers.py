@@ -1,0 +1,164 @@
+"""What is kept of observed values, and the observers that choose a range by it."""
+
+from abc import ABC, abstractmethod
+from itertools import count
+from math import gcd
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import Attribute, field, frozen
+from torch import Tensor
+
+from spdfq.errors import DataError
+from spdfq.registry import observers
+
+if TYPE_CHECKING:
+    from spdfq.quantizers.base import Quantizer
+
+KEPT_VALUES = 2**20
+KEPT_PER_ROW = 2**10
+Range = tuple[Tensor, Tensor]
+
+
+class Statistics:
+    """The exact extremes of every row, and an even sub-sample of about 2**20 values (at least 2**10 of each row).
+
+    The batches of a row form one stream of which every ``stride``-th value is kept; the stride grows by a constant
+    factor whenever the sample is full. So the sample is deterministic and weighs all batches alike.
+
+    Args:
+        rows: the first batch, ``[C, n]``; it is not added.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        channels, length = rows.shape
+        self.low = rows.new_full([channels], torch.inf)
+        self.high = rows.new_full([channels], -torch.inf)
+        self.samples = rows.new_empty([channels, 0])
+        self._limit = max(KEPT_VALUES // channels, KEPT_PER_ROW)
+        self._seen, self._stride = 0, 1
+        # a factor that shared a divisor with the feature count would look at some features only
+        self._factor = next(factor for factor in count(2) if gcd(factor, length) == 1)
+
+    def add(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
+        """Takes in ``rows`` ``[C, n]`` with their extremes ``low``, ``high`` ``[C]``."""
+        if len(rows) != len(self.low):
+            raise DataError(f"observed {len(self.low)} channels before and {len(rows)} now; check the channel axis")
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self._make_room(self._seen + rows.shape[1])
+        start = -self._seen % self._stride
+        self.samples = torch.cat([self.samples, rows[:, start :: self._stride]], dim=1)
+        self._seen += rows.shape[1]
+
+    def _make_room(self, total: int) -> None:
+        while -(-total // self._stride) > self._limit:
+            self._stride *= self._factor
+            self.samples = self.samples[:, :: self._factor]
+
+
+class Observer(ABC):
+    """Chooses the range a quantizer works in from what was observed."""
+
+    @abstractmethod
+    def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
+        """The range of each row.
+
+        Args:
+            samples: float32 ``[C, n]``, a sub-sample of the observed values; C = 1 per tensor.
+            low: float32 ``[C]``, the exact minimum of each row.
+            high: float32 ``[C]``, the exact maximum of each row.
+            quantizer: scores a candidate by ``quantizer.quantize_with(samples, quantizer.fitted(low, high))``.
+
+        Returns:
+            New ``low`` and ``high``, float32 ``[C]`` each.
+        """
+
+
+def least_error(candidates: list[Range], samples: Tensor, quantizer: "Quantizer") -> Range:
+    """Of ranges ``[C]`` each, row by row the one of least mean squared error on ``samples`` ``[C, n]``."""
+    errors = [
+        (quantizer.quantize_with(samples, quantizer.fitted(low, high)) - samples).square().mean(dim=1)
+        for low, high in candidates
+    ]
+    best = torch.stack(errors).argmin(dim=0, keepdim=True)
+    lows, highs = (torch.stack(side).gather(0, best)[0] for side in zip(*candidates, strict=True))
+    return lows, highs
+
+
+def percentile(ordered: Tensor, fraction: float) -> Tensor:
+    """The quantile ``[C]`` of ascending rows ``[C, n]``, linear between neighbours."""
+    # torch.quantile refuses more than 2**24 values, and would sort again for each candidate
+    position = fraction * (ordered.shape[1] - 1)
+    below = int(position)
+    above = min(below + 1, ordered.shape[1] - 1)
+    return ordered[:, below].lerp(ordered[:, above], position - below)
+
+
+@observers.register("minmax")
+@frozen(kw_only=True)
+class MinMaxObserver(Observer):
+    """The whole observed range, exactly."""
+
+    def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
+        """``low`` and ``high`` unchanged."""
+        return low, high
+
+
+def check_percentiles(_: Any, attribute: "Attribute[tuple[float, ...]]", value: tuple[float, ...]) -> None:
+    """Attrs validator: upper percentiles as fractions."""
+    if not value or not all(0.5 < fraction <= 1 for fraction in value):
+        raise ValueError(f"{attribute.name} must be fractions above 0.5 and up to 1, such as 0.999, not {value!r}")
+
+
+@observers.register("percentile_mse", paper="arXiv:2212.08254")
+@frozen(kw_only=True)
+class PercentileMseObserver(Observer):
+    """The pair of percentiles p and 1 - p of least mean squared error, for each channel.
+
+    With fewer samples than resolve p the percentile is interpolated from the two outermost samples, so it comes close
+    to the sample's extremes.
+
+    Paper: RepQ-ViT, arXiv:2212.08254.
+
+    Args:
+        percentiles: the candidates for p, as fractions above 0.5 and up to 1.
+    """
+
+    percentiles: tuple[float, ...] = field(default=(0.999, 0.9999, 0.99999), validator=check_percentiles)
+
+    def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
+        """The best candidate of each row of ``samples`` ``[C, n]``."""
+        ordered = samples.sort(dim=1).values
+        candidates = [(percentile(ordered, 1 - p), percentile(ordered, p)) for p in self.percentiles]
+        return least_error(candidates, samples, quantizer)
+
+
+def check_steps(_: Any, attribute: "Attribute[int]", value: int) -> None:
+    """Attrs validator: how many candidates."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+        raise ValueError(f"{attribute.name} must be a whole number of candidates, 2 or more, not {value!r}")
+
+
+def check_smallest(_: Any, attribute: "Attribute[float]", value: float) -> None:
+    """Attrs validator: a share of the range."""
+    if not 0 < value < 1:
+        raise ValueError(f"{attribute.name} must lie between 0 and 1, a share of the observed range, not {value!r}")
+
+
+@observers.register("grid_mse")
+@frozen(kw_only=True)
+class GridMseObserver(Observer):
+    """The observed range shrunk by the factor of least mean squared error, for each channel.
+
+    Args:
+        steps: how many factors are tried, evenly from 1 down to ``smallest``; at least 2.
+        smallest: the smallest factor, between 0 and 1.
+    """
+
+    steps: int = field(default=80, validator=check_steps)
+    smallest: float = field(default=0.2, validator=check_smallest)
+
+    def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
+        """The best candidate of each row; among equals the widest."""
+        factors = torch.linspace(1.0, self.smallest, self.steps).tolist()
+        return least_error([(low * factor, high * factor) for factor in factors], samples, quantizer)

@@ -1,0 +1,93 @@
+"""Evenly spaced values."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from attrs import Attribute, define, field
+from torch import Tensor
+
+from spdfq.quantizers.base import Parameters, Quantizer, straight_through
+from spdfq.registry import quantizers
+
+FLOAT = torch.finfo(torch.float32)
+# beyond it a code times the scale could overflow
+LARGEST = FLOAT.max / 4
+
+
+def check_granularity(_: Any, attribute: "Attribute[str]", value: str) -> None:
+    """Attrs validator for what shares one scale."""
+    if value not in ("tensor", "channel"):
+        raise ValueError(f'{attribute.name} must be "tensor" or "channel", not {value!r}')
+
+
+def check_flag(_: Any, attribute: "Attribute[bool]", value: bool) -> None:
+    """Attrs validator for true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{attribute.name} must be true or false, not {value!r}")
+
+
+def check_axis(_: Any, attribute: "Attribute[int]", value: int) -> None:
+    """Attrs validator for an axis, counted from either end."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{attribute.name} must be a whole number such as 0 or -1, not {value!r}")
+
+
+@quantizers.register("uniform", paper="arXiv:1712.05877")
+@define(eq=False, slots=False, kw_only=True)
+class UniformQuantizer(Quantizer):
+    """Evenly spaced values: ``s * (clamp(round(x / s) + z, 0, n - 1) - z)`` with ``n = 2**bits``.
+
+    Stores ``scale`` (s, float32) and ``zero_point`` (z, uint8), ``[]`` per tensor or ``[C]`` per channel. Zero is
+    always a value. Asymmetric: the range is extended to contain zero, ``s = (high - low) / (n - 1)``,
+    ``z = round(-low / s)``; rounding z moves both ends of the grid by up to half a step. Symmetric: ``z = n / 2``,
+    ``s = max(|low|, |high|) / (n / 2 - 1)``. In both, a value inside the range is off by half a step at most, also at
+    the ends. A range too small for a normal float32 step counts as zero and gets scale 1.
+
+    The gradient to x is 1 where the rounded value has a code and 0 where it is clamped.
+
+    Paper: Jacob et al., arXiv:1712.05877, section 2.1.
+
+    Args:
+        bits: width of a code in bits, 2 to 8.
+        symmetric: put zero in the middle of the codes; for weights.
+        granularity: what shares one scale, the whole "tensor" or each "channel".
+        axis: the channel axis where granularity is "channel", 0 for the output channels of weights.
+    """
+
+    stores: ClassVar[dict[str, torch.dtype]] = {"scale": torch.float32, "zero_point": torch.uint8}
+
+    symmetric: bool = field(default=False, validator=check_flag)
+    granularity: Literal["tensor", "channel"] = field(default="tensor", validator=check_granularity)
+    axis: int = field(default=0, validator=check_axis)
+
+    @property
+    def channel_axis(self) -> int | None:
+        """The channel axis, or None per tensor."""
+        return self.axis if self.granularity == "channel" else None
+
+    def fitted(self, low: Tensor, high: Tensor) -> Parameters:
+        """Scale and zero point for ranges ``low``, ``high`` float32 ``[C]``, extended to contain zero."""
+        low, high = low.clamp(-LARGEST, 0.0), high.clamp(0.0, LARGEST)
+        if self.symmetric:
+            half = self.levels // 2
+            scale = self._usable(torch.maximum(-low, high) / (half - 1))
+            zero_point = torch.full_like(scale, half)
+        else:
+            scale = self._usable((high - low) / (self.levels - 1))
+            zero_point = (-low / scale).round().clamp(0, self.levels - 1)
+        return {"scale": scale, "zero_point": zero_point.to(torch.uint8)}
+
+    @staticmethod
+    def _usable(scale: Tensor) -> Tensor:
+        # subnormal numbers are flushed to zero on some devices, and x / 0 is no code
+        return torch.where(scale < FLOAT.tiny, 1.0, scale)
+
+    def encode(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """Codes of float32 ``x``: ``clamp(round(x / s) + z, 0, n - 1)``."""
+        # x / s may overflow; whatever exceeds n steps is clamped below anyway, with the same zero gradient
+        steps = (x / parameters["scale"]).clamp(-self.levels, self.levels)
+        return (straight_through(steps, steps.round()) + parameters["zero_point"]).clamp(0, self.levels - 1)
+
+    def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        """Values of float32 ``codes``: ``(codes - z) * s``."""
+        return (codes - parameters["zero_point"]) * parameters["scale"]

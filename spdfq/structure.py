@@ -1,0 +1,219 @@
+"""Plain data <-> attrs classes, strictly: nothing is coerced, and every mistake is collected with its dotted path."""
+
+import difflib
+import types
+import typing
+from typing import Any
+
+import attrs
+
+from spdfq.errors import SpdfqError
+from spdfq.registry import registry
+
+_FAILED: Any = object()
+_NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a table"}
+
+
+def component(kind: str, default: Any = attrs.NOTHING) -> Any:
+    """An attrs field holding one component of a kind; in a recipe a table with ``type``, or its bare name.
+
+    Args:
+        kind: registry kind.
+        default: a callable giving the default component, ``None`` for an optional one, nothing for a required one.
+    """
+    metadata = {"kind": kind}
+    if default is None or default is attrs.NOTHING:
+        return attrs.field(default=default, metadata=metadata)
+    return attrs.field(factory=default, metadata=metadata)
+
+
+def components(kind: str) -> Any:
+    """An attrs field holding named components of a kind (a table of tables; the key is the name of the component)."""
+    return attrs.field(factory=dict, metadata={"kind": kind, "many": dict})
+
+
+def component_list(kind: str) -> Any:
+    """An attrs field holding components of a kind in order (an array of tables)."""
+    return attrs.field(factory=tuple, metadata={"kind": kind, "many": list})
+
+
+def structure(cls: type, data: Any, path: str, problems: list[str]) -> Any:
+    """Build ``cls`` from a table, appending one line to ``problems`` for each mistake.
+
+    Returns:
+        The instance, or a marker that is not an instance of ``cls`` when something below ``path`` was wrong.
+    """
+    if not isinstance(data, dict):
+        return _fail(problems, path, f"expected a table, got {_shown(data)}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in attrs.fields(cls) if field.init}
+    before = len(problems)
+    for key in data:
+        if key not in fields:
+            _fail(problems, _join(path, key), _unknown_key(key, list(fields)))
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _field(field, hints[name], data[name], _join(path, name), problems)
+        elif field.default is attrs.NOTHING:
+            _fail(problems, _join(path, name), "is required")
+    if len(problems) > before:
+        return _FAILED
+    try:
+        return cls(**values)
+    except (ValueError, TypeError, SpdfqError) as error:
+        return _fail(problems, path or "recipe", str(error))
+
+
+def structured_ok(value: Any) -> bool:
+    """Whether `structure` succeeded."""
+    return value is not _FAILED
+
+
+def unstructure(value: Any, kind: str | None = None) -> Any:
+    """The plain data a component, spec or value would be read from; ``None`` fields are left out."""
+    if attrs.has(type(value)):
+        table = {"type": registry(kind).name_of(type(value))} if kind else {}
+        for field in attrs.fields(type(value)):
+            inner = getattr(value, field.name) if field.init else None
+            if inner is not None:
+                table[field.name] = _unstructure_field(field, inner)
+        return table
+    if isinstance(value, (tuple, list)):
+        return [unstructure(item) for item in value]
+    return value
+
+
+def _unstructure_field(field: attrs.Attribute, value: Any) -> Any:
+    kind, many = field.metadata.get("kind"), field.metadata.get("many")
+    if many is dict:
+        return {name: unstructure(item, kind) for name, item in value.items()}
+    if many is list:
+        return [unstructure(item, kind) for item in value]
+    return unstructure(value, kind)
+
+
+def _field(field: attrs.Attribute, hint: Any, data: Any, path: str, problems: list[str]) -> Any:
+    kind, many = field.metadata.get("kind"), field.metadata.get("many")
+    if many is dict:
+        return _named_components(kind, data, path, problems)
+    if many is list:
+        if not isinstance(data, list):
+            return _fail(problems, path, f"expected an array of tables, got {_shown(data)}")
+        return tuple(_component(kind, item, f"{path}.{index}", problems) for index, item in enumerate(data))
+    if kind:
+        return _component(kind, data, path, problems, fallback=_default_type(field))
+    before = len(problems)
+    value = _value(hint, data, path, problems)
+    if len(problems) == before and field.validator is not None and not (value is None and field.default is None):
+        try:
+            field.validator(None, field, value)
+        except (ValueError, TypeError) as error:
+            return _fail(problems, path, _validator_message(error))
+    return value
+
+
+def _named_components(kind: str, data: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(data, dict):
+        return _fail(problems, path, f"expected a table of tables, got {_shown(data)}")
+    return {
+        name: _component(kind, table, _join(path, name), problems, fallback=name, name_path=True)
+        for name, table in data.items()
+    }
+
+
+def _component(
+    kind: str, data: Any, path: str, problems: list[str], fallback: str | None = None, name_path: bool = False
+) -> Any:
+    table = {"type": data} if isinstance(data, str) else data
+    if not isinstance(table, dict):
+        return _fail(problems, path, f"expected a {kind} (a name or a table with 'type'), got {_shown(data)}")
+    name = table.get("type", fallback)
+    if not isinstance(name, str):
+        return _fail(problems, path, f"needs 'type', the name of a {kind} (known: {', '.join(registry(kind).names())})")
+    try:
+        cls = registry(kind).get(name)
+    except SpdfqError as error:
+        where = path if (name_path and "type" not in table) or isinstance(data, str) else _join(path, "type")
+        return _fail(problems, where, str(error))
+    return structure(cls, {key: value for key, value in table.items() if key != "type"}, path, problems)
+
+
+def _default_type(field: attrs.Attribute) -> str | None:
+    if field.default is attrs.NOTHING or field.default is None:
+        return None
+    return registry(field.metadata["kind"]).name_of(type(field.default.factory()))
+
+
+def _value(hint: Any, data: Any, path: str, problems: list[str]) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _union(arguments, data, path, problems)
+    if origin is typing.Literal:
+        if data in arguments and type(data) in {type(choice) for choice in arguments}:
+            return data
+        return _fail(problems, path, f"expected one of {', '.join(map(repr, arguments))}, got {_shown(data)}")
+    if origin is tuple:
+        return _tuple(arguments, data, path, problems)
+    if attrs.has(hint):
+        return structure(hint, data, path, problems)
+    if hint is float and type(data) is int:
+        return float(data)
+    if type(data) is not hint:
+        return _fail(problems, path, f"expected {_NOUNS.get(hint, hint.__name__)}, got {_shown(data)}")
+    return data
+
+
+def _union(choices: tuple, data: Any, path: str, problems: list[str]) -> Any:
+    choices = tuple(choice for choice in choices if choice is not type(None))
+    for choice in choices:
+        found: list[str] = []
+        value = _value(choice, data, path, found)
+        if not found:
+            return value
+    if len(choices) == 1:
+        problems.extend(found)
+        return _FAILED
+    return _fail(problems, path, f"expected {' or '.join(map(_noun, choices))}, got {_shown(data)}")
+
+
+def _tuple(items: tuple, data: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(data, list):
+        return _fail(problems, path, f"expected an array, got {_shown(data)}")
+    if items[-1] is Ellipsis:
+        items = items[:1] * len(data)
+    elif len(items) != len(data):
+        return _fail(problems, path, f"expected an array of {len(items)} values, got {len(data)}")
+    pairs = enumerate(zip(items, data, strict=True))
+    return tuple(_value(hint, item, f"{path}.{index}", problems) for index, (hint, item) in pairs)
+
+
+def _noun(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(hint))
+    return _NOUNS.get(hint, str(hint))
+
+
+def _validator_message(error: Exception) -> str:
+    """The sentence of an attrs validator; its further arguments (attribute, value) are for machines."""
+    return str(error.args[0]) if error.args else type(error).__name__
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown key{hint} (keys: {', '.join(known) or 'none'})"
+
+
+def _shown(data: Any) -> str:
+    nouns = {dict: "a table", list: "an array"}
+    return nouns.get(type(data), repr(data))
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _fail(problems: list[str], path: str, message: str) -> Any:
+    problems.append(f"{path}: {message}")
+    return _FAILED
