@@ -16,7 +16,9 @@ from spdfq.errors import ModelError
 CLASS_ATTENTION = "class_attention"
 ATTENTION_OUTPUTS = "attention_outputs"
 NEEDS = frozenset({CLASS_ATTENTION, ATTENTION_OUTPUTS})
-_EXPLICIT_LIMIT_CPU = 64 * 64  # queries x keys up to which explicit products beat the fused kernel: benchmarks/attention.py
+_EXPLICIT_LIMIT_CPU = (
+    64 * 64
+)  # queries x keys up to which explicit products beat the fused kernel: benchmarks/attention.py
 
 
 class AttentionMode(TorchFunctionMode):

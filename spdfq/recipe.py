@@ -240,7 +240,9 @@ def assign(data: dict[str, Any], assignment: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        raise RecipeError([f"--set {assignment}: the value is not TOML; strings need quotes: '{key}=\"{text}\"'"]) from None
+        raise RecipeError(
+            [f"--set {assignment}: the value is not TOML; strings need quotes: '{key}=\"{text}\"'"]
+        ) from None
     *parents, last = key.strip().split(".")
     table: Any = data
     for part in parents:

@@ -20,6 +20,12 @@ def straight_through(smooth: Tensor, rounded: Tensor) -> Tensor:
     return rounded.detach() + (smooth - smooth.detach())
 
 
+def bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """``x`` clamped, with gradient 1 from ``low`` to ``high`` inclusive and 0 outside."""
+    # Tensor.clamp passes no gradient at the bounds themselves since torch 2.15, and the end codes lie on them
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 def check_bits(_: Any, attribute: "Attribute[int]", value: int) -> None:
     """Attrs validator: a code fits one byte and there are values on both sides of zero."""
     if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 8:
@@ -160,7 +166,7 @@ class Quantizer(nn.Module, ABC):
             )
         if name == "scale" and not bool((tensor.isfinite() & (tensor > 0)).all()):
             raise DataError("stored scale must be finite and above 0; the file is damaged")
-        if tensor.dtype == torch.uint8 and bool((tensor >= self.levels).any()):
+        if tensor.dtype == torch.uint8 and bool((tensor > self.levels - 1).any()):
             raise DataError(f"stored {name} exceeds {self.levels - 1}, the last code of {self.bits} bits")
 
     def _fix(self, parameters: Parameters) -> None:

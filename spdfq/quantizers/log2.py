@@ -1,19 +1,19 @@
 """Powers of two, for probabilities."""
 
-import math
 from typing import ClassVar
 
 import torch
 from attrs import define
 from torch import Tensor
 
-from spdfq.quantizers.base import Parameters, Quantizer, straight_through
+from spdfq.quantizers.base import Parameters, Quantizer, bounded, straight_through
 from spdfq.registry import quantizers
 
 # keeps every value a normal float32 number, which no device flushes to zero
 LAST_EXPONENT = 63
 SMALLEST_SCALE = 2.0**-LAST_EXPONENT
-ROOT_HALF = math.sqrt(0.5)
+# the largest float32 number below the square root of 1/2; as float32 has no number in between, comparing is exact
+ROOT_HALF = 11863283 / 2**24
 
 
 def nearest_exponent(ratio: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def nearest_exponent(ratio: Tensor) -> Tensor:
     # neighbour; multiplying by a power of two is exact and settles it
     guess = (-ratio.log2()).round()
     rest = ratio * torch.exp2(guess)
-    return guess + (rest < ROOT_HALF).to(ratio.dtype) - (rest >= 2 * ROOT_HALF).to(ratio.dtype)
+    return guess + (rest <= ROOT_HALF).to(ratio.dtype) - (rest > 2 * ROOT_HALF).to(ratio.dtype)
 
 
 @quantizers.register("log2", paper="arXiv:2111.13824")
@@ -54,7 +54,7 @@ class Log2Quantizer(Quantizer):
     def encode(self, x: Tensor, parameters: Parameters) -> Tensor:
         """Codes of float32 ``x``: ``round(-log2(x / d))``, or n - 1 for zero and what is nearest to it."""
         last = min(self.levels - 2, LAST_EXPONENT)
-        ratio = (x / parameters["scale"]).clamp(2.0 ** -(last + 1), 1.0)
+        ratio = bounded(x / parameters["scale"], 2.0 ** -(last + 1), 1.0)
         exponent = straight_through(-ratio.log2(), nearest_exponent(ratio))
         return torch.where(exponent > last, float(self.levels - 1), exponent)
 

@@ -6,7 +6,7 @@ import torch
 from attrs import Attribute, define, field
 from torch import Tensor
 
-from spdfq.quantizers.base import Parameters, Quantizer, straight_through
+from spdfq.quantizers.base import Parameters, Quantizer, bounded, straight_through
 from spdfq.registry import quantizers
 
 FLOAT = torch.finfo(torch.float32)
@@ -86,7 +86,7 @@ class UniformQuantizer(Quantizer):
         """Codes of float32 ``x``: ``clamp(round(x / s) + z, 0, n - 1)``."""
         # x / s may overflow; whatever exceeds n steps is clamped below anyway, with the same zero gradient
         steps = (x / parameters["scale"]).clamp(-self.levels, self.levels)
-        return (straight_through(steps, steps.round()) + parameters["zero_point"]).clamp(0, self.levels - 1)
+        return bounded(straight_through(steps, steps.round()) + parameters["zero_point"], 0, self.levels - 1)
 
     def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
         """Values of float32 ``codes``: ``(codes - z) * s``."""

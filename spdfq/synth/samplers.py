@@ -1,0 +1,147 @@
+"""Samplers: which classes an image shows and where (multi-semantic reinforcement, arXiv 2412.16553, section 3.3)."""
+
+from typing import Literal
+
+import torch
+from attrs import define, field, frozen, validators
+from torch import Tensor
+
+from spdfq.registry import samplers
+
+Box = tuple[int, int, int, int]
+
+
+@define(eq=False, kw_only=True)
+class CropPlan:
+    """The labelled regions of a group of images.
+
+    Args:
+        boxes: ``[M, 4]`` top, left, height, width in pixels.
+        owners: ``[M]`` image of each region.
+        labels: ``[M]`` class of each region.
+        every: the regions are forwarded as views of their own every so many iterations; 0 is never.
+    """
+
+    boxes: Tensor
+    owners: Tensor
+    labels: Tensor
+    every: int = 1
+    _maps: dict = field(factory=dict, init=False, repr=False)
+
+    def due(self, iteration: int) -> bool:
+        """Whether the regions are forwarded in this iteration."""
+        return self.every > 0 and iteration % self.every == 0
+
+    def views(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Each region cropped and resized bilinearly, sampling clamped to its box; differentiable.
+
+        Args:
+            images: ``[B, C, H, W]``.
+            size: height and width of the result.
+
+        Returns:
+            ``[M, C, *size]``, equal to `torch.nn.functional.interpolate` of each slice; a pixel outside the box has
+            weight exactly zero.
+        """
+        rows, columns = self._matrices(images, size)
+        return rows @ images[self.owners.to(images.device)] @ columns.mT
+
+    def label_mask(self, count: int, classes: int) -> Tensor:
+        """``[count, classes]`` boolean: the classes each image shows."""
+        mask = torch.zeros(count, classes, dtype=torch.bool)
+        mask[self.owners, self.labels] = True
+        return mask
+
+    def _matrices(self, images: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        key = (tuple(images.shape[-2:]), size, images.device)
+        if key not in self._maps:
+            axes = ((0, 2, -2, size[0]), (1, 3, -1, size[1]))
+            self._maps[key] = tuple(
+                _resize_matrices(self.boxes[:, start], self.boxes[:, length], images.shape[axis], out)
+                .unsqueeze(1)
+                .to(images.device, images.dtype)
+                for start, length, axis, out in axes
+            )
+        return self._maps[key]
+
+
+def _resize_matrices(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
+    """``[M, size, full]``: bilinear weights of each output row over the input rows of a box."""
+    start, length = start.double().unsqueeze(1), length.double().unsqueeze(1)
+    source = ((torch.arange(size) + 0.5) * length / size - 0.5).clamp(min=0)
+    source = torch.minimum(source, length - 1)
+    below = source.floor()
+    above = torch.minimum(below + 1, length - 1)
+    weights = torch.zeros(len(start), size, full, dtype=torch.double)
+    weights.scatter_add_(2, (start + below).long().unsqueeze(2), (1 - (source - below)).unsqueeze(2))
+    weights.scatter_add_(2, (start + above).long().unsqueeze(2), (source - below).unsqueeze(2))
+    return weights.float()
+
+
+@samplers.register("whole_image")
+@frozen(kw_only=True)
+class WholeImageSampler:
+    """One class for each image, shown by the whole of it."""
+
+    def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
+        """A plan with one region, the whole image, for each of ``count`` images of ``size``."""
+        boxes = torch.tensor([[0, 0, *size]]).repeat(count, 1)
+        labels = torch.randint(num_classes, (count,), generator=generator)
+        return CropPlan(boxes=boxes, owners=torch.arange(count), labels=labels, every=0)
+
+
+@samplers.register("multi_semantic", paper="arXiv:2412.16553")
+@frozen(kw_only=True)
+class MultiSemanticSampler:
+    """Multi-semantic reinforcement (MSR): 1 to 4 disjoint patches of an image, each with a class of its own.
+
+    Args:
+        max_patches: most patches in one image (4 in the paper).
+        layout: ``cells`` takes cells of a 2×2 grid; ``split`` halves the image until it has enough parts, so that the
+            patches tile it (unpublished).
+        jitter: how far, in sides of what is cut, a cut may lie from the middle (unpublished).
+        every: forward the crops every so many iterations (unpublished).
+    """
+
+    max_patches: int = field(default=4, validator=[validators.ge(1), validators.le(4)], kw_only=False)
+    layout: Literal["cells", "split"] = "cells"
+    jitter: float = field(default=0.1, validator=[validators.ge(0.0), validators.le(0.3)])
+    every: int = field(default=1, validator=validators.ge(1))
+
+    def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
+        """Draw a plan for ``count`` images of ``size`` pixels, ``num_classes`` classes to choose from."""
+        boxes: list[Box] = []
+        owners: list[int] = []
+        for image in range(count):
+            patches = int(torch.randint(1, self.max_patches + 1, (), generator=generator))
+            draw = self._cells if self.layout == "cells" else self._parts
+            chosen = draw(patches, size, generator)
+            boxes += chosen
+            owners += [image] * len(chosen)
+        labels = torch.randint(num_classes, (len(boxes),), generator=generator)
+        return CropPlan(boxes=torch.tensor(boxes), owners=torch.tensor(owners), labels=labels, every=self.every)
+
+    def _cells(self, patches: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
+        y, x = (self._cut(side, generator) for side in size)
+        cells = [(0, 0, y, x), (0, x, y, size[1] - x), (y, 0, size[0] - y, x), (y, x, size[0] - y, size[1] - x)]
+        order = torch.randperm(4, generator=generator)[:patches].tolist()
+        return [cells[index] for index in sorted(order)]
+
+    def _parts(self, patches: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
+        parts: list[Box] = [(0, 0, *size)]
+        while len(parts) < patches:
+            largest = max(range(len(parts)), key=lambda index: parts[index][2] * parts[index][3])
+            parts += self._halves(parts.pop(largest), generator)
+        return parts
+
+    def _halves(self, box: Box, generator: torch.Generator) -> list[Box]:
+        top, left, height, width = box
+        rows_first = height > width or (height == width and bool(torch.rand((), generator=generator) < 0.5))
+        cut = self._cut(height if rows_first else width, generator)
+        if rows_first:
+            return [(top, left, cut, width), (top + cut, left, height - cut, width)]
+        return [(top, left, height, cut), (top, left + cut, height, width - cut)]
+
+    def _cut(self, side: int, generator: torch.Generator) -> int:
+        offset = (2 * float(torch.rand((), generator=generator)) - 1) * self.jitter
+        return min(max(round(side * (0.5 + offset)), 1), side - 1)

@@ -1,0 +1,59 @@
+"""Sources without optimisation: noise, and real images as the reference."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define
+
+from spdfq.errors import DataError
+from spdfq.models import Teacher
+from spdfq.registry import sources
+from spdfq.runtime import Runtime
+from spdfq.structure import component
+from spdfq.synth.base import Source, SyntheticImages
+
+
+@sources.register("gaussian_noise")
+@define(kw_only=True)
+class GaussianNoise(Source):
+    """Standard normal noise in the model's normalised space.
+
+    Args:
+        images: how many images.
+    """
+
+    def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
+        """Draw the images."""
+        return SyntheticImages(images=noise(self.images, teacher, runtime.generator("noise")))
+
+
+def noise(count: int, teacher: Teacher, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal ``[count, C, H, W]`` on the CPU."""
+    return torch.randn(count, *teacher.input_size, generator=generator)
+
+
+@sources.register("real")
+@define(kw_only=True)
+class RealImages(Source):
+    """Real images drawn at random from a labelled dataset: the row that data-free ones are compared with.
+
+    Args:
+        images: how many images.
+        dataset: where they come from; not the images the accuracy is measured on.
+    """
+
+    dataset: Any = component("dataset")
+
+    def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
+        """Draw the images."""
+        available = len(self.dataset)
+        if available < self.images:
+            raise DataError(f"synthesis.images: {self.images} asked for, but the dataset holds {available}")
+        chosen = torch.randperm(available, generator=runtime.generator("real"))[: self.images]
+        wanted, found, seen = set(chosen.tolist()), {}, 0
+        for images, labels in self.dataset.batches(teacher, 64):
+            for index in wanted & set(range(seen, seen + len(labels))):
+                found[index] = images[index - seen].clone()
+            seen += len(labels)
+        return SyntheticImages(images=torch.stack([found[index] for index in chosen.tolist()]))
