@@ -1,0 +1,48 @@
+"""Data-free quantization of vision transformers: synthetic images, priors, quantizers and baselines as components."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spdfq.api import quantize, synthesize
+    from spdfq.checkpoint import load_quantized
+    from spdfq.errors import SpdfqError
+    from spdfq.models import Teacher, load_teacher
+    from spdfq.pipeline import RunResult, run
+    from spdfq.recipe import Recipe, load_recipe
+
+# imported on first use: torch and timm take seconds
+_HOMES = {
+    "Recipe": "spdfq.recipe",
+    "RunResult": "spdfq.pipeline",
+    "SpdfqError": "spdfq.errors",
+    "Teacher": "spdfq.models",
+    "load_quantized": "spdfq.checkpoint",
+    "load_recipe": "spdfq.recipe",
+    "load_teacher": "spdfq.models",
+    "quantize": "spdfq.api",
+    "run": "spdfq.pipeline",
+    "synthesize": "spdfq.api",
+}
+__all__ = [
+    "Recipe",
+    "RunResult",
+    "SpdfqError",
+    "Teacher",
+    "load_quantized",
+    "load_recipe",
+    "load_teacher",
+    "quantize",
+    "run",
+    "synthesize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spdfq' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,9 +16,10 @@ from spdfq.errors import ModelError
 CLASS_ATTENTION = "class_attention"
 ATTENTION_OUTPUTS = "attention_outputs"
 NEEDS = frozenset({CLASS_ATTENTION, ATTENTION_OUTPUTS})
-_EXPLICIT_LIMIT_CPU = (
-    64 * 64
-)  # queries x keys up to which explicit products beat the fused kernel: benchmarks/attention.py
+# queries x keys up to which explicit products keep up with the fused kernel on a CPU, forward and backward:
+# benchmarks/attention.py
+_EXPLICIT_LIMIT_CPU = 64 * 64
+_POOLING_HEAD = "attn_pool"
 
 
 class AttentionMode(TorchFunctionMode):
@@ -77,15 +78,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """Attention output by the faster way: explicit products for few tokens on a CPU, the fused kernel elsewhere."""
     few = query.shape[-2] * key.shape[-2] <= _EXPLICIT_LIMIT_CPU
     if query.device.type == "cpu" and few:
-        scores = masked(query * scale @ key.mT, mask)
-        return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+        return explicit_attention(query, key, value, mask, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention output by two products, the softmax between them in float32."""
+    scores = masked(query * scale @ key.mT, mask)
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 @contextmanager
 def fused_attention(model: nn.Module) -> Iterator[None]:
     """Set timm's ``fused_attn`` flags, so that attention goes through one function; restored on exit."""
-    flagged = [(module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")]
+    flagged: list[tuple[Any, Any]] = [
+        (module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")
+    ]
     try:
         for module, _ in flagged:
             module.fused_attn = True
@@ -141,9 +149,10 @@ class AttentionRecord:
 def record_attention(
     model: nn.Module, needs: frozenset[str] | set[str] = frozenset({CLASS_ATTENTION}), rows: int | None = None
 ) -> Iterator[AttentionRecord]:
-    """Record attention during forward passes of ``model`` inside the ``with`` block; each pass starts afresh.
+    """Record attention during calls of ``model`` inside the ``with`` block; each call starts afresh.
 
-    Only what is asked for is computed: a class-token row costs O(N). Nothing stays behind on exit.
+    Only what is asked for is computed: a class-token row costs O(N). Nothing stays behind on exit. A pooling head
+    (timm's ``attn_pool``) is no block and is left out.
 
     Args:
         model: any module whose attention calls `scaled_dot_product_attention`, or does so when ``fused_attn`` is set.
@@ -158,42 +167,41 @@ def record_attention(
     if not needs:
         yield AttentionRecord()
         return
-    prefix, has_class = prefix_tokens(model)
-    record = AttentionRecord(prefix=prefix)
     with ExitStack() as stack:
         stack.enter_context(fused_attention(model))
         names = stack.enter_context(module_names(model))
-        recorder = _Recorder(model, record, names, frozenset(needs), rows, has_class)
-        stack.callback(model.register_forward_pre_hook(recorder.begin).remove)
+        recorder = _Recorder(model, names, frozenset(needs), rows)
+        stack.callback(model.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(recorder.end).remove)
         stack.enter_context(recorder)
-        yield record
+        yield recorder.record
 
 
 def prefix_tokens(model: nn.Module) -> tuple[int, bool]:
     """How many class and register tokens precede the patch tokens, and whether the first of them is a class token."""
-    has_class = isinstance(getattr(model, "cls_token", None), Tensor)
-    return int(getattr(model, "num_prefix_tokens", has_class)), has_class
+    trunk = _trunk(model)
+    has_class = isinstance(getattr(trunk, "cls_token", None), Tensor)
+    return int(getattr(trunk, "num_prefix_tokens", has_class)), has_class
+
+
+def _trunk(model: nn.Module) -> nn.Module:
+    """The module that makes the tokens: a wrapper, for example one that normalises, is looked through."""
+    owners = (module for module in model.modules() if hasattr(module, "cls_token") or hasattr(module, "patch_embed"))
+    return next(owners, model)
 
 
 class _Recorder(AttentionMode):
-    def __init__(
-        self,
-        model: nn.Module,
-        record: AttentionRecord,
-        names: list[str],
-        needs: frozenset[str],
-        rows: int | None,
-        has_class: bool,
-    ) -> None:
+    def __init__(self, model: nn.Module, names: list[str], needs: frozenset[str], rows: int | None) -> None:
         super().__init__()
-        self.model, self.record, self.names = model, record, names
-        self.needs, self.rows, self.has_class = needs, rows, has_class
+        self.model, self.names, self.needs, self.rows = model, names, needs, rows
+        prefix, self.has_class = prefix_tokens(model)
+        self.patches = getattr(getattr(_trunk(model), "patch_embed", None), "grid_size", None)
+        self.record = AttentionRecord(prefix=prefix)
         self.batch = 0
 
-    def begin(self, _: nn.Module, inputs: tuple) -> None:
+    def begin(self, _: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
         self.record.clear()
-        self.batch = len(inputs[0])
+        self.batch = len(next(iter((*inputs, *named.values()))))
 
     def end(self, *_: Any) -> None:
         if not self.record.names:
@@ -204,46 +212,52 @@ class _Recorder(AttentionMode):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         name = self.names[-1] if self.names else ""
+        if name.rpartition(".")[2] == _POOLING_HEAD:
+            return attend(query, key, value, mask, scale)
+        self.record.grids.append(self._grid(name, query, key))
         self.record.names.append(name)
-        probabilities = None
-        if CLASS_ATTENTION in self.needs:
-            self.record.grids.append(self._grid(name, key))
-            if self.has_class:
-                rows = attention_probabilities(*self._class_query(query, key, mask), scale)
-            else:
-                rows = probabilities = attention_probabilities(query, key, mask, scale)
-            rows = rows[self._kept(query), :, 0 if self.has_class else slice(self.record.prefix, None)]
-            rows = rows if self.has_class else rows.mean(-2)
-            self.record.class_attention.append(rows[..., self.record.prefix :])
-        if probabilities is not None:
-            output = probabilities.to(value.dtype) @ value
-        else:
+        kept = self._kept(query)
+        if CLASS_ATTENTION not in self.needs:
             output = attend(query, key, value, mask, scale)
+        elif self.has_class:
+            row = attention_probabilities(query[kept, :, :1], key[kept], _first_query(mask, query, kept), scale)
+            self.record.class_attention.append(row[:, :, 0, self.record.prefix :])
+            output = attend(query, key, value, mask, scale)
+        else:
+            probabilities = attention_probabilities(query, key, mask, scale)
+            patches = slice(self.record.prefix, None)
+            self.record.class_attention.append(probabilities[kept, :, patches, patches].mean(-2))
+            output = probabilities.to(value.dtype) @ value
         if ATTENTION_OUTPUTS in self.needs:
-            self.record.attention_outputs.append(output[self._kept(query)])
+            self.record.attention_outputs.append(output[kept])
         return output
 
     def _kept(self, query: Tensor) -> slice:
         """The rows of the recorded images: windows are folded into the batch image by image."""
         return slice(None) if self.rows is None else slice(self.rows * (len(query) // self.batch))
 
-    def _class_query(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        if mask is not None and mask.ndim >= 2 and mask.shape[-2] > 1:
-            mask = mask[..., :1, :]
-        return query[..., :1, :], key, mask
-
-    def _grid(self, name: str, key: Tensor) -> tuple[int, int]:
-        """The token grid of the keys; attention over channels or pooled tokens is refused."""
+    def _grid(self, name: str, query: Tensor, key: Tensor) -> tuple[int, int]:
+        """The token grid of the keys; attention over channels, pooled tokens or in a layout of its own is refused."""
+        where, remedy = name or type(self.model).__name__, "it cannot be recorded, leave out the losses that need it"
+        if query.ndim != 4:
+            raise ModelError(f"{where}: its attention runs on {list(query.shape)} instead of [B, H, N, d]; {remedy}")
         tokens = key.shape[-2] - self.record.prefix
-        window = getattr(dict(self.model.named_modules()).get(name), "window_size", None)
-        patches = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
-        for grid in (window, patches):
+        window = getattr(self.model.get_submodule(name), "window_size", None)
+        for grid in (window, self.patches):
             if isinstance(grid, (tuple, list)) and len(grid) == 2 and grid[0] * grid[1] == tokens:
                 return grid[0], grid[1]
         side = math.isqrt(max(tokens, 0))
-        if patches is None and side * side == tokens > 0:
+        if self.patches is None and side * side == tokens > 0:
             return side, side
-        raise ModelError(
-            f"{name or type(self.model).__name__}: attends over {key.shape[-2]} keys, which is not the token grid "
-            f"{patches or window}; its attention cannot be recorded, leave out the losses that need it"
-        )
+        expected = self.patches or window
+        layout = f"the {expected[0]}x{expected[1]} token grid" if expected else "a square token grid"
+        layout += f" and {self.record.prefix} prefix tokens" if self.record.prefix else ""
+        raise ModelError(f"{where}: attends over {key.shape[-2]} keys, not over {layout}; {remedy}")
+
+
+def _first_query(mask: Tensor | None, query: Tensor, kept: slice) -> Tensor | None:
+    """What of a mask, broadcast or not, belongs to the first query of the kept rows."""
+    if mask is None:
+        return None
+    mask = mask[kept] if mask.ndim == 4 and len(mask) == len(query) else mask
+    return mask[..., :1, :]

@@ -1,19 +1,21 @@
 """Labelled images: for evaluation, and for calibration on real ones."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from attrs import field, frozen, validators
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from spdfq.errors import DataError
 from spdfq.models import Teacher
 from spdfq.registry import datasets
 from spdfq.zoo import data_file
+
+_IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @datasets.register("fashion_mnist", paper="arXiv:1708.07747")
@@ -32,12 +34,13 @@ class FashionMnist:
     def __len__(self) -> int:
         return len(self._load()[1])
 
+    @property
+    def classes(self) -> int:
+        """How many classes the labels count."""
+        return 10
+
     def batches(self, teacher: Teacher, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images ``[b, C, H, W]`` and labels ``[b]`` in the file's order, the last batch included."""
-        if teacher.num_classes != 10:
-            raise DataError(
-                f"fashion_mnist has 10 classes, {teacher.name} has {teacher.num_classes}; use another dataset"
-            )
         images, labels = self._load()
         for pixels, target in zip(images.split(batch), labels.split(batch), strict=True):
             yield teacher.normalise(_fitted(pixels.float() / 255, teacher.input_size)), target.long()
@@ -66,9 +69,9 @@ def _fitted(pixels: Tensor, size: tuple[int, int, int]) -> Tensor:
 @datasets.register("image_folder")
 @frozen(kw_only=True)
 class ImageFolder:
-    """A folder with a subfolder of images for each class, classes in alphabetical order.
+    """A folder with a subfolder of images for each class; labels count the subfolders in alphabetical order.
 
-    Resized, cropped and normalised as timm evaluates the model.
+    An empty subfolder counts. Images are resized, cropped and normalised as timm evaluates the model.
 
     Args:
         root: the folder.
@@ -79,40 +82,74 @@ class ImageFolder:
     workers: int = field(default=0, validator=validators.ge(0))
 
     def __len__(self) -> int:
-        return len(self._dataset())
+        return len(self._files())
+
+    @property
+    def classes(self) -> int:
+        """How many classes the labels count."""
+        return len(self._folders())
 
     def batches(self, teacher: Teacher, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images ``[b, C, H, W]`` and labels ``[b]`` in alphabetical order, the last batch included."""
+        """Normalised images ``[b, C, H, W]`` and labels ``[b]``, class by class, the last batch included.
+
+        Raises:
+            DataError: no such folder, no images in it, or an image that cannot be read.
+        """
         from timm.data import create_transform
 
-        dataset = self._dataset(mode="L" if teacher.input_size[0] == 1 else "RGB")
-        classes = len(dataset.reader.class_to_idx)
-        if classes > teacher.num_classes:
-            raise DataError(f"{self.root}: {classes} class folders, but {teacher.name} knows {teacher.num_classes}")
-        dataset.transform = create_transform(
+        transform = create_transform(
             teacher.input_size,
             is_training=False,
             mean=teacher.mean,
             std=teacher.std,
             crop_pct=teacher.crop_pct,
+            crop_mode=teacher.crop_mode,
             interpolation=teacher.interpolation,
         )
-        yield from torch.utils.data.DataLoader(dataset, batch, num_workers=self.workers)
+        decoded = _Decoded(self._files(), "L" if teacher.input_size[0] == 1 else "RGB", transform)
+        yield from DataLoader(decoded, batch, num_workers=self.workers)
 
     def fingerprint(self) -> str:
         """A hash of the file names and sizes."""
-        files = sorted(path for path in Path(self.root).rglob("*") if path.is_file())
-        listing = [(str(path.relative_to(self.root)), path.stat().st_size) for path in files]
+        listing = [(str(path.relative_to(self.root)), path.stat().st_size, label) for path, label in self._files()]
         return hashlib.sha256(repr(listing).encode()).hexdigest()[:20]
 
-    def _dataset(self, mode: str = "RGB") -> Any:
-        from timm.data import ImageDataset
-
+    def _folders(self) -> list[Path]:
         if not Path(self.root).is_dir():
             raise DataError(f"image_folder: {self.root}: no such folder; give root = 'path/to/val'")
-        try:
-            return ImageDataset(self.root, input_img_mode=mode)
-        except (RuntimeError, AssertionError) as error:
+        return sorted(path for path in Path(self.root).iterdir() if path.is_dir())
+
+    def _files(self) -> list[tuple[Path, int]]:
+        """Every image and its label."""
+        found = [
+            (path, label)
+            for label, folder in enumerate(self._folders())
+            for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in _IMAGE_SUFFIXES
+        ]
+        if not found:
             raise DataError(
-                f"image_folder: {self.root}: {error}; expected a subfolder of images for each class"
-            ) from None
+                f"image_folder: {self.root}: holds no images; expected a subfolder of images for each class"
+            )
+        return found
+
+
+@frozen
+class _Decoded(Dataset):
+    files: list[tuple[Path, int]]
+    mode: str
+    transform: Callable[[Any], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        path, label = self.files[index]
+        try:
+            with Image.open(path) as image:
+                pixels = image.convert(self.mode)
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError at a broken PNG
+            raise DataError(f"image_folder: {path}: not a readable image ({error})") from None
+        return self.transform(pixels), label

@@ -1,19 +1,32 @@
 """The teacher: a pretrained transformer with its own normalisation and input size."""
 
-import difflib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from spdfq.errors import DataError, ModelError
+from spdfq.architectures import build
+from spdfq.errors import ModelError
 from spdfq.recipe import ModelSpec
-from spdfq.zoo import BUNDLED, data_file
+
+
+def _floats(values: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
+    """The module in evaluation mode; every submodule's own mode is restored on exit."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield module.eval()
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 @define(eq=False)
@@ -29,16 +42,18 @@ class Teacher:
         name: how reports call it.
         crop_pct: share of the image kept by the evaluation crop.
         interpolation: of the evaluation resize.
+        crop_mode: how timm's evaluation crop is taken.
     """
 
     module: nn.Module
-    mean: tuple[float, ...] = field(converter=tuple, kw_only=True)
-    std: tuple[float, ...] = field(converter=tuple, kw_only=True)
+    mean: tuple[float, ...] = field(converter=_floats, kw_only=True)
+    std: tuple[float, ...] = field(converter=_floats, kw_only=True)
     num_classes: int = field(kw_only=True)
     input_size: tuple[int, int, int] = field(default=None, kw_only=True)
     name: str = field(default="", kw_only=True)
     crop_pct: float = field(default=1.0, kw_only=True)
     interpolation: str = field(default="bilinear", kw_only=True)
+    crop_mode: str = field(default="center", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         self.name = self.name or type(self.module).__name__
@@ -49,13 +64,16 @@ class Teacher:
                 f"{self.name}: mean has {len(self.mean)} values, std {len(self.std)}, the input {self.input_size[0]} "
                 "channels; they must agree"
             )
+        if not all(value > 0 for value in self.std):
+            raise ModelError(f"{self.name}: std must be above 0, got {list(self.std)}")
         if self.num_classes < 2:
             raise ModelError(f"{self.name}: needs at least 2 classes, got {self.num_classes}")
 
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
-        return next(self.module.parameters()).device
+        parameter = next(self.module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     @property
     def parameters(self) -> int:
@@ -80,21 +98,18 @@ class Teacher:
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
         """The module in evaluation mode without parameter gradients; both restored on exit."""
-        modes = [(module, module.training) for module in self.module.modules()]
         wanted = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
         try:
-            self.module.eval().requires_grad_(False)
-            yield self.module
+            with evaluation_mode(self.module) as module:
+                yield module.requires_grad_(False)
         finally:
-            for module, training in modes:
-                module.training = training
             for parameter, flag in wanted:
                 parameter.requires_grad_(flag)
 
     def fingerprint(self) -> str:
         """A hash of the architecture's printout, every weight and the input description."""
         described = (str(self.module), self.mean, self.std, self.num_classes, self.input_size, self.crop_pct)
-        state = hashlib.sha256(repr((*described, self.interpolation)).encode())
+        state = hashlib.sha256(repr((*described, self.interpolation, self.crop_mode)).encode())
         for name, tensor in self.module.state_dict().items():
             state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -116,24 +131,19 @@ def _own_size(module: nn.Module) -> tuple[int, int]:
 
 
 def load_teacher(spec: ModelSpec, weights: bool = True) -> Teacher:
-    """The teacher a recipe names, on the CPU.
+    """The teacher a recipe names, in float32 on the CPU; the global random state is left as it was.
 
     Args:
-        spec: the recipe's ``[model]`` section.
+        spec: the recipe's ``[model]`` section. Where nothing gives trained weights they are random, always the same.
         weights: false builds the architecture alone (to look at its sites).
 
     Raises:
         ModelError: unknown name, unreachable hub, or weights that do not fit.
+        DataError: damaged weights.
     """
-    import timm
     from timm.data import resolve_model_data_config
 
-    if spec.name.startswith("bundled:"):
-        module = _bundled(spec, weights)
-    else:
-        module = _from_timm(timm, spec, weights)
-    if spec.checkpoint and weights:
-        _load_weights(module, Path(spec.checkpoint))
+    module = build(spec, weights)
     config = resolve_model_data_config(module)
     size = (config["input_size"][0], *_own_size(module))
     return Teacher(
@@ -145,65 +155,5 @@ def load_teacher(spec: ModelSpec, weights: bool = True) -> Teacher:
         name=spec.name,
         crop_pct=config["crop_pct"],
         interpolation=config["interpolation"],
+        crop_mode=config["crop_mode"],
     )
-
-
-def _bundled(spec: ModelSpec, weights: bool) -> nn.Module:
-    name = spec.name.removeprefix("bundled:")
-    if name not in BUNDLED:
-        raise ModelError(f"model.name: no bundled model {name!r} (bundled: {', '.join(sorted(BUNDLED))})")
-    if spec.num_classes is not None or spec.img_size is not None:
-        raise ModelError("model: a bundled model has its own num_classes and img_size; leave them out")
-    module = BUNDLED[name].create()
-    if weights and not spec.checkpoint:
-        _load_weights(module, data_file(f"{name}.safetensors"))
-    return module
-
-
-def _from_timm(timm: Any, spec: ModelSpec, weights: bool) -> nn.Module:
-    architecture, _, tag = spec.name.partition(".")
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ModelError(f"model.name: timm {timm.__version__} has no model {architecture!r}{hint}")
-    tags = timm.list_pretrained(f"{architecture}*")
-    if tag and spec.name not in tags:
-        known = [name for name in tags if name.startswith(f"{architecture}.")]
-        raise ModelError(
-            f"model.name: {architecture} has no weights {tag!r} (timm knows: {', '.join(known) or 'none'})"
-        )
-    options = {"num_classes": spec.num_classes, "img_size": spec.img_size}
-    given = {key: value for key, value in options.items() if value is not None}
-    hub = spec.pretrained and not spec.checkpoint and weights
-    try:
-        return timm.create_model(spec.name, pretrained=hub, **given)
-    except Exception as error:
-        if not hub:
-            raise ModelError(f"model: timm cannot build {spec.name} with {given}: {_first_line(error)}") from error
-        raise ModelError(
-            f"model.name: the weights of {spec.name} could not be taken from the hub ({_first_line(error)}); check the "
-            "network, or give local ones: model.checkpoint = 'weights.safetensors'"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
-
-
-def _load_weights(module: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix != ".safetensors":
-        raise ModelError(f"model.checkpoint: {path}: only .safetensors files are read (pickled weights can run code)")
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise ModelError(f"model.checkpoint: {path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"model.checkpoint: {path}: damaged or not safetensors ({error})") from None
-    try:
-        module.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ModelError(f"model.checkpoint: {path}: does not fit {type(module).__name__}: {reason[:300]}") from None

@@ -1,17 +1,36 @@
-"""Recipes: TOML files that say which component does what; read strictly, merged, overridden and hashed."""
+"""Recipes: which component does what, checked strictly before anything runs."""
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from attrs import field, frozen, validators
 
 from spdfq.errors import RecipeError
+from spdfq.recipefile import assign, locate, merge, merge_parents, read, resolve, shipped
 from spdfq.structure import component, component_list, structure, unstructure
+from spdfq.toml import dumps as to_toml
+
+__all__ = [
+    "Evaluation",
+    "ModelSpec",
+    "Override",
+    "Quantization",
+    "Recipe",
+    "RuntimeSpec",
+    "assign",
+    "digest",
+    "load_recipe",
+    "locate",
+    "merge",
+    "merge_parents",
+    "read",
+    "resolve",
+    "shipped",
+    "to_toml",
+]
 
 SCHEMA = 1
 
@@ -33,6 +52,16 @@ class ModelSpec:
     checkpoint: str | None = None
     num_classes: int | None = field(default=None, validator=validators.optional(validators.ge(2)))
     img_size: int | None = field(default=None, validator=validators.optional(validators.ge(8)))
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the weights come with this library."""
+        return self.name.startswith("bundled:")
+
+    @property
+    def random(self) -> bool:
+        """Whether nothing gives the model trained weights."""
+        return not (self.pretrained or self.checkpoint or self.bundled)
 
 
 @frozen(kw_only=True)
@@ -141,7 +170,10 @@ class Recipe:
     def warnings(self) -> list[str]:
         """Combinations that run but are known to lose accuracy."""
         advice = getattr(self.synthesis, "advice", None)
-        return [f"synthesis: {line}" for line in advice()] if advice else []
+        lines = [f"synthesis: {line}" for line in advice()] if advice else []
+        if self.model.random:
+            lines.append("model: random weights; set pretrained = true or give a checkpoint")
+        return lines
 
 
 def load_recipe(
@@ -165,108 +197,6 @@ def load_recipe(
     if problems:
         raise RecipeError(problems)
     return recipe
-
-
-def resolve(source: str | Path | dict[str, Any], overrides: Iterable[str] = (), seed: int | None = None) -> dict:
-    """The merged plain data of a recipe, before it is checked."""
-    data = merge_parents(dict(source), Path()) if isinstance(source, dict) else read(str(source))
-    for assignment in overrides:
-        assign(data, assignment)
-    if seed is not None:
-        data["seed"] = seed
-    return data
-
-
-def shipped() -> list[str]:
-    """Names of the shipped recipes and parts, for example ``quickstart`` and ``images/spdfq``."""
-    root = Path(str(files("spdfq.recipes")))
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
-
-
-def locate(name: str, beside: Path = Path()) -> Path:
-    """The file of a recipe: a path where the name ends in ``.toml``, a shipped recipe otherwise."""
-    if name.endswith(".toml"):
-        path = beside / name
-        if not path.is_file():
-            raise RecipeError([f"{name}: no such file; to run a shipped recipe leave out '.toml'"])
-        return path
-    if name not in shipped():
-        import difflib
-
-        near = difflib.get_close_matches(name, shipped(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        top = ", ".join(known for known in shipped() if "/" not in known)
-        raise RecipeError([f"{name}: no shipped recipe of that name{hint} (shipped: {top}; a file ends in .toml)"])
-    return Path(str(files("spdfq.recipes"))) / f"{name}.toml"
-
-
-def read(name: str, beside: Path = Path(), chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The merged plain data of a recipe file and all it extends."""
-    path = locate(name, beside)
-    if path.resolve() in chain:
-        raise RecipeError([f"{name}: extends itself by way of {' -> '.join(p.stem for p in chain)}"])
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError([f"{path}: not valid TOML: {error}"]) from None
-    return merge_parents(data, path.parent, (*chain, path.resolve()))
-
-
-def merge_parents(data: dict[str, Any], beside: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Merge the parents named under ``extends`` from left to right, then the data itself."""
-    parents = data.pop("extends", [])
-    if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
-        raise RecipeError([f"extends: expected an array of recipe names, got {parents!r}"])
-    merged: dict[str, Any] = {}
-    for parent in parents:
-        merged = merge(merged, read(parent, beside, chain))
-    return merge(merged, data)
-
-
-def merge(parent: Any, child: Any) -> Any:
-    """Tables merge key by key; a table of another ``type``, a list or a value replaces its parent's."""
-    if not (isinstance(parent, dict) and isinstance(child, dict)):
-        return child
-    if "type" in child and child["type"] != parent.get("type", child["type"]):
-        return child
-    return {**parent, **{key: merge(parent.get(key), value) for key, value in child.items()}}
-
-
-def assign(data: dict[str, Any], assignment: str) -> None:
-    """Carry out ``dotted.key=value`` on the merged data; whether the key exists is checked with the whole recipe."""
-    key, separator, text = assignment.partition("=")
-    if not separator or not key.strip():
-        raise RecipeError([f"--set {assignment}: expected key=value, for example quantization.weights.bits=3"])
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        raise RecipeError(
-            [f"--set {assignment}: the value is not TOML; strings need quotes: '{key}=\"{text}\"'"]
-        ) from None
-    *parents, last = key.strip().split(".")
-    table: Any = data
-    for part in parents:
-        table = _descend(table, part, key)
-    if isinstance(table, list):
-        table[_index(table, last, key)] = value
-    else:
-        table[last] = value
-
-
-def _descend(table: Any, part: str, key: str) -> Any:
-    slot: Any = _index(table, part, key) if isinstance(table, list) else part
-    inner = table[slot] if isinstance(table, list) else table.setdefault(slot, {})
-    if isinstance(inner, str):  # the shorthand for a component without options
-        inner = table[slot] = {"type": inner}
-    if not isinstance(inner, (dict, list)):
-        raise RecipeError([f"--set {key}: {part!r} is a value, it has no keys"])
-    return inner
-
-
-def _index(table: list, part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(table):
-        raise RecipeError([f"--set {key}: {part!r} is not a position of this list (0 to {len(table) - 1})"])
-    return int(part)
 
 
 def digest(*parts: Any) -> str:

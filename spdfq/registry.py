@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -39,11 +40,13 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
-        self._package = package
+        self.package = package
         self._entries: dict[str, Registration[T]] = {}
 
     def register(self, name: str, *, paper: str | None = None) -> Callable[[Component], Component]:
         """Class decorator that gives a component its name; the class itself is returned unchanged."""
+
+        line = sys._getframe(1).f_lineno  # of the decorator; reading the class's source would cost far more
 
         def add(component: Component) -> Component:
             if name in self._entries:
@@ -52,7 +55,6 @@ class Registry(Generic[T]):
                     f"{self.kind} {name!r} is already registered by {owner.module}:{owner.line}; choose another name"
                 )
             summary = (inspect.getdoc(component) or "").partition("\n")[0]
-            line = inspect.getsourcelines(component)[1]
             self._entries[name] = Registration(self.kind, name, component, paper, summary, component.__module__, line)
             return component
 
@@ -87,7 +89,7 @@ class Registry(Generic[T]):
         raise SpdfqError(f"{component.__qualname__} is not a registered {self.kind}; register it first")
 
     def _load(self) -> None:
-        import_module(self._package)
+        import_module(self.package)
         load_plugins()
 
     def _unknown(self, name: str) -> str:
@@ -98,7 +100,7 @@ class Registry(Generic[T]):
 
 
 plugin_failures: dict[str, str] = {}
-_loaded_plugins: set[str] = set()
+_plugins_loaded = False
 
 
 def load_plugins() -> None:
@@ -106,14 +108,17 @@ def load_plugins() -> None:
 
     A plugin that fails to import is kept in `plugin_failures` and named when a look-up fails.
     """
+    global _plugins_loaded
+    if _plugins_loaded:
+        return
+    _plugins_loaded = True  # at once: a plugin may look names up while it is imported
+    for built_in in REGISTRIES.values():
+        import_module(built_in.package)  # before the plugins: a duplicate name is then the plugin's mistake
     for plugin in entry_points(group=ENTRY_POINTS):
-        if plugin.value in _loaded_plugins:
-            continue
-        _loaded_plugins.add(plugin.value)
         try:
             plugin.load()
         except Exception as error:  # a broken plugin must not take the library down with it
-            plugin_failures[plugin.name] = f"{type(error).__name__}: {error}"
+            plugin_failures[plugin.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 losses: Registry = Registry("loss", "spdfq.losses")

@@ -1,8 +1,10 @@
 """Plain data <-> attrs classes, strictly: nothing is coerced, and every mistake is collected with its dotted path."""
 
 import difflib
+import math
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -11,7 +13,13 @@ from spdfq.errors import SpdfqError
 from spdfq.registry import registry
 
 _FAILED: Any = object()
-_NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a table"}
+_NOUNS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    dict: "a table",
+}
 
 
 def component(kind: str, default: Any = attrs.NOTHING) -> Any:
@@ -48,21 +56,24 @@ def structure(cls: type, data: Any, path: str, problems: list[str]) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in attrs.fields(cls) if field.init}
     before = len(problems)
+    misspelt = set()
     for key in data:
         if key not in fields:
-            _fail(problems, _join(path, key), _unknown_key(key, list(fields)))
+            near = _nearest(key, fields)
+            misspelt.add(near)
+            _fail(problems, _join(path, key), _unknown_key(near, fields))
     values = {}
     for name, field in fields.items():
         if name in data:
             values[name] = _field(field, hints[name], data[name], _join(path, name), problems)
-        elif field.default is attrs.NOTHING:
+        elif field.default is attrs.NOTHING and name not in misspelt:
             _fail(problems, _join(path, name), "is required")
     if len(problems) > before:
         return _FAILED
     try:
         return cls(**values)
     except (ValueError, TypeError, SpdfqError) as error:
-        return _fail(problems, path or "recipe", str(error))
+        return _fail(problems, path or "recipe", _validator_message(error))
 
 
 def structured_ok(value: Any) -> bool:
@@ -85,7 +96,8 @@ def unstructure(value: Any, kind: str | None = None) -> Any:
 
 
 def _unstructure_field(field: attrs.Attribute, value: Any) -> Any:
-    kind, many = field.metadata.get("kind"), field.metadata.get("many")
+    kind: Any = field.metadata.get("kind")
+    many = field.metadata.get("many")
     if many is dict:
         return {name: unstructure(item, kind) for name, item in value.items()}
     if many is list:
@@ -94,7 +106,8 @@ def _unstructure_field(field: attrs.Attribute, value: Any) -> Any:
 
 
 def _field(field: attrs.Attribute, hint: Any, data: Any, path: str, problems: list[str]) -> Any:
-    kind, many = field.metadata.get("kind"), field.metadata.get("many")
+    kind: Any = field.metadata.get("kind")
+    many = field.metadata.get("many")
     if many is dict:
         return _named_components(kind, data, path, problems)
     if many is list:
@@ -108,6 +121,8 @@ def _field(field: attrs.Attribute, hint: Any, data: Any, path: str, problems: li
     if len(problems) == before and field.validator is not None and not (value is None and field.default is None):
         try:
             field.validator(None, field, value)
+        except AttributeError:
+            return value  # a validator that reads other fields: it runs when the whole is built
         except (ValueError, TypeError) as error:
             return _fail(problems, path, _validator_message(error))
     return value
@@ -127,10 +142,12 @@ def _component(
 ) -> Any:
     table = {"type": data} if isinstance(data, str) else data
     if not isinstance(table, dict):
-        return _fail(problems, path, f"expected a {kind} (a name or a table with 'type'), got {_shown(data)}")
+        return _fail(problems, path, f"expected {_one(kind)} (a name or a table with 'type'), got {_shown(data)}")
     name = table.get("type", fallback)
     if not isinstance(name, str):
-        return _fail(problems, path, f"needs 'type', the name of a {kind} (known: {', '.join(registry(kind).names())})")
+        return _fail(
+            problems, path, f"needs 'type', the name of {_one(kind)} (known: {', '.join(registry(kind).names())})"
+        )
     try:
         cls = registry(kind).get(name)
     except SpdfqError as error:
@@ -158,9 +175,11 @@ def _value(hint: Any, data: Any, path: str, problems: list[str]) -> Any:
     if attrs.has(hint):
         return structure(hint, data, path, problems)
     if hint is float and type(data) is int:
-        return float(data)
+        data = float(data)
     if type(data) is not hint:
-        return _fail(problems, path, f"expected {_NOUNS.get(hint, hint.__name__)}, got {_shown(data)}")
+        return _fail(problems, path, f"expected {_noun(hint)}, got {_shown(data)}")
+    if hint is float and not math.isfinite(data):
+        return _fail(problems, path, f"expected a finite number, got {data}")
     return data
 
 
@@ -188,6 +207,10 @@ def _tuple(items: tuple, data: Any, path: str, problems: list[str]) -> Any:
     return tuple(_value(hint, item, f"{path}.{index}", problems) for index, (hint, item) in pairs)
 
 
+def _one(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
 def _noun(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
@@ -199,14 +222,17 @@ def _validator_message(error: Exception) -> str:
     return str(error.args[0]) if error.args else type(error).__name__
 
 
-def _unknown_key(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+def _nearest(key: Any, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(str(key), known, n=1)), None)
+
+
+def _unknown_key(near: str | None, known: Iterable[str]) -> str:
+    hint = f"; did you mean {near!r}?" if near else ""
     return f"unknown key{hint} (keys: {', '.join(known) or 'none'})"
 
 
 def _shown(data: Any) -> str:
-    nouns = {dict: "a table", list: "an array"}
+    nouns: dict[type, str] = {dict: "a table", list: "an array"}
     return nouns.get(type(data), repr(data))
 
 

@@ -1,16 +1,20 @@
 """Attention priors alignment (APA): pull each head's attention towards a random map of its own."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from attrs import define
+from attrs import define, field, validators
 from torch import Tensor
 
 from spdfq.attention import CLASS_ATTENTION
+from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs
 from spdfq.losses.priors import GaussianMixturePrior
 from spdfq.registry import losses
 from spdfq.structure import component
+
+Blocks = Literal["deep", "all"]
+Scale = Literal["mass", "sum", "max"]
 
 
 def attention_prior_loss(attention: list[Tensor], prior: list[Tensor], start: int) -> Tensor:
@@ -25,11 +29,18 @@ def attention_prior_loss(attention: list[Tensor], prior: list[Tensor], start: in
 
     Returns:
         A scalar.
+
+    Raises:
+        SpdfqError: lists of different length, a block whose shapes differ, or no such block as ``start``.
     """
     if len(attention) != len(prior):
-        raise ValueError(f"{len(attention)} blocks of attention but {len(prior)} of priors")
+        raise SpdfqError(f"{len(attention)} blocks of attention but {len(prior)} of priors; give one prior for each")
     if not 0 <= start < len(attention):
-        raise ValueError(f"start must be a block index of 0 to {len(attention) - 1}, got {start}")
+        raise SpdfqError(f"start must be a block index of 0 to {len(attention) - 1}, got {start}")
+    for index in range(start, len(attention)):
+        if attention[index].shape != prior[index].shape:
+            found = f"attention {list(attention[index].shape)} but prior {list(prior[index].shape)}"
+            raise SpdfqError(f"block {index}: {found}; both must be [B, H, K]")
     terms = [
         (index + 1) / len(attention) * (attention[index] - prior[index]).square().mean((0, 2)).sum()
         for index in range(start, len(attention))
@@ -46,15 +57,17 @@ class AttentionPriorLoss(Loss):
         weight: factor of this loss; ``auto`` balances its gradient against the label loss's.
         prior: what the maps are drawn from.
         blocks: the deep half as published, or all blocks.
-        scale: what a map sums to: the mass its row gives to patch tokens (detached), one, or a peak of one (unpublished).
-        follow: roll and mirror the maps along with the images (unpublished; windows do not move, so theirs stay).
+        scale: what a map sums to: the ``mass`` its row gives to patch tokens (detached), or 1 (``sum``); ``max`` makes
+            its peak 1 (unpublished).
+        follow: roll and mirror the maps along with the images (unpublished). Windows stay where they are on the token
+            grid while the images move beneath them, so the maps of windowed attention stay as they were drawn.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({CLASS_ATTENTION})
 
     prior: Any = component("prior", default=GaussianMixturePrior)
-    blocks: Literal["deep", "all"] = "deep"
-    scale: Literal["mass", "sum", "max"] = "mass"
+    blocks: Blocks = field(default="deep", validator=validators.in_(get_args(Blocks)))
+    scale: Scale = field(default="mass", validator=validators.in_(get_args(Scale)))
     follow: bool = True
 
     def __call__(self, inputs: LossInputs) -> Tensor:

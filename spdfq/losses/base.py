@@ -1,10 +1,12 @@
 """What every loss of the synthesis is: an attrs class called with what one iteration produced."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import Tensor
 
 from spdfq.attention import AttentionRecord
@@ -23,8 +25,8 @@ class LossInputs:
         attention: what the losses asked to be recorded, for the images alone.
         flip: whether the images were mirrored in this iteration.
         shift: rows and columns the images were rolled by, in pixels.
-        generator: a generator for a purpose, the same one each time it is asked for within a group.
-        kept: what a loss wants to keep for the group; see `keep`.
+        generator: a fresh generator for a purpose, in the same state each time it is asked for within a group.
+        kept: what the loss wants to keep for the group; see `keep`.
     """
 
     images: Tensor
@@ -38,16 +40,28 @@ class LossInputs:
     generator: Callable[..., torch.Generator] = field(default=lambda *purpose: torch.Generator().manual_seed(0))
     kept: dict[Any, Any] = field(factory=dict)
 
+    def scoped(self, name: str) -> "LossInputs":
+        """The same for the loss of that name: what it keeps and draws is shared with no other loss."""
+        return evolve(self, generator=partial(self.generator, name), kept=self.kept.setdefault(name, {}))
+
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` returned the first time this key was asked for in this group."""
+        """What ``make`` returned the first time this key was asked for in this group.
+
+        It is made anew after a resume, so let it depend on `generator` and shapes alone, not on the images.
+        """
         if key not in self.kept:
             self.kept[key] = make()
         return self.kept[key]
 
 
 def _weight(_: Any, attribute: Any, value: Any) -> None:
-    if value != "auto" and not value >= 0:
-        raise ValueError(f"must be at least 0 or 'auto', got {value!r}")
+    if value != "auto" and not 0 <= value < math.inf:
+        raise ValueError(f"must be at least 0 and finite, or 'auto', got {value!r}")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @define(kw_only=True)

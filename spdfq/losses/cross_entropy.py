@@ -6,7 +6,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from spdfq.losses.base import Loss, LossInputs
+from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
 
 
@@ -20,7 +20,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         A scalar, in nats.
     """
-    return -(target * logits.log_softmax(-1)).sum(-1).mean()
+    return -(target * at_least_float32(logits).log_softmax(-1)).sum(-1).mean()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -33,12 +33,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         A scalar, in nats.
     """
-    return torch.nn.functional.cross_entropy(logits, labels)
+    return torch.nn.functional.cross_entropy(at_least_float32(logits), labels)
 
 
 def _over_views(inputs: LossInputs, target: Tensor) -> Tensor:
     """Image by image: the loss of the whole plus the mean over its crops; mean over images."""
-    assert inputs.logits is not None and inputs.view_weights is not None
+    assert inputs.logits is not None
+    assert inputs.view_weights is not None
     per_view = -(target * inputs.logits.log_softmax(-1)).sum(-1)
     return (inputs.view_weights * per_view).sum()
 

@@ -9,7 +9,7 @@ from attrs import define
 from torch import Tensor
 
 from spdfq.attention import ATTENTION_OUTPUTS
-from spdfq.losses.base import Loss, LossInputs
+from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
 
 _BANDWIDTH = 0.01
@@ -29,10 +29,10 @@ def patch_similarity_entropy(features: Tensor) -> Tensor:
     Returns:
         A scalar, in nats.
     """
-    unit = F.normalize(features.float(), dim=-1)
+    unit = F.normalize(at_least_float32(features), dim=-1)
     similarity = (unit @ unit.mT).flatten(1)
     low, high = similarity.detach().aminmax()
-    points = torch.linspace(0, 1, _POINTS, device=features.device) * (high - low) + low
+    points = torch.linspace(0, 1, _POINTS, device=unit.device, dtype=unit.dtype) * (high - low) + low
     norm = 1 / (_BANDWIDTH * math.sqrt(2 * math.pi))
     # one point at a time: the [B, 10, N²] tensor of a single broadcast is what makes the public code slow
     density = [norm * (-0.5 * ((point - similarity) / _BANDWIDTH).square()).exp().mean(-1) for point in points]

@@ -1,6 +1,7 @@
 """Attention priors: random maps of one to a few bumps on the token grid (SPDFQ, arXiv 2412.16553, section 3.2)."""
 
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import torch
 from attrs import field, frozen, validators
@@ -8,13 +9,15 @@ from torch import Tensor
 
 from spdfq.registry import priors
 
+Combine = Literal["sum", "max"]
+
 
 def _ordered_pair(_: object, __: object, value: tuple[float, float]) -> None:
-    if not 0 < value[0] <= value[1]:
-        raise ValueError(f"expected two increasing positive numbers, got {list(value)}")
+    if not 0 < value[0] <= value[1] < math.inf:
+        raise ValueError(f"expected two positive numbers, the second at least the first, got {list(value)}")
 
 
-@frozen(kw_only=True)
+@frozen
 class MixturePrior:
     """A mixture of ``k ~ U{1..max_components}`` elliptic bumps of equal height, positions uniform on the grid.
 
@@ -25,14 +28,14 @@ class MixturePrior:
         combine: how overlapping bumps combine (unpublished).
     """
 
-    max_components: int = field(default=5, validator=validators.ge(1), kw_only=False)
-    sigma: tuple[float, float] = field(default=(0.05, 0.25), validator=_ordered_pair)
-    correlation: float = field(default=0.5, validator=[validators.ge(0.0), validators.lt(1.0)])
-    combine: Literal["sum", "max"] = "sum"
+    max_components: int = field(default=5, validator=validators.ge(1))
+    sigma: tuple[float, float] = field(default=(0.05, 0.25), validator=_ordered_pair, kw_only=True)
+    correlation: float = field(default=0.5, validator=[validators.ge(0.0), validators.lt(1.0)], kw_only=True)
+    combine: Combine = field(default="sum", validator=validators.in_(get_args(Combine)), kw_only=True)
 
-    def profile(self, squared: Tensor) -> Tensor:
-        """Height of a bump at a squared Mahalanobis distance from its centre."""
-        raise TypeError(f"{type(self).__name__} does not define a profile")
+    def log_profile(self, squared: Tensor) -> Tensor:
+        """Logarithm of a bump's height at a squared Mahalanobis distance from its centre, where it is 0."""
+        raise TypeError(f"{type(self).__name__} does not define log_profile")
 
     def sample(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Draw maps.
@@ -52,13 +55,12 @@ class MixturePrior:
         rho = self.correlation * (2 * draw[4] - 1)
         y, x = _centres(grid)
         dy, dx = (y - draw[0]) / spread_y, (x - draw[1]) / spread_x
-        heights = self.profile((dy**2 + dx**2 - 2 * rho * dy * dx) / (1 - rho**2))
+        heights = self.log_profile((dy**2 + dx**2 - 2 * rho * dy * dx) / (1 - rho**2))
         used = torch.randint(1, self.max_components + 1, (count, 1, 1), generator=generator)
-        heights = heights * (torch.arange(self.max_components).view(1, -1, 1) < used)
-        maps = heights.sum(1) if self.combine == "sum" else heights.amax(1)
-        # the nearest token is at most half a cell away, but a narrow bump on a coarse grid can still vanish there
-        maps = maps + torch.finfo(maps.dtype).tiny * grid[0] * grid[1]
-        return maps / maps.sum(-1, keepdim=True)
+        heights = heights.masked_fill(torch.arange(self.max_components).view(1, -1, 1) >= used, -math.inf)
+        maps = heights.logsumexp(1) if self.combine == "sum" else heights.amax(1)
+        # in logarithms, as a narrow bump on a coarse grid is zero at every token
+        return maps.softmax(-1)
 
 
 def _centres(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -68,7 +70,7 @@ def _centres(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 @priors.register("gaussian_mixture", paper="arXiv:2412.16553")
-@frozen(kw_only=True)
+@frozen
 class GaussianMixturePrior(MixturePrior):
     """Mixture of two-dimensional Gaussians, the prior of SPDFQ.
 
@@ -79,13 +81,13 @@ class GaussianMixturePrior(MixturePrior):
         combine: how overlapping Gaussians combine (unpublished).
     """
 
-    def profile(self, squared: Tensor) -> Tensor:
-        """``exp(-d²/2)``."""
-        return (-0.5 * squared).exp()
+    def log_profile(self, squared: Tensor) -> Tensor:
+        """``-d²/2``."""
+        return -0.5 * squared
 
 
 @priors.register("laplace", paper="arXiv:2412.16553")
-@frozen(kw_only=True)
+@frozen
 class LaplacePrior(MixturePrior):
     """Mixture of elliptic Laplace bumps, sharper at the centre and heavier in the tails.
 
@@ -96,6 +98,6 @@ class LaplacePrior(MixturePrior):
         combine: how overlapping bumps combine (unpublished).
     """
 
-    def profile(self, squared: Tensor) -> Tensor:
-        """``exp(-√2 d)``."""
-        return (-(2.0**0.5) * squared.sqrt()).exp()
+    def log_profile(self, squared: Tensor) -> Tensor:
+        """``-√2 d``."""
+        return -(2.0**0.5) * squared.clamp(min=0).sqrt()

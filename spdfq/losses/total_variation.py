@@ -3,7 +3,7 @@
 from attrs import define
 from torch import Tensor
 
-from spdfq.losses.base import Loss, LossInputs
+from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
 
 
@@ -19,13 +19,14 @@ def total_variation(images: Tensor) -> Tensor:
     Returns:
         A scalar.
     """
+    images = at_least_float32(images)
     differences = (
         images[..., :, 1:] - images[..., :, :-1],
         images[..., 1:, :] - images[..., :-1, :],
         images[..., 1:, 1:] - images[..., :-1, :-1],
         images[..., 1:, :-1] - images[..., :-1, 1:],
     )
-    norms = [difference.float().norm() for difference in differences]
+    norms = [difference.norm() for difference in differences]
     return norms[0] + norms[1] + norms[2] + norms[3]
 
 

@@ -1,16 +1,19 @@
 """What every source of calibration images gives, and how it is stored."""
 
+import json
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from attrs import define, field, validators
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from spdfq.errors import DataError
+from spdfq.files import read_tensors, write_tensors
 from spdfq.models import Teacher
 from spdfq.runtime import Runtime
+
+_REMEDY = "synthesise them again, or use --fresh"
 
 
 @define(eq=False, kw_only=True)
@@ -42,19 +45,23 @@ class SyntheticImages:
     _TENSORS: ClassVar = ("images", "boxes", "owners", "labels", "curves", "prior", "reached")
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file."""
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self._TENSORS}
-        metadata = {"columns": ",".join(self.columns), "first_block": str(self.first_block)}
-        save_file(tensors, path, metadata=metadata)
+        """Write one safetensors file; a crash leaves none or the one that was there."""
+        metadata = {"columns": json.dumps(self.columns), "first_block": str(self.first_block)}
+        write_tensors(path, {name: getattr(self, name) for name in self._TENSORS}, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "SyntheticImages":
-        """Read what `save` wrote."""
-        with safe_open(path, "pt") as stored:
-            metadata = stored.metadata()
-            tensors = {name: stored.get_tensor(name) for name in cls._TENSORS}
-        columns = tuple(name for name in metadata["columns"].split(",") if name)
-        return cls(**tensors, columns=columns, first_block=int(metadata["first_block"]))
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: the file is missing, damaged or something else.
+        """
+        tensors, metadata = read_tensors(path, _REMEDY)
+        try:
+            columns, first_block = tuple(json.loads(metadata["columns"])), int(metadata["first_block"])
+            return cls(**{name: tensors[name] for name in cls._TENSORS}, columns=columns, first_block=first_block)
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{path}: not synthetic images of spdfq ({error}); {_REMEDY}") from None
 
 
 @define(kw_only=True)

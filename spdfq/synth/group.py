@@ -1,19 +1,18 @@
-"""The unit of work: one group of images, its optimiser, crops, targets, automatic weights and state file."""
+"""What is kept of a group of images between iterations: pixels, moments, automatic weights and the losses so far."""
 
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from attrs import define, field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spdfq.errors import DataError
+from spdfq.files import read_tensors, write_tensors
 from spdfq.losses.base import Loss
 
 BALANCE_ITERATIONS = 10
+_REMEDY = "delete it or use --fresh; the group then starts again"
+_MOMENTS = "optimizer."
 
 
 @define(eq=False)
@@ -39,13 +38,14 @@ class Balance:
         """Measure the gradients, during the first iterations only."""
         if not self.automatic or iteration >= BALANCE_ITERATIONS:
             return
-        reference = sum(terms[name] * self.losses[name].weight for name in terms if self.losses[name].label_loss)
-        for slot, term in enumerate([reference, *(terms[name] for name in self.automatic)]):
+        labels = [terms[name] * float(loss.weight) for name, loss in self.losses.items() if loss.label_loss]
+        measured = [torch.stack(labels).sum(), *(terms[name] for name in self.automatic)]
+        for slot, term in enumerate(measured):
             (gradient,) = torch.autograd.grad(term, images, retain_graph=True)
             self.norms[slot] += float(gradient.norm())
 
     def weight(self, name: str) -> float:
-        """The weight of a loss now."""
+        """The weight of a loss now: an automatic one is the ratio of what was measured so far."""
         fixed = self.losses[name].weight
         if fixed != "auto":
             return float(fixed)
@@ -55,7 +55,7 @@ class Balance:
 
 @define(eq=False)
 class GroupState:
-    """What must be kept to take a group up again: images, moments, automatic weights, losses so far.
+    """What must be kept to take a group up again.
 
     Args:
         images: ``[B, C, H, W]``, the tensor that is optimised.
@@ -73,33 +73,39 @@ class GroupState:
 
     def save(self, path: Path) -> None:
         """Write the state so that a crash leaves either the old file or the new one."""
-        moments = {f"optimizer.{name}": value for name, value in self.optimizer.state[self.images].items()}
-        tensors = {"images": self.images, "norms": self.balance.norms, "curve": self.curve, **moments}
-        stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        write_atomically(path, stored, {"iteration": str(self.iteration)})
+        state = self.optimizer.state[self.images].items()
+        moments = {f"{_MOMENTS}{name}": value for name, value in state if isinstance(value, Tensor)}
+        write_tensors(path, {**self._tensors(), **moments}, {"iteration": str(self.iteration)})
 
     def restore(self, path: Path) -> None:
-        """Take up what `save` wrote."""
-        try:
-            with safe_open(path, "pt") as stored:
-                self.iteration = int(stored.metadata()["iteration"])
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: damaged state of an interrupted run ({error}); delete it, or use --fresh") from None
+        """Take up what `save` wrote.
+
+        Raises:
+            DataError: the file is damaged, or not of this group.
+        """
+        tensors, metadata = read_tensors(path, _REMEDY)
+        iteration = metadata.get("iteration", "")
+        self._refuse(path, tensors, iteration)
+        self.iteration = int(iteration)
         with torch.no_grad():
-            self.images.copy_(tensors["images"])
-            self.curve.copy_(tensors["curve"])
-        self.balance.norms = tensors["norms"]
-        moments = {name.removeprefix("optimizer."): value for name, value in tensors.items() if "optimizer." in name}
+            for name, own in self._tensors().items():
+                own.copy_(tensors[name])
         self.optimizer.state[self.images] = {
-            name: value if name == "step" else value.to(self.images.device) for name, value in moments.items()
+            name.removeprefix(_MOMENTS): value if name == f"{_MOMENTS}step" else value.to(self.images.device)
+            for name, value in tensors.items()
+            if name.startswith(_MOMENTS)
         }
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"images": self.images, "norms": self.balance.norms, "curve": self.curve}
 
-def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a safetensors file under a temporary name, sync it, and move it into place."""
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    def _refuse(self, path: Path, tensors: dict[str, Tensor], iteration: str) -> None:
+        """Raise where the file would not fit: `Tensor.copy_` would broadcast."""
+        if not iteration.isdecimal() or int(iteration) > len(self.curve):
+            raise DataError(
+                f"{path}: iteration {iteration!r} of {len(self.curve)} is not that of this group; {_REMEDY}"
+            )
+        for name, own in self._tensors().items():
+            found = list(tensors[name].shape) if name in tensors else "nothing"
+            if found != list(own.shape):
+                raise DataError(f"{path}: {name} is {found}, expected {list(own.shape)}; {_REMEDY}")

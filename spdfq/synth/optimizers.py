@@ -26,9 +26,9 @@ class Adam:
         weight_decay: decoupled weight decay.
     """
 
-    lr: float = field(default=0.2, validator=validators.gt(0.0))
+    lr: float = field(default=0.2, validator=[validators.gt(0.0), validators.lt(math.inf)])
     betas: tuple[float, float] = field(default=(0.5, 0.9), validator=_betas)
-    weight_decay: float = field(default=0.0, validator=validators.ge(0.0))
+    weight_decay: float = field(default=0.0, validator=[validators.ge(0.0), validators.lt(math.inf)])
 
     def build(self, images: Tensor) -> torch.optim.Optimizer:
         """An optimiser of one tensor."""

@@ -1,17 +1,22 @@
 """Targets: the distributions the teacher's outputs are pulled towards."""
 
+import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from attrs import field, frozen
+from attrs import field, frozen, validators
 from torch import Tensor
 
+from spdfq.errors import SpdfqError
 from spdfq.registry import targets
+
+Elsewhere = Literal["normal", "uniform", "zero"]
+_FINITE = (validators.gt(-math.inf), validators.lt(math.inf))
 
 
 @targets.register("soft_label", paper="arXiv:2412.16553")
-@frozen(kw_only=True)
+@frozen
 class SoftLabelTarget:
     """Softlabel learning (SL): ``softmax(Z)``, Z high at the relevant classes and low elsewhere.
 
@@ -21,14 +26,13 @@ class SoftLabelTarget:
         elsewhere: Z at the other classes: ``normal`` N(0, 1), ``uniform`` U(0, 1) or ``zero`` (unpublished).
     """
 
-    low: float = field(default=5.0, kw_only=False)
-    high: float = field(default=10.0, kw_only=False)
-    elsewhere: Literal["normal", "uniform", "zero"] = "normal"
+    low: float = field(default=5.0, validator=list(_FINITE))
+    high: float = field(default=10.0, validator=list(_FINITE))
+    elsewhere: Elsewhere = field(default="normal", validator=validators.in_(get_args(Elsewhere)), kw_only=True)
 
-    @high.validator
-    def _above_low(self, _: Any, value: float) -> None:
-        if self is not None and value < self.low:
-            raise ValueError(f"must be at least low ({self.low}), got {value}")
+    def __attrs_post_init__(self) -> None:
+        if self.high < self.low:
+            raise ValueError(f"high must be at least low ({self.low}), got {self.high}")
 
     def sample(self, labels: Sequence[Any], num_classes: int, generator: torch.Generator) -> Tensor:
         """Draw distributions.
@@ -40,6 +44,9 @@ class SoftLabelTarget:
 
         Returns:
             ``[B, C]`` float32 probabilities.
+
+        Raises:
+            SpdfqError: a view without a class, or one that is not of 0 to C - 1.
         """
         shape = (len(labels), num_classes)
         relevant = self.low + (self.high - self.low) * torch.rand(shape, generator=generator)
@@ -49,7 +56,7 @@ class SoftLabelTarget:
 
 
 @targets.register("one_hot")
-@frozen(kw_only=True)
+@frozen
 class OneHotTarget:
     """All the probability on the label; shared evenly where a view shows several classes."""
 
@@ -60,8 +67,15 @@ class OneHotTarget:
 
 
 def label_mask(labels: Sequence[Any], num_classes: int) -> Tensor:
-    """``[B, C]`` boolean from a class index or a sequence of them for each view."""
+    """``[B, C]`` boolean from a class index or a sequence of them for each view.
+
+    Raises:
+        SpdfqError: a view without a class, or one that is not of 0 to C - 1.
+    """
     mask = torch.zeros(len(labels), num_classes, dtype=torch.bool)
     for row, classes in enumerate(labels):
-        mask[row, torch.as_tensor(classes).reshape(-1)] = True
+        shown = torch.as_tensor(classes).reshape(-1)
+        if not len(shown) or shown.is_floating_point() or shown.min() < 0 or shown.max() >= num_classes:
+            raise SpdfqError(f"labels of view {row}: expected classes of 0 to {num_classes - 1}, got {classes}")
+        mask[row, shown] = True
     return mask

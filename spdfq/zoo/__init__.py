@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import frozen
 
-_DATA_CONFIG = {
+_DATA_CONFIG: dict[str, Any] = {
     "input_size": (1, 28, 28),
     "num_classes": 10,
     "mean": (0.2860,),

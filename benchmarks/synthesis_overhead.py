@@ -1,0 +1,129 @@
+"""What one iteration of the full synthesis costs, over the bare cost of as many views through the teacher and back.
+
+Full: 32 images of `bundled:vit_fmnist`, crops in every iteration, the attention prior with its automatic weight (after
+the iterations that measure it), soft labels, total variation, jitter and flip, the optimiser's step. Bare: the same
+number of views of the same size through the same teacher, a cross-entropy, and the gradient to the views; once with
+timm's own attention (fused) and once with its explicit one, which is faster here and so the stricter reference. The
+three take turns in one process, so that a busy machine slows all of them; the ratios are those of the medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss, TotalVariationLoss
+from spdfq.models import load_teacher
+from spdfq.provenance import device_name, git_commit, versions
+from spdfq.recipe import ModelSpec
+from spdfq.runtime import Runtime
+from spdfq.synth import Flip, Jitter, MultiSemanticSampler, OptimizedImages, SoftLabelTarget
+from spdfq.synth.group import BALANCE_ITERATIONS
+from spdfq.synth.loop import Group
+
+IMAGES, TARGET = 32, 1.35
+
+
+def full_synthesis(iterations: int) -> OptimizedImages:
+    losses = {
+        "attention_prior": AttentionPriorLoss(weight="auto"),
+        "soft_cross_entropy": SoftCrossEntropyLoss(),
+        "total_variation": TotalVariationLoss(weight=0.05),
+    }
+    return OptimizedImages(
+        images=IMAGES,
+        group=IMAGES,
+        iterations=iterations,
+        losses=losses,
+        sampler=MultiSemanticSampler(),
+        target=SoftLabelTarget(),
+        augmentations=(Jitter(), Flip()),
+    )
+
+
+def bare_pass(module: nn.Module, views: Tensor, labels: Tensor, fused: bool) -> None:
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = fused
+    torch.autograd.grad(F.cross_entropy(module(views), labels), views)
+
+
+def seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    teacher = load_teacher(ModelSpec(name="bundled:vit_fmnist"))
+    with teacher.frozen() as module:
+        group = Group(full_synthesis(BALANCE_ITERATIONS + rounds), teacher, Runtime(), 0, IMAGES)
+        count = IMAGES + len(group.plan.boxes)
+        views = torch.randn(count, *teacher.input_size).requires_grad_()
+        labels = torch.arange(count) % teacher.num_classes
+        for iteration in range(BALANCE_ITERATIONS):
+            group.step(iteration)
+        iterations = iter(range(BALANCE_ITERATIONS, BALANCE_ITERATIONS + rounds))
+        ways: dict[str, Callable[[], None]] = {
+            "full": lambda: group.step(next(iterations)),
+            "bare_fused": lambda: bare_pass(module, views, labels, fused=True),
+            "bare_explicit": lambda: bare_pass(module, views, labels, fused=False),
+        }
+        for fused in (True, False):
+            bare_pass(module, views, labels, fused)
+        taken = [{way: seconds(work) for way, work in ways.items()} for _ in range(rounds)]
+    return {"images": IMAGES, "crops": count - IMAGES, "rounds": rounds, **summary(taken)}
+
+
+def summary(taken: list[dict[str, float]]) -> dict[str, Any]:
+    median = {way: statistics.median(round_[way] for round_ in taken) for way in taken[0]}
+    ratios = {way: median["full"] / median[way] for way in ("bare_fused", "bare_explicit")}
+    quartiles = {
+        way: [round(q, 3) for q in statistics.quantiles([r["full"] / r[way] for r in taken], n=4)] for way in ratios
+    }
+    return {
+        "median_ms": {way: round(1e3 * value, 2) for way, value in median.items()},
+        "ratio": {way: round(value, 3) for way, value in ratios.items()},
+        "ratio_quartiles_per_round": quartiles,
+        "target": TARGET,
+        "met": max(ratios.values()) <= TARGET,
+    }
+
+
+def changed() -> bool | None:
+    """Whether the library measured here differs from the commit that is named."""
+    library = Path(__file__).parents[1] / "spdfq"
+    asked = subprocess.run(["git", "status", "--porcelain", "."], cwd=library, capture_output=True, text=True)
+    return bool(asked.stdout.strip()) if asked.returncode == 0 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="write JSON here (benchmarks/results/...)")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    load = round(os.getloadavg()[0], 2)
+    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "load_before": load}
+    about = {**machine, "versions": versions(), "commit": git_commit(), "library_changed_since": changed()}
+    print(json.dumps(about, indent=1))
+    result = measure(arguments.rounds)
+    print(json.dumps(result, indent=1))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"machine": about, **result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The bench command."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from spdfq_cli import options
+
+_PIPED = 160
+
+
+@click.command()
+@click.argument("file", metavar="NAME|FILE.toml")
+@options.out
+@options.device
+@options.quiet
+@options.as_json
+@click.pass_context
+def bench(ctx: click.Context, file: str, out: str | None, device: str | None, quiet: bool, as_json: bool) -> None:
+    """Run all combinations of a bench file.
+
+    What is finished is kept: run the same command again to go on, or to try what failed once more.
+    """
+    from spdfq.bench import run_bench
+
+    result = run_bench(
+        file,
+        out=Path(out) if out else None,
+        device=device,
+        progress=options.progress(quiet),
+        announce=options.announce(quiet),
+    )
+    if as_json:
+        options.print_json({"folder": str(result.folder), "cells": result.rows})
+    else:
+        _print_table(result)
+    ctx.exit(1 if result.failed else 0)
+
+
+def _print_table(result: Any) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from spdfq.benchtable import MEASURES, caption, headings, lines
+
+    table = Table(box=SIMPLE, pad_edge=False, caption=caption(result.rows), caption_justify="left")
+    for column in headings(result.plan):
+        if column in MEASURES:
+            table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
+        else:
+            table.add_column(column, overflow="fold")
+    for line in lines(result.plan, result.rows):
+        table.add_row(*line)
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPED
+    console.print(table)
+    console.print(f"table   {result.folder / 'table.md'}", soft_wrap=True)
+    console.print(f"lines   {result.folder / 'results.jsonl'}", soft_wrap=True)

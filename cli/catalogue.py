@@ -1,0 +1,112 @@
+"""Commands that say what there is: list, show, init."""
+
+import difflib
+import shutil
+import textwrap
+
+import click
+from spdfq_cli.options import note
+
+from spdfq.errors import SpdfqError
+
+
+@click.command("list")
+@click.argument("kind", required=False)
+def list_(kind: str | None) -> None:
+    """List components and recipes, or one KIND."""
+    for name in [known(kind)] if kind else kinds():
+        if not kind:
+            click.secho(f"{name}", bold=True)
+        click.echo("\n".join(rows(name, paper=bool(kind))) + ("" if kind else "\n"))
+    _tell_broken_plugins()
+
+
+@click.command()
+@click.argument("kind")
+@click.argument("name")
+def show(kind: str, name: str) -> None:
+    """Show one component or recipe in full."""
+    if known(kind) == "recipe":
+        click.echo(recipe(name), nl=False)
+    else:
+        click.echo("\n".join(component(kind, name)))
+
+
+@click.command()
+@click.argument("name")
+def init(name: str) -> None:
+    """Print a commented recipe to start from."""
+    from spdfq.commented import commented
+    from spdfq.describe import recipe_summary
+    from spdfq.recipe import load_recipe
+
+    click.echo(commented(load_recipe(name), recipe_summary(name)), nl=False)
+
+
+def kinds() -> list[str]:
+    """All kinds, recipes last."""
+    from spdfq.registry import REGISTRIES
+
+    return [*REGISTRIES, "recipe"]
+
+
+def known(kind: str) -> str:
+    """The kind itself, or an error that names the nearest."""
+    if kind in kinds():
+        return kind
+    near = difflib.get_close_matches(kind, kinds(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise SpdfqError(f"unknown kind {kind!r}{hint} (kinds: {', '.join(kinds())})")
+
+
+def rows(kind: str, paper: bool) -> list[str]:
+    """One line for each name of a kind."""
+    from spdfq.describe import plain, recipe_summary
+    from spdfq.recipe import shipped
+    from spdfq.registry import registry
+
+    found: list[tuple[str, str, str | None]]
+    if kind == "recipe":
+        found = [(name, recipe_summary(name), None) for name in shipped()]
+    else:
+        entries = [registry(kind).entry(name) for name in registry(kind).names()]
+        found = [(entry.name, plain(entry.summary), entry.paper) for entry in entries]
+    width = max((len(name) for name, _, _ in found), default=0)
+    return [
+        f"  {name:<{width}}  {summary}" + (f" [{cited}]" if paper and cited else "") for name, summary, cited in found
+    ]
+
+
+def recipe(name: str) -> str:
+    """A recipe with every default written out; a shared part with what it extends."""
+    from spdfq import toml
+    from spdfq.recipe import load_recipe, resolve
+
+    part = "/" in name and not name.endswith(".toml")
+    return toml.dumps(resolve(name) if part else load_recipe(name).to_dict())
+
+
+def component(kind: str, name: str) -> list[str]:
+    """All that is known of a component."""
+    from spdfq.describe import body, describe, plain
+    from spdfq.registry import registry
+
+    entry = registry(kind).entry(name)
+    lines = [f"{kind} {name}", f"  {plain(entry.summary)}", ""]
+    for field in describe(entry.component):
+        lines += [f"  {field.name} = {field.default}    {field.type}", *_wrapped(field.doc), ""]
+    text = [*body(entry.component).splitlines(), ""] if body(entry.component) else []
+    paper = [f"paper   {entry.paper}"] if entry.paper else []
+    return [*lines, *text, *paper, f"source  {entry.module}:{entry.line}"]
+
+
+def _wrapped(text: str) -> list[str]:
+    width = min(shutil.get_terminal_size().columns, 100)
+    return textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
+
+
+def _tell_broken_plugins() -> None:
+    from spdfq.registry import plugin_failures
+
+    for plugin, why in plugin_failures.items():
+        note(f"warning: plugin {plugin!r} failed to import: {why}")

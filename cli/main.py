@@ -1,0 +1,54 @@
+"""The command line: options in, one call into spdfq, lines out."""
+
+import difflib
+from typing import Any
+
+import click
+from spdfq_cli.bench import bench
+from spdfq_cli.catalogue import init, list_, show
+from spdfq_cli.run import check, evaluate, run
+
+from spdfq.errors import SpdfqError
+
+INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """Commands that report a user's mistakes as lines, and everything else as it is."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Look a command up, and suggest the nearest one."""
+        name = args[0]
+        near = difflib.get_close_matches(name, self.commands, n=1)
+        if near and name not in self.commands:
+            ctx.fail(f"no such command {name!r}; did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; an `SpdfqError` is the user's to mend and needs no traceback."""
+        try:
+            return super().invoke(ctx)
+        except SpdfqError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted; run the same command again to go on", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="spdfq")
+def main() -> None:
+    """Quantize vision transformers without real images.
+
+    \b
+    spdfq run quickstart                     a 4-bit ViT in about two minutes
+    spdfq list                               what there is to choose from
+    spdfq init quickstart > my.toml          a recipe to edit, every key explained
+    spdfq check my.toml && spdfq run my.toml
+    """
+
+
+for command in (run, evaluate, check, list_, show, init, bench):
+    main.add_command(command)

@@ -1,0 +1,105 @@
+"""Commands that work on one recipe: run, evaluate, check."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from spdfq_cli import options
+
+
+@click.command()
+@click.argument("recipe", metavar="NAME|FILE.toml")
+@options.overrides
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of every random draw.")
+@options.out
+@options.device
+@click.option("--fresh", is_flag=True, help="Do every stage again instead of reusing finished ones.")
+@options.quiet
+@options.as_json
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    out: str | None,
+    device: str | None,
+    fresh: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Run a recipe and write its run folder."""
+    from spdfq import pipeline
+
+    result = pipeline.run(
+        recipe,
+        overrides=overrides,
+        seed=seed,
+        out=Path(out) if out else None,
+        device=device,
+        fresh=fresh,
+        progress=options.progress(quiet),
+        announce=options.announce(quiet),
+    )
+    record = json.loads((result.folder / "run.json").read_text(encoding="utf-8"))
+    if as_json:
+        options.print_json({**record, "folder": str(result.folder)})
+    else:
+        click.echo("\n".join(summary(record, result.folder)))
+
+
+@click.command()
+@click.argument("folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@options.overrides
+@options.device
+@options.quiet
+@options.as_json
+def evaluate(folder: Path, overrides: tuple[str, ...], device: str | None, quiet: bool, as_json: bool) -> None:
+    """Measure a finished run again.
+
+    With --set on other images, for example --set evaluation.dataset.root='"val"'.
+    """
+    from spdfq import pipeline
+
+    metrics = pipeline.evaluate_run(folder, overrides=overrides, device=device, progress=options.progress(quiet))
+    if as_json:
+        options.print_json({"folder": str(folder), "metrics": metrics})
+    else:
+        click.echo("\n".join(accuracy(metrics)))
+
+
+@click.command()
+@click.argument("recipe", metavar="NAME|FILE.toml")
+@options.overrides
+def check(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Check a recipe; all problems at once."""
+    from spdfq import pipeline
+
+    for warning in pipeline.check(recipe, overrides=overrides):
+        click.echo(f"warning: {warning}")
+    click.echo("ok")
+
+
+def summary(record: dict[str, Any], folder: Path) -> list[str]:
+    """What a reader wants to know at the end of a run."""
+    backend, stages = record["backend"], record["stages"]
+    return [
+        f"{record['name']}: {backend['label']} of {record['model']['name']}, placement {backend['placement']}",
+        *accuracy(record["metrics"]),
+        "seconds    " + ", ".join(_stage(name, stage) for name, stage in stages.items()),
+        f"folder     {folder}",
+        f"report     {folder / 'report.html'}",
+    ]
+
+
+def accuracy(metrics: dict[str, Any]) -> list[str]:
+    """The accuracy before and after."""
+    before, after = metrics["fp"]["top1"], metrics["quantized"]["top1"]
+    simulated = " (simulated)" if metrics.get("simulated") else ""
+    return [
+        f"top-1      {before:.2f} % FP -> {after:.2f} % quantized{simulated}, {metrics['images']} images",
+        f"agreement  {metrics['agreement']:.2f} % of the images get the same first class",
+    ]
+
+
+def _stage(name: str, stage: dict[str, Any]) -> str:
+    return f"{name} {stage['seconds']:.1f}" + (" (reused)" if stage["reused"] else "")

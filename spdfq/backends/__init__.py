@@ -1,0 +1,21 @@
+"""Back-ends: where quantizers are placed, and the steps that calibrate and repair a quantized model."""
+
+from spdfq.backends.base import Calibration, Step
+from spdfq.backends.blockwise import Blockwise
+from spdfq.backends.calibrate import Calibrate
+from spdfq.backends.model import QuantizedModel, Site
+from spdfq.backends.place import place
+from spdfq.backends.placements import MatmulInputs
+from spdfq.backends.quantize import quantize
+
+__all__ = [
+    "Blockwise",
+    "Calibrate",
+    "Calibration",
+    "MatmulInputs",
+    "QuantizedModel",
+    "Site",
+    "Step",
+    "place",
+    "quantize",
+]

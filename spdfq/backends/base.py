@@ -1,0 +1,42 @@
+"""What every step of a back-end is, and what it is given."""
+
+from pathlib import Path
+
+from attrs import define, frozen
+from torch import Tensor
+
+from spdfq.backends.model import QuantizedModel
+from spdfq.models import Teacher
+from spdfq.runtime import Runtime
+
+
+@frozen(eq=False, kw_only=True)
+class Calibration:
+    """What a step works with.
+
+    Args:
+        teacher: the float model.
+        images: ``[n, C, H, W]``, normalised, on the teacher's device.
+        runtime: precision, seed streams and progress.
+        folder: where a long step keeps its state, so that a killed run goes on; ``None`` keeps nothing.
+        index: position of the step in the recipe, part of its seed stream and file names.
+    """
+
+    teacher: Teacher
+    images: Tensor
+    runtime: Runtime
+    folder: Path | None = None
+    index: int = 0
+
+    def state_file(self, name: str) -> Path | None:
+        """The file a step keeps its state in."""
+        return self.folder / f"step-{self.index}-{name}.safetensors" if self.folder else None
+
+
+@define(kw_only=True)
+class Step:
+    """Base class of back-end steps."""
+
+    def run(self, model: QuantizedModel, calibration: Calibration) -> None:
+        """Change the quantized model in place."""
+        raise TypeError(f"{type(self).__name__} does not define run")

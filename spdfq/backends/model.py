@@ -1,0 +1,150 @@
+"""A model whose products are quantized at named sites."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from spdfq.backends.products import Visit, products
+from spdfq.errors import SpdfqError
+from spdfq.quantizers import Quantizer
+
+
+@frozen
+class Site:
+    """A tensor that takes part in a product.
+
+    Args:
+        name: for example ``blocks.0.attn.qkv.weight``, ``blocks.0.attn.qkv.input`` or ``blocks.0.attn.softmax``.
+        kind: one of `spdfq.backends.products.KINDS`.
+        shape: as seen with one image; a weight's own.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+
+class QuantizedModel(nn.Module):
+    """A fake-quantized copy of a network: every product's operands pass the quantizers of its sites.
+
+    The network keeps its modules and attributes; a quantizer is a child of the module that multiplies, so that its
+    state is found under ``network.blocks.0.attn.qkv.weight_quantizer.scale``.
+
+    Args:
+        network: a float model; it is copied, not touched.
+        sites: every site found, also those left in float.
+        quantizers: a quantizer for each site that has one.
+        leftovers: products whose operands cannot be replaced, and what they are.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        sites: dict[str, Site],
+        quantizers: dict[str, Quantizer],
+        leftovers: dict[str, str],
+    ) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.sites, self.quantizers, self.leftovers = sites, quantizers, leftovers
+        for name, quantizer in quantizers.items():
+            owner, _, leaf = name.rpartition(".")
+            self.network.get_submodule(owner).add_module(f"{leaf}_quantizer", quantizer)
+        super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits of normalised images ``[B, C, H, W]``."""
+        with self.quantizing():
+            return self.network(images)
+
+    @contextmanager
+    def quantizing(self) -> Iterator[None]:
+        """Inside, calling ``network`` or one of its blocks is quantized.
+
+        Raises:
+            SpdfqError: a site was not calibrated.
+        """
+        if unfrozen := next((name for name, quantizer in self.quantizers.items() if not quantizer.frozen), None):
+            raise SpdfqError(f"{unfrozen} was not calibrated; put {{ type = 'calibrate' }} first in quantization.steps")
+
+        def visit(name: str, _: str, tensor: Tensor) -> Tensor:
+            quantizer = self.quantizers.get(name)
+            return tensor if quantizer is None else quantizer(tensor)
+
+        with products(self.network, visit):
+            yield
+
+    @contextmanager
+    def visiting(self, visit: Visit) -> Iterator[None]:
+        """Inside, every operand of the float network passes ``visit(site, kind, tensor)``."""
+        with products(self.network, visit):
+            yield
+
+    def train(self, mode: bool = True) -> "QuantizedModel":
+        """Changes nothing: the network stays in evaluation mode, without stochastic depth."""
+        return self
+
+    def weight(self, name: str) -> nn.Parameter:
+        """The float parameter behind a weight site."""
+        return self.network.get_parameter(name)
+
+    def weight_names(self) -> list[str]:
+        """Names of the parameters that have a quantizer."""
+        return [name for name in self.quantizers if self.sites[name].kind == "weight"]
+
+    def site_table(self) -> dict[str, list[dict[str, Any]]]:
+        """What is quantized and how, and everything that is left in float, as plain data."""
+        return {"quantized": self._quantized_rows(), "float": self._float_rows()}
+
+    def _quantized_rows(self) -> list[dict[str, Any]]:
+        from spdfq.registry import quantizers
+
+        return [
+            {
+                "name": name,
+                "kind": self.sites[name].kind,
+                "quantizer": quantizers.name_of(type(quantizer)),
+                "bits": quantizer.bits,
+                "granularity": "tensor" if quantizer.channel_axis is None else "channel",
+                "shape": list(self.sites[name].shape),
+            }
+            for name, quantizer in self.quantizers.items()
+        ]
+
+    def _float_rows(self) -> list[dict[str, Any]]:
+        left = [site for name, site in self.sites.items() if name not in self.quantizers and site.kind != "weight"]
+        rows = [{"name": s.name, "what": f"{s.kind} of a product, left in float", "parameters": 0} for s in left]
+        rows += [
+            {"name": name, "what": f"{what}, not quantized", "parameters": 0} for name, what in self.leftovers.items()
+        ]
+        for name, parameter in self.network.named_parameters():
+            if name not in self.quantizers:
+                owner = type(self.network.get_submodule(name.rpartition(".")[0])).__name__
+                what = f"weight of {owner}, left in float" if name in self.sites else f"parameter of {owner}"
+                rows.append({"name": name, "what": what, "parameters": parameter.numel()})
+        return rows
+
+
+@torch.no_grad()
+def find_sites(network: nn.Module, example: Tensor) -> tuple[dict[str, Site], dict[str, str]]:
+    """Every site of a network, in the order of a forward pass, and the products that cannot be quantized.
+
+    Args:
+        network: any module in evaluation mode.
+        example: one normalised image ``[1, C, H, W]``.
+    """
+    sites: dict[str, Site] = {}
+    leftovers: dict[str, str] = {}
+
+    def visit(name: str, kind: str, tensor: Tensor) -> Tensor:
+        sites.setdefault(name, Site(name, kind, tuple(tensor.shape)))
+        return tensor
+
+    with products(network, visit, leftovers.setdefault):
+        network(example)
+    return sites, leftovers

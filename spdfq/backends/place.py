@@ -1,0 +1,78 @@
+"""From a recipe's quantization section to a quantized model that is not yet calibrated."""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import attrs
+import torch
+
+from spdfq.backends.model import QuantizedModel, Site, find_sites
+from spdfq.backends.products import SOFTMAX, WEIGHT
+from spdfq.errors import RecipeError
+from spdfq.models import Teacher
+from spdfq.quantizers import Quantizer
+from spdfq.recipe import Override, Quantization
+
+_ROLES = {"first": "first_conv", "last": "classifier"}
+
+
+def place(teacher: Teacher, spec: Quantization) -> QuantizedModel:
+    """A copy of the teacher's network with an uncalibrated quantizer at each site of the placement.
+
+    Raises:
+        RecipeError: an override that matches no site; all such at once.
+    """
+    with teacher.frozen() as network:
+        sites, leftovers = find_sites(network, torch.zeros(1, *teacher.input_size, device=teacher.device))
+    bits = _override_bits(teacher, spec, sites)
+    quantizers = {
+        name: quantizer
+        for name, site in sites.items()
+        if site.kind in spec.placement.kinds and (quantizer := _fresh(spec, site, bits.get(name))) is not None
+    }
+    return QuantizedModel(teacher.module, sites, quantizers, leftovers).to(teacher.device)
+
+
+def _fresh(spec: Quantization, site: Site, bits: int | None) -> Quantizer | None:
+    if bits == 0:
+        return None
+    template = {WEIGHT: spec.weights, SOFTMAX: spec.softmax}.get(site.kind, spec.activations)
+    return attrs.evolve(template) if bits is None else attrs.evolve(template, bits=bits)
+
+
+def _override_bits(teacher: Teacher, spec: Quantization, sites: dict[str, Site]) -> dict[str, int]:
+    bits: dict[str, int] = {}
+    problems: list[str] = []
+    for index, override in enumerate(spec.overrides):
+        path = f"quantization.overrides.{index}"
+        for pattern, where in _patterns(teacher, override, path, problems):
+            matched = [name for name in sites if fnmatchcase(name, pattern)]
+            if not matched:
+                problems.append(f"{where}: {pattern!r} matches no site of {teacher.name}; {_examples(sites)}")
+            bits.update(dict.fromkeys(matched, override.bits))
+    if problems:
+        raise RecipeError(problems)
+    return bits
+
+
+def _patterns(teacher: Teacher, override: Override, path: str, problems: list[str]) -> list[tuple[str, str]]:
+    found = [(pattern, f"{path}.sites") for pattern in override.sites]
+    for role in override.roles:
+        modules = _modules_of(teacher.module, role)
+        if not modules:
+            problems.append(
+                f"{path}.roles: {teacher.name} does not say which module is {role!r}; name it under 'sites'"
+            )
+        found += [(f"{module}.*", f"{path}.roles") for module in modules]
+    return found
+
+
+def _modules_of(module: Any, role: str) -> list[str]:
+    named = (getattr(module, "pretrained_cfg", None) or {}).get(_ROLES[role]) or ()
+    names = [named] if isinstance(named, str) else list(named)
+    known = dict(module.named_modules())
+    return [name for name in names if name in known]
+
+
+def _examples(sites: dict[str, Site]) -> str:
+    return f"sites are called {', '.join(list(sites)[:3])}, ..." if sites else "it has no sites"

@@ -1,0 +1,48 @@
+"""The back-end as one function: place quantizers, then run the recipe's steps."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spdfq.backends.base import Calibration
+from spdfq.backends.model import QuantizedModel
+from spdfq.backends.place import place
+from spdfq.errors import DataError
+from spdfq.models import Teacher
+from spdfq.recipe import Quantization
+from spdfq.runtime import Runtime
+
+
+def quantize(
+    teacher: Teacher, images: Tensor, spec: Quantization, runtime: Runtime, folder: Path | None = None
+) -> QuantizedModel:
+    """A fake-quantized copy of the teacher's network; the teacher is not touched.
+
+    Args:
+        teacher: the float model.
+        images: ``[n, C, H, W]``, normalised for the teacher.
+        spec: the recipe's quantization section.
+        runtime: device, precision and seed streams.
+        folder: where long steps keep their state, so that a killed call can be taken up again.
+
+    Raises:
+        DataError: there are no images, or they do not fit the teacher or are no normalised ones.
+        RecipeError: an override matches no site.
+        SpdfqError: what a step raises.
+    """
+    if images.ndim != 4 or len(images) == 0 or tuple(images.shape[1:]) != teacher.input_size:
+        wanted = "x".join(map(str, teacher.input_size))
+        raise DataError(
+            f"images of shape {tuple(images.shape)} do not fit {teacher.name}; it needs [n, {wanted}], n > 0"
+        )
+    if not images.is_floating_point():
+        raise DataError(
+            f"images are {images.dtype}, so they are not normalised; give teacher.normalise(pixels in 0..1)"
+        )
+    teacher.module.to(runtime.device)
+    model = place(teacher, spec)
+    images = images.to(runtime.device, torch.float32)
+    for index, step in enumerate(spec.steps):
+        step.run(model, Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index))
+    return model

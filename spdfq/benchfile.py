@@ -1,0 +1,249 @@
+"""Bench files: axes over parents and over keys, and the recipes of their combinations."""
+
+import copy
+import itertools
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen, validators
+
+from spdfq import toml
+from spdfq.errors import RecipeError
+from spdfq.recipe import assign, digest, locate, merge, merge_parents
+from spdfq.structure import structure
+
+SCHEMA = 1
+_SLUG = 100
+
+
+@frozen(kw_only=True)
+class BenchFile:
+    """What stands in a bench file.
+
+    Args:
+        schema: version of the format.
+        seeds: every combination runs once with each.
+        base: recipe data of every cell; may hold ``extends``.
+        parents: axes; each value is a shipped recipe, part or file, or an array of such, merged over the base.
+        keys: axes over dotted recipe keys, assigned after the parents.
+    """
+
+    schema: int = field(default=SCHEMA, validator=validators.in_((SCHEMA,)))
+    seeds: tuple[int, ...] = field(default=(0,), validator=validators.deep_iterable(validators.ge(0)))
+    base: dict = field(factory=dict)
+    parents: dict = field(factory=dict)
+    keys: dict = field(factory=dict)
+
+
+@frozen
+class Choice:
+    """One value of an axis.
+
+    Args:
+        shown: how tables show it.
+        data: recipe data merged over the base, for an axis over parents.
+        value: what is assigned, for an axis over a key.
+    """
+
+    shown: Any
+    data: dict[str, Any] | None = None
+    value: Any = None
+
+
+@frozen
+class Axis:
+    """One axis of a bench.
+
+    Args:
+        name: of the axis, or the dotted key it is over.
+        column: its heading in tables.
+        choices: its values.
+    """
+
+    name: str
+    column: str
+    choices: tuple[Choice, ...]
+
+
+@frozen
+class Combination:
+    """One value of every axis.
+
+    Args:
+        values: what is shown of each axis's value, by the name of the axis.
+        data: the merged recipe data.
+        slug: readable and unique in the bench.
+    """
+
+    values: dict[str, Any]
+    data: dict[str, Any]
+    slug: str
+
+
+@frozen
+class Plan:
+    """What a bench file asks for.
+
+    Args:
+        name: of the file.
+        axes: in the order of the file, parents first.
+        seeds: of every combination.
+        combinations: all of them.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    seeds: tuple[int, ...]
+    combinations: tuple[Combination, ...]
+
+
+def read_plan(source: str) -> Plan:
+    """Read a bench file.
+
+    Args:
+        source: path of a ``.toml`` file, or a shipped name.
+
+    Raises:
+        RecipeError: with every problem of the file, each on a line with its dotted path.
+    """
+    path = locate(source)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError([f"{path}: not valid TOML: {error}"]) from None
+    problems: list[str] = []
+    spec = structure(BenchFile, data, "", problems)
+    if problems:
+        raise RecipeError(problems)
+    return _Reader(spec, path.parent).plan(path.stem)
+
+
+class _Reader:
+    """A structured bench file on its way to a plan; collects problems."""
+
+    def __init__(self, spec: BenchFile, beside: Path) -> None:
+        self.spec, self.beside = spec, beside
+        self.problems: list[str] = []
+
+    def plan(self, name: str) -> Plan:
+        base = self._base()
+        self._check_values("seeds", self.spec.seeds)
+        keys = dict(_flat(self.spec.keys))
+        axes = (*map(self._parents_axis, self.spec.parents.items()), *(self._key_axis(key, keys) for key in keys))
+        self.problems += [
+            f"keys.{axis}: is the name of an axis in [parents] too" for axis in keys if axis in self.spec.parents
+        ]
+        combinations = () if self.problems else self._combinations(axes, base)
+        if self.problems:
+            raise RecipeError(self.problems)
+        return Plan(name, axes, self.spec.seeds, combinations)
+
+    def _base(self) -> dict[str, Any]:
+        try:
+            return merge_parents(copy.deepcopy(self.spec.base), self.beside)
+        except RecipeError as error:
+            self.problems += [f"base: {problem}" for problem in error.problems]
+            return {}
+
+    def _parents_axis(self, item: tuple[str, Any]) -> Axis:
+        name, values = item
+        path = f"parents.{name}"
+        lists = [[value] if isinstance(value, str) else value for value in self._check_values(path, values)]
+        if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+            self.problems.append(f"{path}: expected names of recipes, or arrays of names, got {toml.value(values)}")
+            return Axis(name, name, ())
+        choices = zip(_labels(lists), lists, strict=True)
+        return Axis(name, name, tuple(Choice(shown, self._merged(path, names)) for shown, names in choices))
+
+    def _merged(self, path: str, names: list[str]) -> dict[str, Any]:
+        try:
+            return merge_parents({"extends": names}, self.beside)
+        except RecipeError as error:
+            self.problems += [f"{path}: {problem}" for problem in error.problems]
+            return {}
+
+    def _key_axis(self, key: str, keys: dict[str, Any]) -> Axis:
+        if key == "seed":
+            self.problems.append("keys.seed: give seeds = [...] at the top instead")
+        values = self._check_values(f"keys.{key}", keys[key])
+        return Axis(key, _column(key, list(keys)), tuple(Choice(_shown(value), value=value) for value in values))
+
+    def _check_values(self, path: str, values: Any) -> list[Any]:
+        """The values, or none where they are not an array of distinct ones."""
+        if not isinstance(values, (list, tuple)):
+            self.problems.append(f"{path}: expected an array of values, got {toml.value(values)}")
+            return []
+        if not values:
+            self.problems.append(f"{path}: is empty; give at least one value")
+        twice = [text for text, count in Counter(map(toml.value, values)).items() if count > 1]
+        self.problems += [f"{path}: holds {text} more than once" for text in twice]
+        return list(values)
+
+    def _combinations(self, axes: tuple[Axis, ...], base: dict[str, Any]) -> tuple[Combination, ...]:
+        chosen = list(itertools.product(*(axis.choices for axis in axes)))
+        slugs = [_slug(axes, choices) for choices in chosen]
+        counts = Counter(slugs)
+        return tuple(
+            Combination(
+                {axis.name: choice.shown for axis, choice in zip(axes, choices, strict=True)},
+                self._applied(axes, choices, base),
+                slug if counts[slug] == 1 else f"{slug}-{digest([choice.shown for choice in choices])[:6]}",
+            )
+            for choices, slug in zip(chosen, slugs, strict=True)
+        )
+
+    def _applied(self, axes: tuple[Axis, ...], choices: tuple[Choice, ...], base: dict[str, Any]) -> dict[str, Any]:
+        data = base
+        for choice in choices:
+            if choice.data is not None:
+                data = merge(data, choice.data)
+        data = copy.deepcopy(data)  # the parents' tables are shared by all combinations
+        for axis, choice in zip(axes, choices, strict=True):
+            if choice.data is None:
+                try:
+                    assign(data, f"{axis.name}={toml.value(choice.value)}")
+                except RecipeError as error:
+                    self.problems += [f"keys.{problem.removeprefix('--set ')}" for problem in error.problems]
+        return data
+
+
+def _flat(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values, whether the file quotes the dotted key or writes it as tables."""
+    for name, item in table.items():
+        dotted = f"{path}.{name}" if path else name
+        if isinstance(item, dict):
+            yield from _flat(item, dotted)
+        else:
+            yield dotted, item
+
+
+def _labels(lists: list[list[str]]) -> list[str]:
+    """The names without their folders, where that leaves them distinct."""
+    short = [" + ".join(Path(name).stem for name in names) or "base" for names in lists]
+    return short if len(set(short)) == len(short) else [" + ".join(names) or "base" for names in lists]
+
+
+def _shown(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float)) else toml.value(value)
+
+
+def _column(key: str, keys: list[str]) -> str:
+    """The last parts of a dotted key that tell it from the others: two at least, and no position in a list first."""
+    parts = key.split(".")
+    for count in range(2, len(parts)):
+        tail = ".".join(parts[-count:])
+        if not parts[-count].isdecimal() and sum(f".{other}".endswith(f".{tail}") for other in keys) == 1:
+            return tail
+    return key
+
+
+def _slug(axes: tuple[Axis, ...], choices: tuple[Choice, ...]) -> str:
+    parts = [
+        str(choice.shown) if choice.data is not None else f"{axis.column}={choice.shown}"
+        for axis, choice in zip(axes, choices, strict=True)
+    ]
+    return re.sub(r"[^A-Za-z0-9._=-]+", "_", "-".join(parts))[:_SLUG] or "base"

@@ -1,0 +1,297 @@
+"""A recipe from end to end: teacher, images, quantized model, evaluation, run folder; only here is their order."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import asdict, define, field, frozen
+from torch import Tensor
+
+from spdfq.backends import quantize
+from spdfq.backends.place import place
+from spdfq.checkpoint import load_checkpoint, save_quantized
+from spdfq.errors import RecipeError
+from spdfq.evaluate import Reference, accuracy, measure, reference
+from spdfq.files import write_text
+from spdfq.models import Teacher, load_teacher
+from spdfq.provenance import data_fingerprints, device_name, git_commit, source_digest, versions
+from spdfq.recipe import Recipe, digest, load_recipe, to_toml
+from spdfq.report import write_pictures, write_report
+from spdfq.runtime import Advance, Runtime, make_runtime, silent
+from spdfq.store import STATE, StageRecord, Store, lock_folder, store_beside
+from spdfq.structure import unstructure
+from spdfq.synth import SyntheticImages
+
+Announce = Callable[[str], None]
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@frozen
+class RunResult:
+    """What a run left behind.
+
+    Args:
+        folder: the run folder.
+        recipe: as it was run.
+        metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher, in percent.
+        stages: seconds, key, and whether it was reused, for each stage.
+    """
+
+    folder: Path
+    recipe: Recipe
+    metrics: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+
+
+def run(
+    source: Recipe | str | Path | dict[str, Any],
+    *,
+    overrides: Iterable[str] = (),
+    seed: int | None = None,
+    out: str | Path | None = None,
+    device: str | None = None,
+    fresh: bool = False,
+    store: Path | None = None,
+    progress: Progress = silent,
+    announce: Announce = lambda line: None,
+) -> RunResult:
+    """Run a recipe; stages that are already in the store are reused.
+
+    Args:
+        source: a `Recipe`, the name of a shipped recipe, the path of a ``.toml`` file, or plain data.
+        overrides: ``dotted.key=value`` pairs, the value as TOML.
+        seed: replaces the recipe's own.
+        out: the run folder; by default ``runs/`` and the recipe's name.
+        device: replaces ``runtime.device``.
+        fresh: do finished stages anew.
+        store: where finished stages are kept; by default ``.store`` beside the run folder, or ``SPDFQ_STORE``.
+        progress: see `spdfq.runtime`.
+        announce: is handed one line for each stage and warning.
+
+    Raises:
+        SpdfqError: anything the user can mend; the message says where and how.
+    """
+    overrides = tuple(overrides)
+    recipe = load_recipe(source, overrides, seed)
+    folder = Path(out) if out else _default_folder(source, recipe, bool(overrides or seed is not None))
+    teacher = _checked_teacher(recipe)
+    runtime = make_runtime(recipe.runtime, recipe.seed, device, progress)
+    kept = Store(store) if store else store_beside(folder)
+    kept.fresh = fresh
+    lock = lock_folder(folder)
+    try:
+        return _Run(recipe, folder, teacher, runtime, kept, announce).result()
+    finally:
+        lock.release()
+
+
+def check(
+    source: Recipe | str | Path | dict[str, Any], *, overrides: Iterable[str] = (), seed: int | None = None
+) -> list[str]:
+    """Everything that can be checked without weights and data: warnings are returned, problems raised all at once."""
+    recipe = load_recipe(source, overrides, seed)
+    place(load_teacher(recipe.model, weights=False), recipe.quantization)
+    return recipe.warnings()
+
+
+def evaluate_run(
+    folder: str | Path, *, overrides: Iterable[str] = (), device: str | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """Measure the saved model of a run again, on the run's own evaluation section or an overridden one.
+
+    Args:
+        folder: of a finished run.
+        overrides: ``evaluation.key=value`` (or ``runtime.``) pairs; the model itself is what it is.
+        device: replaces ``runtime.device``.
+        progress: see `spdfq.runtime`.
+
+    Returns:
+        The metrics, as in `RunResult`.
+
+    Raises:
+        SpdfqError: anything the user can mend; the message says where and how.
+    """
+    overrides = tuple(overrides)
+    if fixed := [line for line in overrides if not line.strip().startswith(("evaluation", "runtime"))]:
+        raise RecipeError([f"--set {line}: cannot change a finished run; run its recipe.toml again" for line in fixed])
+    path = Path(folder) / "recipe.toml"
+    if not path.is_file():
+        raise RecipeError([f"{folder}: not a run folder (it holds no recipe.toml); give the folder a run printed"])
+    recipe = load_recipe(str(path), overrides)
+    model, _, _ = load_checkpoint(Path(folder) / "quantized")
+    runtime = make_runtime(recipe.runtime, recipe.seed, device, progress)
+    teacher = load_teacher(recipe.model)
+    teacher.module.to(runtime.device)
+    fp = reference(teacher, recipe.evaluation, runtime)
+    return measure(model.to(runtime.device), teacher, recipe.evaluation, runtime, fp)
+
+
+def _default_folder(source: Any, recipe: Recipe, changed: bool) -> Path:
+    name = Path(str(source)).stem if isinstance(source, (str, Path)) else "recipe"
+    suffix = "" if not changed and isinstance(source, (str, Path)) else f"-{digest(recipe.to_dict())[:6]}"
+    return Path("runs") / f"{name}{suffix}"
+
+
+def _checked_teacher(recipe: Recipe) -> Teacher:
+    """The teacher, after everything that can be wrong with the recipe was looked at."""
+    teacher = load_teacher(recipe.model)
+    place(teacher, recipe.quantization)
+    data_fingerprints((recipe.synthesis, recipe.evaluation))
+    return teacher
+
+
+@define
+class _Run:
+    recipe: Recipe
+    folder: Path
+    teacher: Teacher
+    runtime: Runtime
+    store: Store
+    announce: Announce
+    started: str = field(factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"), init=False)
+    fingerprint: str = field(default="", init=False)
+
+    def result(self) -> RunResult:
+        for warning in self.recipe.warnings():
+            self.announce(f"warning: {warning}")
+        self.fingerprint = self.teacher.fingerprint()
+        self.teacher.module.to(self.runtime.device)
+        fp = self._stage("teacher", self._teacher_key(), self._make_reference, _load_reference)
+        self.announce(f"full precision: top-1 {accuracy(fp.logits, fp.labels)['top1']:.2f} %")
+        images_key = self._images_key()
+        images = self._stage("images", images_key, self._make_images, _load_images)
+        quantized_key = self._quantized_key(images_key)
+        stored = self._stage("quantize", quantized_key, self._make_quantized(images.images), _checkpoint_folder)
+        metrics = self._stage(
+            "evaluate", self._evaluate_key(quantized_key), self._make_metrics(stored, fp), _load_metrics
+        )
+        self._write(images, stored, metrics)
+        stages = {name: asdict(record) for name, record in self.store.records.items()}
+        return RunResult(self.folder, self.recipe, metrics, stages)
+
+    def _stage(self, name: str, key: str, make: Callable[[Path], object], load: Callable[[Path], Any]) -> Any:
+        result = self.store.stage(name, key, make, load)
+        record: StageRecord = self.store.records[name]
+        how = f"reused from the store ({key[:8]})" if record.reused else f"{record.seconds:.1f} s"
+        self.announce(f"{name}: {how}")
+        return result
+
+    def _teacher_key(self) -> str:
+        spec = self.recipe.evaluation
+        return self._key(unstructure(spec), data_fingerprints(spec), source_digest(spec, "spdfq.evaluate"))
+
+    def _images_key(self) -> str:
+        spec = self.recipe.synthesis
+        data, precision = data_fingerprints(spec), self.runtime.precision
+        return self._key(unstructure(spec, "source"), data, self.recipe.seed, precision, source_digest(spec))
+
+    def _quantized_key(self, images: str) -> str:
+        spec, precision = self.recipe.quantization, self.runtime.precision
+        source = source_digest(spec, "spdfq.backends.quantize", "spdfq.checkpoint")
+        return self._key(unstructure(spec), images, self.recipe.seed, precision, source)
+
+    def _evaluate_key(self, quantized: str) -> str:
+        return self._key(quantized, self._teacher_key())
+
+    def _key(self, *parts: Any) -> str:
+        return digest(self.fingerprint, versions()["torch"], versions()["timm"], *parts)
+
+    def _make_reference(self, folder: Path) -> None:
+        reference(self.teacher, self.recipe.evaluation, self.runtime).save(folder / "reference.safetensors")
+
+    def _make_images(self, folder: Path) -> None:
+        images = self.recipe.synthesis.synthesize(self.teacher, self.runtime, folder / STATE)
+        images.save(folder / "synthetic.safetensors")
+
+    def _make_quantized(self, images: Tensor) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            model = quantize(self.teacher, images, self.recipe.quantization, self.runtime, folder / STATE)
+            save_quantized(model, folder / "quantized", self.teacher, self._parts())
+            write_text(folder / "sites.json", json.dumps(model.site_table(), indent=1) + "\n")
+
+        return make
+
+    def _parts(self) -> dict[str, Any]:
+        """What of the recipe made the model; the evaluation has no part in it."""
+        return {key: value for key, value in self.recipe.to_dict().items() if key not in ("evaluation", "runtime")}
+
+    def _make_metrics(self, stored: Path, fp: Reference) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            model = load_checkpoint(stored / "quantized", self._blank())[0].to(self.runtime.device)
+            metrics = measure(model, self.teacher, self.recipe.evaluation, self.runtime, fp)
+            write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+
+        return make
+
+    def _blank(self) -> torch.nn.Module:
+        return load_teacher(self.recipe.model, weights=False).module
+
+    def _write(self, images: SyntheticImages, stored: Path, metrics: dict[str, Any]) -> None:
+        folder = self.folder
+        write_text(folder / "recipe.toml", to_toml(self.recipe.to_dict()))
+        images.save(folder / "synthetic.safetensors")
+        write_pictures(folder, images, self.teacher)
+        shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
+        shutil.copy(stored / "sites.json", folder / "sites.json")
+        write_text(folder / "run.json", json.dumps(self._facts(images, metrics), indent=1) + "\n")
+        write_report(folder)
+        self.announce(f"report: {folder / 'report.html'}")
+
+    def _facts(self, images: SyntheticImages, metrics: dict[str, Any]) -> dict[str, Any]:
+        recipe, teacher, runtime = self.recipe, self.teacher, self.runtime
+        return {
+            "name": self.folder.resolve().name,
+            "started": self.started,
+            "versions": versions(),
+            "device": runtime.device.type,
+            "device_name": device_name(runtime.device),
+            "precision": runtime.precision,
+            "threads": torch.get_num_threads(),
+            "git_commit": git_commit(),
+            "seed": recipe.seed,
+            "recipe_digest": digest(recipe.to_dict()),
+            "model": {
+                "name": teacher.name,
+                "parameters": teacher.parameters,
+                "input_size": list(teacher.input_size),
+                "num_classes": teacher.num_classes,
+                "mean": list(teacher.mean),
+                "std": list(teacher.std),
+            },
+            "images": {"type": unstructure(recipe.synthesis, "source")["type"], "count": len(images.images)},
+            "backend": _backend(recipe),
+            "metrics": metrics,
+            "stages": {name: asdict(record) for name, record in self.store.records.items()},
+            "warnings": recipe.warnings(),
+        }
+
+
+def _backend(recipe: Recipe) -> dict[str, Any]:
+    spec = unstructure(recipe.quantization)
+    return {
+        "label": f"W{recipe.quantization.weights.bits}A{recipe.quantization.activations.bits}",
+        "placement": spec["placement"]["type"],
+        "steps": [step["type"] for step in spec["steps"]],
+    }
+
+
+def _load_reference(folder: Path) -> Reference:
+    return Reference.load(folder / "reference.safetensors")
+
+
+def _load_images(folder: Path) -> SyntheticImages:
+    return SyntheticImages.load(folder / "synthetic.safetensors")
+
+
+def _load_metrics(folder: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+def _checkpoint_folder(folder: Path) -> Path:
+    return folder

@@ -1,0 +1,138 @@
+"""Recipe files as plain data: found, read, merged with the parts they extend, and overridden."""
+
+import copy
+import difflib
+import tomllib
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from spdfq.errors import RecipeError
+
+
+def resolve(source: str | Path | dict[str, Any], overrides: Iterable[str] = (), seed: int | None = None) -> dict:
+    """The merged plain data of a recipe, before it is checked."""
+    data = merge_parents(dict(source), Path()) if isinstance(source, dict) else read(str(source))
+    problems: list[str] = []
+    for assignment in overrides:
+        try:
+            assign(data, assignment)
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    if seed is not None:
+        data["seed"] = seed
+    return data
+
+
+def shipped() -> list[str]:
+    """Names of the shipped recipes and parts, for example ``quickstart`` and ``images/spdfq``."""
+    root = Path(str(files("spdfq.recipes")))
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
+
+
+def locate(name: str, beside: Path = Path()) -> Path:
+    """The file of a recipe: a path where the name ends in ``.toml``, a shipped recipe otherwise."""
+    if name.endswith(".toml"):
+        path = beside / name
+        if not path.is_file():
+            raise RecipeError([f"{name}: no such file; to run a shipped recipe leave out '.toml'"])
+        return path
+    if name not in shipped():
+        near = difflib.get_close_matches(name, shipped(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        top = ", ".join(known for known in shipped() if "/" not in known)
+        raise RecipeError([f"{name}: no shipped recipe of that name{hint} (shipped: {top}; a file ends in .toml)"])
+    return Path(str(files("spdfq.recipes"))) / f"{name}.toml"
+
+
+def read(name: str, beside: Path = Path(), chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The merged plain data of a recipe file and all it extends."""
+    path = locate(name, beside)
+    if path.resolve() in chain:
+        raise RecipeError([f"{name}: extends itself by way of {' -> '.join(p.stem for p in chain)}"])
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError([f"{path}: not valid TOML: {error}"]) from None
+    return merge_parents(data, path.parent, (*chain, path.resolve()))
+
+
+def merge_parents(data: dict[str, Any], beside: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Merge the parents named under ``extends`` from left to right, then the data itself."""
+    parents = data.pop("extends", [])
+    if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
+        raise RecipeError([f"extends: expected an array of recipe names, got {parents!r}"])
+    merged: dict[str, Any] = {}
+    for parent in parents:
+        merged = merge(merged, read(parent, beside, chain))
+    return merge(merged, data)
+
+
+def merge(parent: Any, child: Any) -> Any:
+    """Tables merge key by key; a table of another ``type``, a list or a value replaces its parent's.
+
+    A bare name counts as ``{ type = name }``. The result shares nothing with either.
+    """
+    if isinstance(child, dict) and isinstance(parent, str):
+        parent = {"type": parent}
+    if isinstance(parent, dict) and "type" in parent and isinstance(child, str):
+        child = {"type": child}
+    if not (isinstance(parent, dict) and isinstance(child, dict)):
+        return copy.deepcopy(child)
+    if "type" in child and child["type"] != parent.get("type", child["type"]):
+        return copy.deepcopy(child)
+    merged = copy.deepcopy({**parent, **child})
+    return merged | {key: merge(parent[key], child[key]) for key in parent.keys() & child.keys()}
+
+
+def assign(data: dict[str, Any], assignment: str) -> None:
+    """Carry out ``dotted.key=value`` on the merged data; whether the key exists is checked with the whole recipe.
+
+    Another ``type`` discards the options of the one before, as it does in `merge`.
+    """
+    key, separator, text = (part.strip() for part in assignment.partition("="))
+    if not separator or not key:
+        raise RecipeError([f"--set {assignment}: expected key=value, for example quantization.weights.bits=3"])
+    value = _toml_value(key, text)
+    *parents, last = key.split(".")
+    table: Any = data
+    for part in parents:
+        table = _descend(table, part, key)
+    if isinstance(table, list):
+        table[_index(table, last, key)] = value
+        return
+    if last == "type" and table.get("type", value) != value:
+        table.clear()
+    table[last] = value
+
+
+def _toml_value(key: str, text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    if parsed.keys() != {"value"}:
+        raise RecipeError(
+            [f"--set {key}={text}: the value is not TOML; strings need quotes: '{key}=\"{text}\"'"]
+        ) from None
+    return parsed["value"]
+
+
+def _descend(table: Any, part: str, key: str) -> Any:
+    slot: Any = _index(table, part, key) if isinstance(table, list) else part
+    inner = table[slot] if isinstance(table, list) else table.setdefault(slot, {})
+    if isinstance(inner, str):  # the shorthand for a component without options
+        inner = table[slot] = {"type": inner}
+    if not isinstance(inner, (dict, list)):
+        raise RecipeError([f"--set {key}: {part!r} is a value, it has no keys"])
+    return inner
+
+
+def _index(table: list, part: str, key: str) -> int:
+    if not part.isdecimal() or int(part) >= len(table):
+        held = f"0 to {len(table) - 1}" if table else "it is empty"
+        raise RecipeError([f"--set {key}: {part!r} is not a position of this list ({held})"])
+    return int(part)

@@ -1,0 +1,1 @@
+"""Shipped recipes and the parts they are made of, as package data."""

@@ -1,0 +1,6 @@
+"""What a run leaves to look at: pictures, loss curves and one self-contained HTML page."""
+
+from spdfq.report.page import write_report
+from spdfq.report.pictures import write_pictures
+
+__all__ = ["write_pictures", "write_report"]

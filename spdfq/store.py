@@ -1,0 +1,96 @@
+"""Finished stages, kept under a key of everything they depend on and shared by all runs."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from attrs import define, field, frozen
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from spdfq.errors import DataError, SpdfqError
+
+T = TypeVar("T")
+STATE = "state"
+_DONE = "done"
+
+
+@frozen
+class StageRecord:
+    """How a stage of a run came about."""
+
+    seconds: float
+    reused: bool
+    key: str
+
+
+@define
+class Store:
+    """A folder of finished stages.
+
+    Args:
+        root: the folder.
+        fresh: do finished and begun stages anew.
+    """
+
+    root: Path
+    fresh: bool = False
+    records: dict[str, StageRecord] = field(factory=dict, init=False)
+
+    def stage(self, name: str, key: str, make: Callable[[Path], object], load: Callable[[Path], T]) -> T:
+        """The result of a stage: loaded where it is finished, made first where it is not.
+
+        ``make(folder)`` writes the result into the folder; what it keeps under ``folder / STATE`` survives a killed
+        run and is removed in the end. A second process that wants the same stage waits for the first.
+
+        Raises:
+            DataError: a finished stage cannot be read.
+        """
+        folder = self.root / f"{name}-{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with FileLock(folder.with_suffix(".lock")):
+            if self.fresh:
+                shutil.rmtree(folder, ignore_errors=True)
+            reused = (folder / _DONE).exists()
+            if not reused:
+                (folder / STATE).mkdir(parents=True, exist_ok=True)
+                make(folder)
+                (folder / _DONE).touch()
+                shutil.rmtree(folder / STATE)
+        result = _loaded(folder, load)
+        self.records[name] = StageRecord(round(time.monotonic() - start, 3), reused, key)
+        return result
+
+
+def _loaded(folder: Path, load: Callable[[Path], T]) -> T:
+    try:
+        return load(folder)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: a finished stage that is damaged ({error}); delete it, or use --fresh") from None
+
+
+def store_beside(run_folder: Path) -> Store:
+    """The store of a run: ``SPDFQ_STORE``, or ``.store`` beside the run folder."""
+    named = os.environ.get("SPDFQ_STORE")
+    return Store(Path(named) if named else run_folder.parent / ".store")
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """A held lock on a run folder; release it when done.
+
+    Raises:
+        SpdfqError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SpdfqError(
+            f"{folder}: another process is writing this run; wait for it, or choose another --out"
+        ) from None
+    return lock

@@ -1,0 +1,185 @@
+"""The optimisation loop of one group of images: forward, losses, balance, step, clamp; checked, saved and resumable."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spdfq.attention import AttentionRecord, record_attention
+from spdfq.errors import NonFiniteError, SpdfqError
+from spdfq.losses.attention_prior import AttentionPriorLoss
+from spdfq.losses.base import Loss, LossInputs
+from spdfq.models import Teacher
+from spdfq.runtime import Advance, Runtime
+from spdfq.synth.augmentations import Move
+from spdfq.synth.base import SyntheticImages
+from spdfq.synth.group import Balance, GroupState
+from spdfq.synth.pictures import prior_pictures
+from spdfq.synth.samplers import CropPlan
+from spdfq.synth.sources import noise
+
+if TYPE_CHECKING:
+    from spdfq.synth.optimize import OptimizedImages
+
+CHECK_EVERY = 10
+SAVE_SECONDS = 5.0
+OWN_COLUMNS = ("total", "gradient")
+
+
+class Group:
+    """The unit of work: ``count`` images with their optimiser, crops, targets, automatic weights and state file.
+
+    Every draw is a function of the seed, the group's index, a purpose and the iteration, so nothing but `state` has to
+    be stored.
+    """
+
+    def __init__(self, spec: "OptimizedImages", teacher: Teacher, runtime: Runtime, index: int, count: int) -> None:
+        self.spec, self.teacher, self.runtime, self.index, self.count = spec, teacher, runtime, index, count
+        self.size: tuple[int, int] = teacher.input_size[1:]
+        self.columns = (*spec.losses, *OWN_COLUMNS)
+        self.kept: dict[Any, Any] = {}
+        self.plan: CropPlan = spec.sampler.sample(count, self.size, teacher.num_classes, self.generator("sampler"))
+        self.labels, self.targets = self._labels_and_targets()
+        self.view_weights = self._view_weights()
+        self.state = self._begin()
+        self.low, self.high = teacher.pixel_range(self.state.images)
+
+    def generator(self, *purpose: str | int) -> torch.Generator:
+        """A fresh generator for a purpose of this group."""
+        return self.runtime.generator("group", self.index, *purpose)
+
+    def run(self, advance: Advance, folder: Path | None = None) -> SyntheticImages:
+        """All iterations that are still to do, then the result.
+
+        Raises:
+            NonFiniteError: a loss or the gradient; nothing that came of it is stored.
+            DataError: the state found in ``folder`` is damaged.
+        """
+        state, iterations = self.state, self.spec.iterations
+        path = folder / f"group-{self.index:05d}.safetensors" if folder else None
+        if path and path.exists():
+            state.restore(path)
+            advance(state.iteration)
+        checked, saved = state.iteration, time.monotonic()
+        while state.iteration < iterations:
+            self.step(state.iteration)
+            state.iteration += 1
+            to_save = state.iteration == iterations or time.monotonic() - saved >= SAVE_SECONDS
+            if to_save or state.iteration % CHECK_EVERY == 0:
+                self._check(checked)
+                if to_save and path:
+                    state.save(path)
+                advance(state.iteration - checked, **self._latest())
+                checked, saved = state.iteration, time.monotonic() if to_save else saved
+        return self._result()
+
+    def step(self, iteration: int) -> None:
+        """One iteration; on an accelerator it queues its work without waiting for it."""
+        state = self.state
+        inputs = self._forward(iteration)
+        terms = {name: _evaluated(name, loss, inputs) for name, loss in self.spec.losses.items()}
+        state.balance.observe(terms, state.images, iteration)
+        total = torch.stack([term * state.balance.weight(name) for name, term in terms.items()]).sum()
+        (gradient,) = torch.autograd.grad(total, state.images)
+        state.images.grad = gradient
+        state.curve[iteration] = torch.stack([*terms.values(), total, gradient.norm()]).detach()
+        for group in state.optimizer.param_groups:
+            group["lr"] = self.spec.optimizer.lr * self.spec.schedule.factor(iteration, self.spec.iterations)
+        state.optimizer.step()
+        with torch.no_grad():
+            state.images.clamp_(self.low, self.high)
+
+    def _begin(self) -> GroupState:
+        images = noise(self.count, self.teacher, self.generator("noise")).to(self.runtime.device).requires_grad_()
+        curve = torch.zeros(self.spec.iterations, len(self.columns), device=images.device)
+        return GroupState(images, self.spec.optimizer.build(images), Balance(self.spec.losses), curve)
+
+    def _labels_and_targets(self) -> tuple[Tensor, Tensor]:
+        """``[B+M, K]`` of the images and then of the crops."""
+        classes = self.teacher.num_classes
+        whole = self.plan.label_mask(self.count, classes)
+        crops = torch.nn.functional.one_hot(self.plan.labels, classes).bool()
+        mask = torch.cat([whole, crops])
+        shown = [row.nonzero().flatten() for row in mask]
+        targets = self.spec.target.sample(shown, classes, self.generator("target"))
+        return mask.to(self.runtime.device), targets.to(self.runtime.device)
+
+    def _view_weights(self) -> Tensor:
+        crops = torch.bincount(self.plan.owners, minlength=self.count)[self.plan.owners]
+        return (torch.cat([torch.ones(self.count), 1 / crops]) / self.count).to(self.runtime.device)
+
+    def _forward(self, iteration: int) -> LossInputs:
+        """One pass of the teacher over the moved images and, where they are due, the crops."""
+        move, state = self._move(iteration), self.state
+        images = move.apply(state.images)
+        due = self.plan.due(iteration)
+        views = torch.cat([images, self.plan.views(state.images, self.size)]) if due else images
+        with record_attention(self.teacher.module, self.spec.needs, rows=self.count) as record, self.runtime.autocast():
+            logits = self.teacher.module(views).float()
+        return self._inputs(images, logits, record, move)
+
+    def _inputs(self, images: Tensor, logits: Tensor, record: AttentionRecord, move: Move) -> LossInputs:
+        used = len(logits)
+        return LossInputs(
+            images=images,
+            logits=logits,
+            targets=self.targets[:used],
+            labels=self.labels[:used],
+            view_weights=self.view_weights[:used],
+            attention=record,
+            flip=move.flip,
+            shift=move.shift,
+            generator=self.generator,
+            kept=self.kept,
+        )
+
+    def _move(self, iteration: int) -> Move:
+        move = Move()
+        for index, augmentation in enumerate(self.spec.augmentations):
+            move = move.then(augmentation.draw(self.generator("augmentation", index, iteration)))
+        return move
+
+    def _check(self, first: int) -> None:
+        """Refuse to go on, and to save, after a loss or gradient that is not finite."""
+        wrong = (~self.state.curve[first : self.state.iteration].isfinite()).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise NonFiniteError(
+                f"synthesis: {self.columns[column]} is not finite in iteration {first + row} of group {self.index}; "
+                "try a lower synthesis.optimizer.lr, a lower weight of that loss, or runtime.precision='float32'"
+            )
+
+    def _latest(self) -> dict[str, float]:
+        return dict(zip(self.columns, self.state.curve[self.state.iteration - 1].tolist(), strict=True))
+
+    def _result(self) -> SyntheticImages:
+        result = SyntheticImages(
+            images=self.state.images.detach().cpu(),
+            boxes=self.plan.boxes,
+            owners=self.plan.owners,
+            labels=self.plan.labels,
+            curves=self.state.curve.cpu().unsqueeze(0),
+            columns=self.columns,
+        )
+        priors = {name: loss for name, loss in self.spec.losses.items() if isinstance(loss, AttentionPriorLoss)}
+        if priors and self.index == 0:
+            name, loss = next(iter(priors.items()))
+            result.prior, result.reached, result.first_block = self._prior_pictures(name, loss)
+        return result
+
+    @torch.no_grad()
+    def _prior_pictures(self, name: str, loss: AttentionPriorLoss) -> tuple[Tensor, Tensor, int]:
+        images = self.state.images
+        with record_attention(self.teacher.module, loss.needs) as record, self.runtime.autocast():
+            logits = self.teacher.module(images).float()
+        return prior_pictures(loss, self._inputs(images, logits, record, Move()).scoped(name))
+
+
+def _evaluated(name: str, loss: Loss, inputs: LossInputs) -> Tensor:
+    term = loss(inputs.scoped(name))
+    if not isinstance(term, Tensor) or term.ndim or not term.requires_grad:
+        found = f"a tensor {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+        raise SpdfqError(f"synthesis.losses.{name}: must return a scalar with a gradient to the images, not {found}")
+    return term.float()

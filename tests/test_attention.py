@@ -1,0 +1,523 @@
+"""The attention recorder against unfused references, its cost, its refusals, and that it leaves nothing behind."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from tiny import ARCHITECTURES, build
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spdfq.attention import (
+    ATTENTION_OUTPUTS,
+    CLASS_ATTENTION,
+    attend,
+    attention_probabilities,
+    explicit_attention,
+    fused_attention,
+    module_names,
+    prefix_tokens,
+    record_attention,
+)
+from spdfq.errors import ModelError
+
+BOTH = frozenset({CLASS_ATTENTION, ATTENTION_OUTPUTS})
+PREFIX = {"vit": 1, "deit_distilled": 2, "dinov2_registers": 5, "beit": 1, "eva02": 1, "swin": 0}
+GRIDS = {name: [(4, 4)] * 2 for name in ARCHITECTURES} | {"swin": [(4, 4)] * 4}
+BLOCKS = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1"]
+NAMES = {name: ["blocks.0.attn", "blocks.1.attn"] for name in ARCHITECTURES} | {"swin": [f"{b}.attn" for b in BLOCKS]}
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def images_for(model, count=3, seed=1):
+    size = model.patch_embed.img_size
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def unfused(model, images):
+    """Softmax outputs and what enters each projection, read by hooks from timm's own explicit path."""
+    probabilities, merged, hooks = [], [], []
+    for name, module in model.named_modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+        if name.endswith("attn.attn_drop"):
+            hooks.append(module.register_forward_hook(lambda m, inputs, _: probabilities.append(inputs[0])))
+        if name.endswith("attn.proj"):
+            hooks.append(module.register_forward_hook(lambda m, inputs, _: merged.append(inputs[0])))
+    logits = model(images)
+    for hook in hooks:
+        hook.remove()
+    return probabilities, merged, logits
+
+
+def expected_rows(name, probabilities):
+    if name == "swin":
+        return [p.sum(-2) / p.shape[-2] for p in probabilities]
+    return [p[:, :, 0, PREFIX[name] :] for p in probabilities]
+
+
+def largest_gap(found, expected):
+    assert [x.shape for x in found] == [x.shape for x in expected]
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+# recorded values
+
+
+@every_architecture
+@pytest.mark.parametrize("fused_before", [True, False])
+@torch.no_grad()
+def test_recorded_rows_are_those_of_the_unfused_softmax(name, fused_before):
+    model = build(name)
+    images = images_for(model)
+    probabilities, _, logits = unfused(model, images)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused_before
+    with record_attention(model) as record:
+        recorded_logits = model(images)
+    rows = expected_rows(name, probabilities)
+    assert largest_gap(record.class_attention, rows) < 1e-5
+    assert min(float(row.std()) for row in rows) > 1e-3, "a uniform reference would prove nothing"
+    assert largest_gap([recorded_logits], [logits]) < 1e-4
+    assert (record.names, record.grids, record.prefix) == (NAMES[name], GRIDS[name], PREFIX[name])
+    assert record.attention_outputs == []
+
+
+@every_architecture
+@torch.no_grad()
+def test_recorded_outputs_are_what_enters_the_projection(name):
+    model = build(name)
+    images = images_for(model)
+    _, merged, _ = unfused(model, images)
+    with record_attention(model, {ATTENTION_OUTPUTS}) as record:
+        model(images)
+    assert largest_gap([output.transpose(1, 2).flatten(2) for output in record.attention_outputs], merged) < 1e-4
+    assert record.class_attention == []
+    assert record.grids == GRIDS[name]
+
+
+def test_the_swin_reference_has_shifted_windows_with_masked_tokens():
+    model = build("swin")
+    probabilities, _, _ = unfused(model, images_for(model))
+    assert [bool((p == 0).any()) for p in probabilities] == [False, True, False, False]
+
+
+@every_architecture
+def test_the_gradient_of_recorded_rows_is_that_of_the_reference(name):
+    model = build(name)
+    images = images_for(model).requires_grad_()
+
+    def gradient(rows):
+        loss = sum((row * torch.linspace(-1, 1, row.shape[-1])).sum() for row in rows)
+        return torch.autograd.grad(loss, images)[0]
+
+    expected = gradient(expected_rows(name, unfused(model, images)[0]))
+    with record_attention(model) as record:
+        model(images)
+    found = gradient(record.class_attention)
+    assert float(expected.abs().max()) > 1e-4
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@every_architecture
+@torch.no_grad()
+def test_only_the_first_images_are_recorded_when_rows_are_given(name):
+    model = build(name)
+    images = images_for(model, 5)
+    with record_attention(model, BOTH, rows=2) as record:
+        model(images)
+        some = [*record.class_attention, *record.attention_outputs]
+    with record_attention(model, BOTH) as record:
+        model(images[:2])
+    assert largest_gap(some, [*record.class_attention, *record.attention_outputs]) < 1e-5
+
+
+class Masked(nn.Module):
+    """A class token, four patch tokens, and a mask of each image's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens):
+        keep = tokens.new_ones(len(tokens), 1, 5, 5, dtype=torch.bool)
+        for image in range(len(tokens)):
+            keep[image, 0, 0, 1 + image] = False
+        return F.scaled_dot_product_attention(tokens, tokens, tokens, keep)
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_a_mask_of_each_image_goes_with_its_row(rows):
+    model, tokens = Masked(), torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    with record_attention(model, rows=rows) as record:
+        model(tokens)
+    (row,) = record.class_attention
+    assert row.shape == (rows or 3, 2, 4)
+    assert (row == 0).nonzero()[:, [0, 2]].tolist() == [[image, image] for image in range(len(row)) for _ in range(2)]
+
+
+@torch.no_grad()
+def test_each_call_starts_afresh():
+    model = build("vit")
+    with record_attention(model, BOTH) as record:
+        model(images_for(model, seed=1))
+        model(images_for(model, seed=2))
+        second = [*record.class_attention]
+    assert len(record.names) == len(record.attention_outputs) == 2
+    with record_attention(model) as record:
+        model(x=images_for(model, seed=2))
+    assert largest_gap(second, record.class_attention) == 0
+
+
+@torch.no_grad()
+def test_a_wrapper_around_the_model_is_looked_through():
+    class Normalised(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model(images * 2)
+
+    model = build("dinov2_registers")
+    images = images_for(model)
+    wrapper = Normalised(model)
+    with record_attention(wrapper) as record:
+        wrapper(images)
+    with record_attention(model) as expected:
+        model(images * 2)
+    assert record.names == ["model.blocks.0.attn", "model.blocks.1.attn"]
+    assert prefix_tokens(wrapper) == (5, True)
+    assert largest_gap(record.class_attention, expected.class_attention) == 0
+
+
+@torch.no_grad()
+def test_without_a_class_token_register_tokens_are_left_out_on_both_sides():
+    model = build("vit", class_token=False, reg_tokens=3, global_pool="avg")
+    images = images_for(model)
+    probabilities, _, _ = unfused(model, images)
+    with record_attention(model) as record:
+        model(images)
+    assert prefix_tokens(model) == (3, False)
+    assert largest_gap(record.class_attention, [p[:, :, 3:, 3:].mean(-2) for p in probabilities]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_pooling_head_is_no_block():
+    model = build("vit", class_token=False, global_pool="map")
+    with record_attention(model, BOTH) as record:
+        model(images_for(model))
+    assert record.names == ["blocks.0.attn", "blocks.1.attn"]
+    assert [row.shape for row in record.class_attention] == [(3, 2, 16)] * 2
+
+
+@torch.no_grad()
+def test_rows_stay_float32_under_autocast():
+    model = build("vit")
+    images = images_for(model)
+    with record_attention(model, BOTH) as record, torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images)
+    assert {row.dtype for row in record.class_attention} == {torch.float32}
+    assert {output.dtype for output in record.attention_outputs} == {torch.bfloat16}
+    sums = torch.cat([row.sum(-1) for row in record.class_attention])
+    assert bool((sums < 1).all())
+    assert bool((sums > 0.5).all())
+
+
+def test_a_nan_image_gives_nan_rows_and_not_an_error():
+    model = build("vit")
+    with record_attention(model) as record:
+        model(torch.full((1, 3, 32, 32), float("nan")))
+    assert record.class_attention[0].isnan().all()
+
+
+# cost
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor any operator returned, in elements."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+BATCH, HEADS, SIDE = 2, 8, 28
+SQUARE = BATCH * HEADS * (SIDE**2 + 1) ** 2
+
+
+def largest_while(model, images, recording):
+    with Largest() as largest:
+        if recording:
+            with record_attention(model, rows=BATCH) as record:
+                loss = model(images).sum()
+            loss = loss + sum(row.square().sum() for row in record.class_attention)
+        else:
+            loss = model(images).sum()
+        torch.autograd.grad(loss, images)
+    return largest.numel
+
+
+def test_recording_the_class_row_allocates_no_square_tensor_forward_or_backward():
+    model = build("vit", img_size=SIDE * 2, patch_size=2, num_heads=HEADS, depth=1)
+    images = images_for(model, BATCH).requires_grad_()
+    with fused_attention(model):
+        plain = largest_while(model, images, recording=False)
+    recorded = largest_while(model, images, recording=True)
+    assert plain < SQUARE / 4
+    assert recorded == plain, "the largest tensor must be one the model makes anyway"
+
+
+def test_the_watcher_of_the_test_above_sees_square_tensors():
+    model = build("vit", img_size=SIDE * 2, patch_size=2, num_heads=HEADS, depth=1)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    images = images_for(model, BATCH).requires_grad_()
+    assert largest_while(model, images, recording=False) >= SQUARE
+
+
+# refusals
+
+
+class Plain(nn.Module):
+    """A transformer block of one's own: no class token, no grid, `tokens` tokens."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.mixer = nn.Sequential(nn.Identity())
+
+    def forward(self, images):
+        x = self.mixer(images).mean((1, 2, 3)).view(-1, *[1] * (len(self.shape) - 1)) * torch.ones(self.shape)
+        return F.scaled_dot_product_attention(x, x, x).flatten(1)
+
+
+UNRECORDABLE = [
+    pytest.param(
+        lambda: timm.create_model("xcit_nano_12_p16_224", img_size=32, embed_dim=32, depth=2, num_heads=2),
+        r"^blocks\.0\.attn: attends over 16 keys, not over a square token grid and 1 prefix tokens; it cannot be",
+        id="xcit",
+    ),
+    pytest.param(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()),
+        "^Sequential: no attention went through scaled_dot_product_attention",
+        id="cnn",
+    ),
+    pytest.param(
+        lambda: timm.create_model(
+            "swinv2_tiny_window8_256", img_size=32, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 4)
+        ),
+        "^SwinTransformerV2: no attention went through scaled_dot_product_attention",
+        id="swin_v2",
+    ),
+    pytest.param(
+        lambda: Plain((2, 3, 15, 4)), "^Plain: attends over 15 keys, not over a square token grid", id="not_square"
+    ),
+    pytest.param(lambda: Plain((2, 5, 3, 16, 4)), r"^Plain: its attention runs on \[2, 5, 3, 16, 4\]", id="five_axes"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), UNRECORDABLE)
+@pytest.mark.parametrize("needs", [{CLASS_ATTENTION}, {ATTENTION_OUTPUTS}], ids=["rows", "outputs"])
+def test_what_cannot_be_recorded_is_refused_by_name_in_one_line(make, message, needs):
+    model = make().eval()
+    before = state(model)
+    with record_attention(model, needs), pytest.raises(ModelError, match=message) as caught:
+        model(torch.randn(2, 3, 32, 32))
+    assert "\n" not in str(caught.value)
+    assert "leave out the losses that need" in str(caught.value)
+    assert state(model) == before
+
+
+def test_a_square_grid_is_taken_from_a_model_that_names_none():
+    model = Plain((2, 3, 16, 4))
+    with record_attention(model) as record:
+        model(torch.randn(2, 3, 32, 32))
+    assert record.grids == [(4, 4)]
+
+
+def test_tokens_that_are_not_the_patch_grid_are_refused():
+    model = timm.create_model("pit_ti_224", pretrained=False).eval()
+    with (
+        record_attention(model),
+        pytest.raises(ModelError, match=r"attends over 197 keys, not over the 27x27 token grid and 1 prefix tokens"),
+    ):
+        model(torch.randn(1, 3, 224, 224))
+
+
+def test_an_unknown_need_is_refused_with_the_known_ones():
+    with (
+        pytest.raises(ModelError, match="cannot record scores; known: attention_outputs, class_attention"),
+        record_attention(build("vit"), {"scores", CLASS_ATTENTION}),
+    ):
+        pass
+
+
+def test_dropout_in_attention_is_refused():
+    model = build("vit", attn_drop_rate=0.5).train()
+    with record_attention(model), pytest.raises(ModelError, match="put the model into evaluation mode"):
+        model(images_for(model))
+
+
+def test_without_a_need_nothing_is_touched():
+    model = build("vit")
+    before = state(model)
+    with record_attention(model, frozenset()) as record:
+        assert state(model) == before
+        model(images_for(model))
+    assert record.names == []
+
+
+# nothing is left behind
+
+
+def state(model):
+    """All that the tap may change: flags, modes, hooks, and the stack of function modes."""
+    parts = [
+        (
+            getattr(module, "fused_attn", None),
+            module.training,
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks_always_called),
+        )
+        for module in model.modules()
+    ]
+    return parts, torch._C._len_torch_function_stack()
+
+
+def mixed(name):
+    """A model whose flags and modes differ from module to module."""
+    model = build(name)
+    flagged = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    flagged[0].fused_attn, flagged[1].fused_attn = True, False
+    flagged[0].train()
+    return model
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_flags_hooks_and_modes_are_restored_after_use(name):
+    model = mixed(name)
+    before = state(model)
+    with record_attention(model, BOTH):
+        assert state(model) != before
+        model(images_for(model))
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_flags_hooks_and_modes_are_restored_after_a_bad_argument(name):
+    model = mixed(name)
+    before = state(model)
+    with pytest.raises(ModelError), record_attention(model, {"nothing"}):
+        pass
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_flags_hooks_and_modes_are_restored_after_the_model_raised(name):
+    model = mixed(name)
+    before = state(model)
+    with pytest.raises(AssertionError), record_attention(model, BOTH):
+        model(torch.randn(2, 3, 20, 20))
+    assert state(model) == before
+
+
+def test_flags_hooks_and_modes_are_restored_after_the_block_raised():
+    model = mixed("vit")
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt), record_attention(model, BOTH):
+        raise KeyboardInterrupt
+    assert state(model) == before
+
+
+def test_a_call_that_raised_does_not_spoil_the_next_one():
+    model = build("vit")
+    images = images_for(model)
+
+    def fail(*_):
+        raise RuntimeError("in the middle")
+
+    with record_attention(model) as record:
+        hook = model.blocks[1].mlp.fc1.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            model(images)
+        hook.remove()
+        model(images)
+    assert record.names == NAMES["vit"]
+
+
+def test_module_names_are_those_of_the_modules_that_run():
+    model = build("vit")
+    seen = []
+    hooks = [model.blocks[1].attn.proj.register_forward_hook(lambda *_: seen.append(list(names)))]
+    with module_names(model) as names:
+        model(images_for(model))
+        with pytest.raises(AssertionError):
+            model(torch.zeros(1, 3, 5, 5))
+        assert names == [], "a module that raised is no longer running"
+    for hook in hooks:
+        hook.remove()
+    assert seen == [["", "blocks", "blocks.1", "blocks.1.attn"]]
+    assert names == []
+
+
+# the products themselves
+
+
+def test_probabilities_of_a_case_done_by_hand():
+    query, key = torch.tensor([[[[2.0, 0.0]]]]), torch.tensor([[[[1.0, 5.0], [0.0, 7.0], [3.0, 1.0]]]])
+    # scores / 2: 1, 0, 3; softmax: e^1, e^0, e^3 over their sum 23.80382
+    assert attention_probabilities(query, key, None, 0.5).flatten().tolist() == pytest.approx(
+        [0.114195, 0.042010, 0.843795], abs=1e-6
+    )
+    keep = torch.tensor([True, True, False])
+    assert attention_probabilities(query, key, keep, 0.5).flatten().tolist() == pytest.approx(
+        [0.731059, 0.268941, 0], abs=1e-6
+    )
+    bias = torch.tensor([0.0, 1.0, float("-inf")])
+    assert attention_probabilities(query, key, bias, 0.5).flatten().tolist() == pytest.approx([0.5, 0.5, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, "boolean", "additive"])
+def test_the_explicit_and_the_fused_way_agree(mask):
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(2, 3, 9, 8, generator=generator) for _ in range(3))
+    masks = {
+        None: None,
+        "boolean": torch.ones(9, 9).tril().bool(),
+        "additive": torch.randn(1, 3, 9, 9, generator=generator),
+    }
+    explicit = explicit_attention(query, key, value, masks[mask], 0.3)
+    fused = F.scaled_dot_product_attention(query, key, value, masks[mask], scale=0.3)
+    assert torch.allclose(explicit, fused, atol=1e-6)
+    assert torch.equal(attend(query, key, value, masks[mask], 0.3), explicit)
+
+
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"enable_gqa": True}, {"scale": 0.1}, {"is_causal": True, "scale": 2.0}]
+)
+def test_every_option_of_a_tapped_call_is_honoured(options):
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(nn.Identity())
+
+        def forward(self, x):
+            x = self.part(x)
+            key = x[:, :2] if "enable_gqa" in options else x
+            return F.scaled_dot_product_attention(x, key, key + 1, **options)
+
+    model, x = Caller(), torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    with record_attention(model, {ATTENTION_OUTPUTS}) as record:
+        found = model(x)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(record.attention_outputs[0], found)

@@ -1,0 +1,396 @@
+"""The command line: what it prints where, with which exit code, and that it adds nothing of its own."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import attrs
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from spdfq_cli.main import main
+
+from spdfq import pipeline, toml
+from spdfq.commented import commented
+from spdfq.describe import arguments, body, describe
+from spdfq.errors import SpdfqError
+from spdfq.recipe import load_recipe, shipped
+from spdfq.registry import REGISTRIES
+
+COMPLETE = [name for name in shipped() if "/" not in name]
+METRICS = {
+    "images": 2000,
+    "fp": {"top1": 91.25, "top5": 99.8},
+    "quantized": {"top1": 88.5, "top5": 99.0},
+    "agreement": 94.0,
+    "simulated": True,
+}
+RECORD = {
+    "name": "small",
+    "model": {"name": "bundled:vit_fmnist"},
+    "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate"]},
+    "metrics": METRICS,
+    "stages": {
+        "images": {"seconds": 2.04, "reused": False, "key": "a"},
+        "quantize": {"seconds": 0.1, "reused": True, "key": "b"},
+    },
+}
+SMALL = """
+[model]
+name = "bundled:vit_fmnist"
+
+[synthesis]
+type = "optimize"
+images = 4
+iterations = 2
+[synthesis.losses.attention_prior]
+[synthesis.losses.soft_cross_entropy]
+[synthesis.losses.total_variation]
+weight = 0.05
+
+[quantization]
+placement = "matmul_inputs"
+weights = { type = "uniform", bits = 4, granularity = "channel" }
+activations = { type = "uniform", bits = 4 }
+softmax = { type = "log2", bits = 4 }
+[[quantization.steps]]
+type = "calibrate"
+observer = "minmax"
+weight_observer = "minmax"
+
+[evaluation]
+dataset = "fashion_mnist"
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """What the command line asks of the pipeline, which itself does nothing."""
+    seen = []
+
+    def fake_run(source, **options):
+        seen.append((source, options))
+        options["announce"]("teacher: 1.2 s")
+        options["announce"]("warning: it is late")
+        (tmp_path / "run.json").write_text(json.dumps(RECORD))
+        return type("Result", (), {"folder": tmp_path})
+
+    def fake_evaluate(folder, **options):
+        seen.append((folder, options))
+        return METRICS
+
+    monkeypatch.setattr(pipeline, "run", fake_run)
+    monkeypatch.setattr(pipeline, "evaluate_run", fake_evaluate)
+    return seen
+
+
+def spdfq(*arguments):
+    return CliRunner().invoke(main, list(map(str, arguments)), prog_name="spdfq")
+
+
+def test_help_needs_neither_torch_nor_timm():
+    code = "import sys; from spdfq_cli.main import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    loaded = done.stdout.splitlines()[-1].split()
+    assert "click" in loaded
+    assert {"torch", "timm", "numpy"}.isdisjoint(loaded)
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "spdfq", "-h"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: spdfq ")
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_explains_itself_in_one_untruncated_line(command):
+    listed = next(line for line in spdfq("--help").output.splitlines() if line.strip().startswith(command))
+    assert not listed.endswith("...")
+    assert spdfq(command, "-h").exit_code == 0
+
+
+def test_the_version_is_the_distributions():
+    assert spdfq("--version").output.startswith("spdfq, version ")
+
+
+def test_a_mistyped_command_is_answered_with_the_nearest():
+    result = spdfq("chekc")
+    assert result.exit_code == 2
+    assert "no such command 'chekc'; did you mean 'check'?" in result.stderr
+
+
+def test_run_hands_its_options_to_the_pipeline_and_sums_up_on_standard_output(calls, tmp_path):
+    result = spdfq(
+        "run",
+        "quickstart",
+        "--set",
+        "a.b=1",
+        "--set",
+        "c=2",
+        "--seed",
+        3,
+        "--out",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--fresh",
+    )
+    source, options = calls[0]
+    assert source == "quickstart"
+    assert options["overrides"] == ("a.b=1", "c=2")
+    assert {key: options[key] for key in ("seed", "out", "device", "fresh")} == {
+        "seed": 3,
+        "out": tmp_path,
+        "device": "cpu",
+        "fresh": True,
+    }
+    assert result.stderr == "teacher: 1.2 s\nwarning: it is late\n"
+    assert "top-1      91.25 % FP -> 88.50 % quantized (simulated), 2000 images\n" in result.stdout
+    assert "seconds    images 2.0, quantize 0.1 (reused)\n" in result.stdout
+    assert f"report     {tmp_path / 'report.html'}\n" in result.stdout
+
+
+def test_run_leaves_unsaid_options_to_the_pipeline(calls):
+    spdfq("run", "quickstart")
+    options = calls[0][1]
+    assert (options["seed"], options["out"], options["device"], options["fresh"]) == (None, None, None, False)
+    assert options["progress"].__name__ == "rich_progress"
+
+
+def test_json_is_alone_on_standard_output(calls, tmp_path):
+    result = spdfq("run", "quickstart", "--json")
+    assert json.loads(result.stdout) == {**RECORD, "folder": str(tmp_path)}
+
+
+def test_quiet_leaves_warnings_alone_on_standard_error(calls):
+    result = spdfq("run", "quickstart", "--quiet")
+    assert result.stderr == "warning: it is late\n"
+    assert calls[0][1]["progress"].__name__ == "silent"
+
+
+def test_evaluate_measures_the_folder_again(calls, tmp_path):
+    result = spdfq("evaluate", tmp_path, "--set", "evaluation.batch=8", "--json")
+    assert calls[0][0] == tmp_path
+    assert calls[0][1]["overrides"] == ("evaluation.batch=8",)
+    assert json.loads(result.stdout) == {"folder": str(tmp_path), "metrics": METRICS}
+    assert "88.50 % quantized (simulated)" in spdfq("evaluate", tmp_path).stdout
+
+
+def test_a_recipe_with_six_mistakes_gives_six_lines_and_exit_code_2(tmp_path):
+    wrong = (
+        SMALL.replace("images = 4", 'images = "4"')
+        .replace("iterations = 2", "iteration = 2")
+        .replace("[synthesis.losses.total_variation]", "[synthesis.losses.total_variatio]")
+        .replace('softmax = { type = "log2", bits = 4 }', 'softmax = { type = "log2", bits = 0 }')
+        .replace('dataset = "fashion_mnist"', 'dataset = "fashion_mnist"\nbatch = 0')
+        .replace('name = "bundled:vit_fmnist"', 'name = "bundled:vit_fmnist"\npretrained = 1')
+    )
+    (tmp_path / "wrong.toml").write_text(wrong)
+    for command in ("check", "run"):
+        result = spdfq(command, tmp_path / "wrong.toml")
+        lines = result.stderr.splitlines()
+        assert result.exit_code == 2
+        assert [line.split(":")[:2] for line in sorted(lines)] == [
+            ["error", " evaluation.batch"],
+            ["error", " model.pretrained"],
+            ["error", " quantization.softmax.bits"],
+            ["error", " synthesis.images"],
+            ["error", " synthesis.iteration"],
+            ["error", " synthesis.losses.total_variatio"],
+        ]
+        assert "did you mean 'iterations'?" in result.stderr
+        assert "did you mean 'total_variation'?" in result.stderr
+
+
+def test_check_says_ok_and_warns(small):
+    assert spdfq("check", small).output == "ok\n"
+    result = spdfq("check", small, "--set", "synthesis.sampler='multi_semantic'")
+    assert result.exit_code == 0
+    assert result.output.startswith("warning: synthesis: multi_semantic without soft labels")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["check", "nowhere.toml"], "nowhere.toml: no such file; to run a shipped recipe leave out '.toml'"),
+        (["check", "{small}", "--set", "model.name"], "--set model.name: expected key=value, for example "),
+        (["check", "{small}", "--set", "model.name=x y"], "--set model.name=x y: the value is not TOML; strings need"),
+        (["check", "{small}", "--set", "model.nam='x'"], "model.nam: unknown key; did you mean 'name'?"),
+        (["check", "{small}", "--set", "model.name='resnetty'"], "model.name: timm "),
+        (["show", "loss", "atention_prior"], "unknown loss 'atention_prior'; did you mean 'attention_prior'?"),
+        (["list", "losses"], "unknown kind 'losses'; did you mean 'loss'? (kinds: loss, "),
+        (["init", "nothing_like_it"], "nothing_like_it: no shipped recipe of that name"),
+    ],
+)
+def test_a_mistake_is_one_line_on_standard_error_and_exit_code_2(arguments, line, small):
+    result = spdfq(*(argument.format(small=small) for argument in arguments))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {line}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_unknown_device_is_refused(small):
+    result = spdfq("run", small, "--device", "tpu")
+    assert result.exit_code == 2
+    assert "'tpu' is not one of 'auto', 'cpu', 'cuda'" in result.stderr
+
+
+def test_a_device_that_is_not_there_is_one_line(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    result = spdfq("run", small, "--device", "cuda", "--out", tmp_path / "out", "--quiet")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: runtime.device: this machine has no cuda device; use 'auto' or 'cpu'\n",
+    )
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", interrupted)
+    result = spdfq("run", "quickstart")
+    assert (result.exit_code, result.stderr) == (130, "interrupted; run the same command again to go on\n")
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pipeline, "run", broken)
+    assert isinstance(spdfq("run", "quickstart").exception, ZeroDivisionError)
+
+
+def test_list_names_every_component_and_every_shipped_recipe():
+    listed = spdfq("list").output.split("\n\n")
+    blocks = {block.split("\n")[0]: [line.split()[0] for line in block.split("\n")[1:] if line] for block in listed}
+    assert {kind: blocks[kind] for kind in REGISTRIES} == {kind: r.names() for kind, r in REGISTRIES.items()}
+    assert blocks["recipe"] == shipped()
+    assert "quickstart" in blocks["recipe"]
+
+
+def test_list_of_a_kind_gives_summary_and_paper():
+    line = next(line for line in spdfq("list", "loss").output.splitlines() if "attention_prior" in line)
+    assert line.endswith("follows a prior map drawn for it. [arXiv:2412.16553]")
+
+
+def test_show_gives_keys_defaults_types_meaning_paper_and_place():
+    shown = spdfq("show", "prior", "gaussian_mixture").output
+    assert "  max_components = 5    whole number\n      most Gaussians in one map" in shown
+    assert '  combine = "sum"    "sum" or "max"\n' in shown
+    assert "paper   arXiv:2412.16553\nsource  spdfq.losses.priors:" in shown
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, r in REGISTRIES.items() for name in r.names()])
+def test_every_key_of_every_component_is_documented(kind, name):
+    fields = describe(REGISTRIES[kind].get(name))
+    assert [field.name for field in fields if not field.doc] == []
+    assert spdfq("show", kind, name).exit_code == 0
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_show_recipe_prints_toml(name):
+    shown = tomllib.loads(spdfq("show", "recipe", name).stdout)
+    assert shown == load_recipe(name).to_dict() if name in COMPLETE else shown
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_init_prints_a_recipe_that_checks_and_says_the_same(name, tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text(spdfq("init", name).stdout)
+    assert load_recipe(str(path)).to_dict() == load_recipe(name).to_dict()
+    assert spdfq("check", path).output.endswith("ok\n")
+
+
+def test_a_commented_recipe_says_what_every_key_means(small):
+    text = commented(load_recipe(small))
+    assert load_recipe(tomllib.loads(text)).to_dict() == load_recipe(small).to_dict()
+    assert (
+        "# images optimised together; everything batch-wide is defined over a group. (whole number)\ngroup = 32\n"
+        in text
+    )
+    assert '[synthesis.target]\ntype = "one_hot"  # or soft_label\n' in text
+    assert (
+        "# classes of the head, where they differ from the architecture's own. (whole number)\n# num_classes =\n"
+        in text
+    )
+
+
+def test_toml_reads_back_with_tables_in_their_order():
+    data = {
+        "text": 'é "quoted"\n\x7f',
+        "numbers": [1, -2.5, 1e-05, True],
+        "empty": {},
+        "a table": {"z": {"inner": {"x": 1}}, "a": {"y": 2}, "plain": 3},
+        "list": [{"t": {"u": [{"v": "w"}]}}, {}],
+        "nothing": [],
+    }
+    read = tomllib.loads(toml.dumps(data))
+    assert read == data
+    assert [key for key in read["a table"] if key != "plain"] == ["z", "a"]
+
+
+def test_toml_writes_small_tables_on_one_line_unless_that_changes_their_order():
+    assert toml.dumps({"q": {"w": {"bits": 4}, "a": {"bits": 8}}}) == "[q]\nw = { bits = 4 }\na = { bits = 8 }\n"
+    assert "[q.a]\nbits = 8" in toml.dumps({"q": {"w": {"deep": {"bits": 4}}, "a": {"bits": 8}}})
+
+
+@attrs.frozen
+class Documented:
+    """One line.
+
+    More on ``it``.
+
+    Args:
+        first: what it
+            means.
+        second: other.
+
+    Returns:
+        Nothing.
+    """
+
+    first: int
+    second: tuple[float, ...] | None = None
+
+
+def test_docstrings_are_taken_apart():
+    assert arguments(Documented.__doc__) == {"first": "what it means.", "second": "other."}
+    assert body(Documented) == "More on `it`.\n\nReturns:\n    Nothing."
+    assert [(field.type, field.default) for field in describe(Documented)] == [
+        ("whole number", "required"),
+        ("[number, ...]", "none"),
+    ]
+
+
+def test_every_line_of_an_error_is_marked(monkeypatch):
+    def wrong(*_, **__):
+        raise SpdfqError("one\ntwo")
+
+    monkeypatch.setattr(pipeline, "check", wrong)
+    assert spdfq("check", "x").stderr == "error: one\nerror: two\n"
+
+
+def test_a_run_really_runs(small, tmp_path):
+    for label in range(10):
+        (tmp_path / f"val/{label}").mkdir(parents=True)
+        Image.new("L", (28, 28), 20 * label).save(tmp_path / f"val/{label}/0.png")
+    few = f"evaluation.dataset={{ type = 'image_folder', root = '{tmp_path / 'val'}' }}"
+    out = tmp_path / "runs" / "small"
+    result = spdfq("run", small, "--set", few, "--out", out, "--quiet", "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["folder"] == str(out)
+    assert Path(out, "report.html").exists()
+    again = spdfq("evaluate", out, "--quiet", "--json")
+    assert json.loads(again.stdout)["metrics"] == record["metrics"]

@@ -1,0 +1,316 @@
+"""Contracts of everything registered: a component, built-in or plugged in, is tested by being registered."""
+
+import re
+
+import attrs
+import pytest
+import torch
+from tiny_teacher import CLASSES, SIDE, recipe, tiny_teacher
+
+from spdfq.attention import NEEDS
+from spdfq.describe import describe
+from spdfq.losses import CrossEntropyLoss
+from spdfq.registry import registry
+from spdfq.runtime import Runtime
+from spdfq.structure import structure, unstructure
+from spdfq.synth.group import Balance, GroupState
+from spdfq.synth.loop import Group
+
+BUILT_IN = {
+    "loss": {"attention_prior", "cross_entropy", "patch_similarity_entropy", "soft_cross_entropy", "total_variation"},
+    "prior": {"gaussian_mixture", "laplace"},
+    "sampler": {"multi_semantic", "whole_image"},
+    "target": {"one_hot", "soft_label"},
+    "augmentation": {"flip", "jitter"},
+    "source": {"gaussian_noise", "optimize", "real"},
+    "optimizer": {"adam"},
+    "schedule": {"constant", "warmup_cosine"},
+    "quantizer": {"log2", "uniform"},
+    "observer": {"grid_mse", "minmax", "percentile_mse"},
+}
+RUNTIME = Runtime(seed=3)
+
+
+def made(kind, name, **given):
+    """The component with its defaults; required parts are filled in."""
+    cls = registry(kind).get(name)
+    for part in attrs.fields(cls):
+        required = part.default is attrs.NOTHING and "kind" in part.metadata
+        if part.metadata.get("many") is dict:
+            given.setdefault(part.name, {"cross_entropy": CrossEntropyLoss()})
+        elif required:
+            given.setdefault(part.name, made(part.metadata["kind"], registry(part.metadata["kind"]).names()[0]))
+    return cls(**given)
+
+
+def every(kind):
+    return pytest.mark.parametrize("name", registry(kind).names())
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def twice(draw):
+    """The same draw under two states of the global generator."""
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        results.append(draw())
+    return results
+
+
+# all kinds
+
+everything = pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in BUILT_IN for name in registry(kind).names()]
+)
+
+
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_the_built_in_names_are_registered(kind):
+    assert set(registry(kind).names()) >= BUILT_IN[kind]
+
+
+@everything
+def test_a_component_says_what_it_is_and_what_its_fields_mean(kind, name):
+    entry = registry(kind).entry(name)
+    assert entry.summary.endswith(".")
+    assert vars(entry.component).get("__doc__"), "a docstring of its own, not its parent's"
+    assert entry.paper is None or re.fullmatch(r"arXiv:\d{4}\.\d{5}|arXiv:\d{4}\.\d{4}", entry.paper)
+    undocumented = [told.name for told in describe(entry.component) if not told.doc]
+    assert undocumented == []
+
+
+@everything
+def test_a_component_written_as_a_recipe_reads_back_the_same(kind, name):
+    component = made(kind, name)
+    table = unstructure(component, kind)
+    assert table.pop("type") == name
+    problems = []
+    again = structure(type(component), table, kind, problems)
+    assert problems == []
+    assert unstructure(again, kind) == {"type": name, **table}
+
+
+# losses
+
+
+def loss_inputs(loss, images=None):
+    """What the loop hands to a loss in its first iteration: two images and their crops."""
+    teacher = tiny_teacher()
+    with teacher.frozen():
+        group = Group(recipe(losses={"this": loss}), teacher, RUNTIME, 0, 2)
+        if images is not None:
+            group.state.images.data.copy_(images)
+        return group.state.images, group._forward(0).scoped("this")
+
+
+@every("loss")
+def test_a_loss_is_a_finite_scalar_with_a_gradient_to_the_images(name):
+    loss = made("loss", name)
+    images, inputs = loss_inputs(loss)
+    value = loss(inputs)
+    (gradient,) = torch.autograd.grad(value, images)
+    assert value.shape == ()
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+@every("loss")
+def test_a_loss_of_flat_images_is_finite_with_a_finite_gradient(name):
+    loss = made("loss", name)
+    images, inputs = loss_inputs(loss, torch.full((2, 3, SIDE, SIDE), 0.5))
+    value = loss(inputs)
+    assert value.isfinite()
+    assert torch.autograd.grad(value, images)[0].isfinite().all()
+
+
+@every("loss")
+def test_a_loss_depends_on_nothing_but_its_inputs(name):
+    loss = made("loss", name)
+    first, second = twice(lambda: loss(loss_inputs(loss)[1]).item())
+    assert first == second
+    _, inputs = loss_inputs(loss)
+    assert loss(inputs).item() == loss(inputs).item() == first
+
+
+@every("loss")
+def test_a_loss_needs_only_what_can_be_recorded(name):
+    assert registry("loss").get(name).needs <= NEEDS
+
+
+# what is drawn
+
+
+@every("prior")
+@pytest.mark.parametrize("grid", [(7, 7), (3, 8), (1, 1)])
+def test_a_prior_draws_maps_that_sum_to_one(name, grid):
+    first, again = twice(lambda: made("prior", name).sample(6, grid, seeded()))
+    assert first.shape == (6, grid[0] * grid[1])
+    assert (first >= 0).all()
+    assert torch.allclose(first.sum(-1), torch.ones(6), atol=1e-5)
+    assert torch.equal(first, again)
+    if grid != (1, 1):
+        assert len(first.unique(dim=0)) == 6
+
+
+@every("sampler")
+@pytest.mark.parametrize("size", [(28, 28), (20, 36)])
+def test_a_sampler_keeps_its_boxes_inside_and_apart(name, size):
+    plan, again = twice(lambda: made("sampler", name).sample(9, size, CLASSES, seeded()))
+    covered = torch.zeros(9, *size, dtype=torch.long)
+    for (top, left, height, width), owner in zip(plan.boxes.tolist(), plan.owners.tolist(), strict=True):
+        assert min(top, left) >= 0
+        assert min(height, width) >= 1
+        assert top + height <= size[0]
+        assert left + width <= size[1]
+        covered[owner, top : top + height, left : left + width] += 1
+    assert covered.max() == 1
+    assert (covered.amax((1, 2)) == 1).all()  # every image has a box
+    assert len(plan.labels) == len(plan.boxes)
+    assert set(plan.labels.tolist()) <= set(range(CLASSES))
+    for part in ("boxes", "owners", "labels"):
+        assert torch.equal(getattr(plan, part), getattr(again, part))
+    assert plan.views(torch.rand(9, 3, *size), (8, 10)).shape == (len(plan.boxes), 3, 8, 10)
+
+
+@every("target")
+def test_a_target_is_a_distribution_that_peaks_at_the_labels(name):
+    labels = [0, 4, [1, 2], torch.tensor([3])]
+    first, again = twice(lambda: made("target", name).sample(labels, CLASSES, seeded()))
+    assert first.shape == (4, CLASSES)
+    assert (first >= 0).all()
+    assert torch.allclose(first.sum(-1), torch.ones(4), atol=1e-5)
+    assert first.argmax(-1)[[0, 1, 3]].tolist() == [0, 4, 3]
+    assert first.argmax(-1)[2] in (1, 2)
+    assert torch.equal(first, again)
+
+
+@every("augmentation")
+def test_an_augmentation_moves_pixels_and_loses_none(name):
+    first, again = ([made("augmentation", name).draw(seeded(seed)) for seed in range(20)] for _ in twice(lambda: None))
+    assert first == again
+    assert len(set(first)) > 1
+    images = torch.arange(2 * 3 * 8 * 9.0).view(2, 3, 8, 9)
+    for move in first:
+        moved = move.apply(images)
+        assert torch.equal(moved.flatten(2).sort().values, images.flatten(2).sort().values)
+
+
+# sources
+
+
+@every("source")
+def test_a_source_gives_as_many_images_as_asked_decided_by_the_seed(name):
+    teacher, source = tiny_teacher(), made("source", name, images=3)
+    if name == "optimize":
+        source = attrs.evolve(source, iterations=3, group=2)
+    first, again = twice(lambda: source.synthesize(teacher, RUNTIME).images)
+    assert first.shape == (3, 3, SIDE, SIDE)
+    assert first.dtype == torch.float32
+    assert first.isfinite().all()
+    assert not first.requires_grad
+    assert torch.equal(first, again)
+    assert not torch.equal(first, source.synthesize(teacher, Runtime(seed=4)).images)
+
+
+# optimisers and schedules
+
+
+def optimised(optimizer, path=None):
+    """A state whose images are on their way to 1; where there is a path, stored and taken up half way."""
+
+    def fresh():
+        images = torch.zeros(2, 1, 4, 4, requires_grad=True)
+        return GroupState(images, optimizer.build(images), Balance({}), torch.zeros(1, 1))
+
+    state = fresh()
+    for iteration in range(40):
+        if path and iteration == 20:
+            state.save(path)
+            state = fresh()
+            state.restore(path)
+        state.images.grad = 2 * (state.images.detach() - 1)
+        state.optimizer.step()
+    return state.images.detach()
+
+
+@every("optimizer")
+def test_an_optimizer_minimises_at_its_own_learning_rate(name):
+    optimizer = made("optimizer", name)
+    assert optimizer.build(torch.zeros(1, requires_grad=True)).param_groups[0]["lr"] == optimizer.lr > 0
+    assert (optimised(optimizer) - 1).abs().max() < 0.5
+
+
+@every("optimizer")
+def test_an_optimizer_stored_and_taken_up_goes_on_to_the_bit(name, tmp_path):
+    optimizer = made("optimizer", name)
+    assert torch.equal(optimised(optimizer, tmp_path / "state.safetensors"), optimised(optimizer))
+
+
+@every("schedule")
+@pytest.mark.parametrize("iterations", [1, 2, 7, 100])
+def test_a_schedule_stays_between_nothing_and_the_full_rate(name, iterations):
+    schedule = made("schedule", name)
+    factors = [schedule.factor(iteration, iterations) for iteration in range(iterations)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    assert max(factors) > 0.5
+    assert factors == [schedule.factor(iteration, iterations) for iteration in range(iterations)]
+
+
+# quantizers and observers
+
+
+def frozen(quantizer, x, observer=None):
+    quantizer.observe(x)
+    quantizer.freeze(observer)
+    return quantizer
+
+
+def values(quantizer):
+    x = torch.randn(500, generator=seeded())
+    return x if quantizer.signed else x.abs()
+
+
+@every("quantizer")
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_quantizer_is_idempotent_monotone_and_bounded(name, bits):
+    quantizer = made("quantizer", name, bits=bits)
+    x = values(quantizer)
+    frozen(quantizer, x)
+    once = quantizer(x)
+    assert torch.equal(quantizer(once), once)
+    order = x.argsort()
+    assert (once[order].diff() >= 0).all()
+    step = once.unique().diff().max()
+    assert once.min() >= x.min() - step
+    assert once.max() <= x.max() + step
+    assert len(once.unique()) <= quantizer.levels == 2**bits
+    assert torch.equal(quantizer.decode(quantizer.codes(x)), once)
+    assert quantizer(torch.zeros(1)) == 0
+
+
+@every("quantizer")
+def test_a_quantizer_passes_a_gradient(name):
+    quantizer = made("quantizer", name, bits=4)
+    x = values(quantizer).requires_grad_()
+    frozen(quantizer, x)(x).sum().backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad > 0).float().mean() > 0.5
+
+
+@every("observer")
+@pytest.mark.parametrize("quantizer_name", registry("quantizer").names())
+def test_an_observer_chooses_a_range_within_what_was_seen(name, quantizer_name):
+    observer, quantizer = made("observer", name), made("quantizer", quantizer_name, bits=4)
+    samples = torch.stack([values(quantizer), 100 * values(quantizer), torch.zeros(500)])
+    low, high = samples.aminmax(dim=1)
+    chosen_low, chosen_high = observer.choose(samples, low, high, quantizer)
+    assert chosen_low.shape == chosen_high.shape == (3,)
+    assert (chosen_low >= low.clamp(max=0)).all()  # every range is extended to contain zero
+    assert (chosen_high <= high.clamp(min=0)).all()
+    assert (chosen_low <= chosen_high).all()
+    assert torch.allclose(chosen_high[1], 100 * chosen_high[0], rtol=1e-3)

@@ -1,0 +1,130 @@
+"""A component from another package: installed, listed, checked and used like a built-in one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from spdfq_cli.main import main
+
+from spdfq import registry
+
+RECIPE = """
+[model]
+name = "bundled:vit_fmnist"
+[synthesis]
+type = "optimize"
+images = 2
+iterations = 2
+[synthesis.losses.brightness]
+level = 0.5
+[quantization]
+placement = "matmul_inputs"
+weights = { type = "uniform", bits = 4, granularity = "channel" }
+activations = { type = "uniform", bits = 4 }
+softmax = { type = "log2", bits = 4 }
+[[quantization.steps]]
+type = "calibrate"
+[evaluation]
+dataset = "fashion_mnist"
+"""
+# importing torch takes seconds, so one process does all that has to be seen
+SEEN = """
+import json, sys
+from click.testing import CliRunner
+from spdfq_cli.main import main
+from spdfq.models import load_teacher
+from spdfq.recipe import load_recipe
+from spdfq.runtime import Runtime
+
+path = sys.argv[1]
+
+def call(*arguments):
+    result = CliRunner().invoke(main, arguments)
+    return result.exit_code, result.stdout, result.stderr
+
+recipe = load_recipe(path)
+made = recipe.synthesis.synthesize(load_teacher(recipe.model), Runtime())
+print(json.dumps({
+    "list": call("list", "loss"),
+    "show": call("show", "loss", "brightness"),
+    "check": call("check", path),
+    "wrong": call("check", path, "--set", "synthesis.losses.brightness.levle=1.0"),
+    "columns": made.columns,
+    "shape": made.images.shape,
+    "losses": made.curves[0, :, 0].tolist(),
+}))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "brightness.toml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What a process sees that has the plugin package installed beside the library."""
+    folder = tmp_path_factory.mktemp("plugin")
+    shutil.copytree(Path(__file__).parent / "plugin_package", folder / "source")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", folder / "site", folder / "source"]
+    subprocess.run([*pip, *options], check=True, timeout=120)
+    (folder / "brightness.toml").write_text(RECIPE)
+    done = subprocess.run(
+        [sys.executable, "-c", SEEN, folder / "brightness.toml"],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"},
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_without_the_package_its_name_is_unknown(recipe):
+    result = CliRunner().invoke(main, ["check", recipe])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: synthesis.losses.brightness: unknown loss 'brightness'")
+
+
+def test_list_and_show_know_the_installed_loss(seen):
+    assert "  brightness                Mean squared distance of the images to one brightness.\n" in seen["list"][1]
+    assert "  level = 0.0    number\n      brightness aimed at" in seen["show"][1]
+    assert "source  spdfq_brightness:" in seen["show"][1]
+
+
+def test_a_recipe_with_the_installed_loss_is_checked_like_any_other(seen):
+    assert seen["check"] == [0, "ok\n", ""]
+    assert seen["wrong"][0] == 2
+    assert "error: synthesis.losses.brightness.levle: unknown key; did you mean 'level'?" in seen["wrong"][2]
+
+
+def test_images_are_optimised_with_the_installed_loss(seen):
+    assert seen["columns"] == ["brightness", "total", "gradient"]
+    assert seen["shape"] == [2, 1, 28, 28]
+    first, second = seen["losses"]
+    assert second < first
+
+
+def test_a_plugin_that_fails_to_import_is_named_and_harms_nothing(tmp_path, monkeypatch):
+    (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('no such thing')\n")
+    package = tmp_path / "broken_plugin-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken_plugin\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[spdfq.components]\nbroken = broken_plugin\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "plugin_failures", {})
+    monkeypatch.setattr(registry, "_plugins_loaded", False)
+    result = CliRunner().invoke(main, ["list", "loss"])
+    assert result.exit_code == 0
+    assert "attention_prior" in result.stdout
+    assert result.stderr == "warning: plugin 'broken' failed to import: RuntimeError: no such thing\n"
+    unknown = CliRunner().invoke(main, ["show", "loss", "no_such_loss"])
+    assert unknown.stderr.endswith("plugin 'broken' failed to import: RuntimeError: no such thing\n")
