@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spdfq.backends import QuantizedModel, Site
 from spdfq.backends.products import WEIGHT
 from spdfq.errors import DataError, ModelError, SpdfqError
-from spdfq.files import write_tensors, write_text
+from spdfq.files import read_tensors, write_tensors, write_text
 from spdfq.models import Teacher, load_teacher
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.packing import pack, unpack
@@ -146,10 +144,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise DataError(f"{folder / CONFIG}: was edited after it was written; save the model again")
     if config["tensors_sha256"] != _file_digest(folder / TENSORS):
         raise DataError(f"{folder / TENSORS}: truncated, edited or of another model than its {CONFIG}; copy both again")
-    try:
-        return config, load_file(folder / TENSORS)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{folder / TENSORS}: not a safetensors file ({error}); copy it again") from None
+    return config, read_tensors(folder / TENSORS, "copy it again")[0]
 
 
 def _file_digest(path: Path) -> str:

@@ -33,6 +33,7 @@ def versions() -> dict[str, str]:
     }
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -120,7 +121,9 @@ def _parsed(module: str) -> str:
     tree, path = _tree(module), _source_file(module)
     if tree is not None:
         return ast.dump(tree)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path else uuid.uuid4().hex
+    if path:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return "" if hasattr(sys.modules.get(module), "__path__") else uuid.uuid4().hex  # a folder of modules has none
 
 
 @cache

@@ -32,16 +32,18 @@ def rich_progress(description: str, total: int) -> Iterator[Advance]:
     """A bar on standard error with rate, time left and live values; ``advance(steps, name=value)`` moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
+    # the live values take what is left of the line: they must not push out the count and the time left
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[values]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(description))),
+        BarColumn(bar_width=14),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total)) + 1)),
+        TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True, min_width=6)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("[dim]{task.fields[values]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
+    with Progress(*columns, console=Console(stderr=True), expand=True) as bar:
         task = bar.add_task(description, total=total, rate="", values="")
 
         def advance(steps: int = 1, **values: float) -> None:

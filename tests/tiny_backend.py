@@ -30,7 +30,11 @@ def network(name, **changes):
     entrypoint, arguments = _EXPLICIT[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return timm.create_model(entrypoint, img_size=32, num_classes=10, **{**arguments, **changes}).eval()
+        model = timm.create_model(entrypoint, img_size=32, num_classes=10, **{**arguments, **changes}).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
 
 
 def teacher_of(module):

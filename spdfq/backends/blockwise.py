@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spdfq.backends.base import Calibration, Step
 from spdfq.backends.blocks import BlockCall, Hidden, Stream, block_calls, block_names, rows
 from spdfq.backends.model import QuantizedModel
-from spdfq.errors import NonFiniteError
+from spdfq.errors import DataError, NonFiniteError
 from spdfq.files import read_tensors, write_tensors
 from spdfq.registry import steps
 from spdfq.runtime import Advance

@@ -120,8 +120,11 @@ class Quantizer(nn.Module, ABC):
         Raises:
             SpdfqError: the quantizer is not frozen.
         """
-        parameters = self._along(x)
-        return self.reconstruct(self.encode(x.float(), parameters), parameters).to(x.dtype)
+        return self.dequantized(x.float(), self._along(x)).to(x.dtype)
+
+    def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """``reconstruct(encode(x))`` with its gradient; a child may do the same in fewer passes over memory."""
+        return self.reconstruct(self.encode(x, parameters), parameters)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ class Quantizer(nn.Module, ABC):
     def quantize_with(self, values: Tensor, parameters: Parameters) -> Tensor:
         """Dequantized ``values`` float32 ``[C, n]`` under `fitted` parameters ``[C]``, frozen or not."""
         columns = {name: parameter[:, None] for name, parameter in parameters.items()}
-        return self.reconstruct(self.encode(values, columns), columns)
+        return self.dequantized(values, columns)
 
     def tensors(self) -> dict[str, Tensor]:
         """What must be stored to rebuild this frozen quantizer: the tensors of ``stores``, ``[C]`` or ``[]`` each."""

@@ -91,3 +91,22 @@ class UniformQuantizer(Quantizer):
     def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
         """Values of float32 ``codes``: ``(codes - z) * s``."""
         return (codes - parameters["zero_point"]) * parameters["scale"]
+
+    def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """``reconstruct(encode(x))``, to the bit, in place on one temporary tensor: reconstruction lives in here."""
+        result: Tensor = _FakeQuantize.apply(x, parameters["scale"], parameters["zero_point"], self.levels)
+        return result
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+        codes = (x / scale).clamp_(-levels, levels).round_().add_(zero_point)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((codes >= 0).logical_and_(codes <= levels - 1))
+        return codes.clamp_(0, levels - 1).sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None, None

@@ -152,7 +152,9 @@ class Group:
             )
 
     def _latest(self) -> dict[str, float]:
-        return dict(zip(self.columns, self.state.curve[self.state.iteration - 1].tolist(), strict=True))
+        """The total first: a narrow terminal shows the beginning."""
+        values = dict(zip(self.columns, self.state.curve[self.state.iteration - 1].tolist(), strict=True))
+        return {"total": values.pop("total"), **values}
 
     def _result(self) -> SyntheticImages:
         result = SyntheticImages(
