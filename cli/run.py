@@ -29,6 +29,7 @@ def run(
 ) -> None:
     """Run a recipe and write its run folder."""
     from spdfq import pipeline
+    from spdfq.ranks import join
 
     result = pipeline.run(
         recipe,
@@ -40,6 +41,8 @@ def run(
         progress=options.progress(quiet),
         announce=options.announce(quiet),
     )
+    if not join().leads:
+        return
     record = json.loads((result.folder / "run.json").read_text(encoding="utf-8"))
     if as_json:
         options.print_json({**record, "folder": str(result.folder)})

@@ -1,10 +1,11 @@
 """Labelled images: for evaluation, and for calibration on real ones."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from attrs import field, frozen, validators
 from torch import Tensor
@@ -18,15 +19,37 @@ from spdfq.zoo import data_file
 _IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
+@frozen(kw_only=True)
+class Subset:
+    """What every dataset can be cut down to.
+
+    Args:
+        limit: how many images are used; all where it is left out.
+        subset_seed: which ones: a random draw of this seed, kept in the dataset's order.
+    """
+
+    limit: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
+    subset_seed: int = field(default=0, validator=validators.ge(0))
+
+    def chosen(self, count: int) -> list[int]:
+        """The positions used of a dataset of ``count`` images."""
+        if self.limit is None or self.limit >= count:
+            return list(range(count))
+        generator = torch.Generator().manual_seed(self.subset_seed)
+        return torch.randperm(count, generator=generator)[: self.limit].sort().values.tolist()
+
+
 @datasets.register("fashion_mnist", paper="arXiv:1708.07747")
 @frozen(kw_only=True)
-class FashionMnist:
+class FashionMnist(Subset):
     """The bundled part of Fashion-MNIST: 2,000 test images or 256 training images, ten classes.
 
     Resized and repeated over channels where the model is not 28×28 grey.
 
     Args:
         split: ``test`` for evaluation, ``train`` for calibration on real images.
+        limit: how many images are used; all where it is left out.
+        subset_seed: which ones: a random draw of this seed, kept in the dataset's order.
     """
 
     split: Literal["test", "train"] = "test"
@@ -39,9 +62,14 @@ class FashionMnist:
         """How many classes the labels count."""
         return 10
 
-    def batches(self, teacher: Teacher, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images ``[b, C, H, W]`` and labels ``[b]`` in the file's order, the last batch included."""
-        images, labels = self._load()
+    def batches(
+        self, teacher: Teacher, batch: int, indices: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images ``[b, C, H, W]`` and labels ``[b]``, the last batch included.
+
+        In the file's order, or those at ``indices``, in their order.
+        """
+        images, labels = self._load() if indices is None else (part[list(indices)] for part in self._load())
         for pixels, target in zip(images.split(batch), labels.split(batch), strict=True):
             yield teacher.normalise(_fitted(pixels.float() / 255, teacher.input_size)), target.long()
 
@@ -56,7 +84,8 @@ class FashionMnist:
         from safetensors.torch import load_file
 
         stored = load_file(self._path())
-        return stored["images"], stored["labels"]
+        chosen = self.chosen(len(stored["labels"]))
+        return stored["images"][chosen], stored["labels"][chosen]
 
 
 def _fitted(pixels: Tensor, size: tuple[int, int, int]) -> Tensor:
@@ -68,7 +97,7 @@ def _fitted(pixels: Tensor, size: tuple[int, int, int]) -> Tensor:
 
 @datasets.register("image_folder")
 @frozen(kw_only=True)
-class ImageFolder:
+class ImageFolder(Subset):
     """A folder with a subfolder of images for each class; labels count the subfolders in alphabetical order.
 
     An empty subfolder counts. Images are resized, cropped and normalised as timm evaluates the model.
@@ -76,6 +105,8 @@ class ImageFolder:
     Args:
         root: the folder.
         workers: processes that decode images.
+        limit: how many images are used; all where it is left out.
+        subset_seed: which ones: a random draw of this seed, kept in the dataset's order.
     """
 
     root: str
@@ -89,8 +120,12 @@ class ImageFolder:
         """How many classes the labels count."""
         return len(self._folders())
 
-    def batches(self, teacher: Teacher, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images ``[b, C, H, W]`` and labels ``[b]``, class by class, the last batch included.
+    def batches(
+        self, teacher: Teacher, batch: int, indices: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images ``[b, C, H, W]`` and labels ``[b]``, the last batch included.
+
+        Class by class, or those at ``indices``, in their order.
 
         Raises:
             DataError: no such folder, no images in it, or an image that cannot be read.
@@ -106,7 +141,8 @@ class ImageFolder:
             crop_mode=teacher.crop_mode,
             interpolation=teacher.interpolation,
         )
-        decoded = _Decoded(self._files(), "L" if teacher.input_size[0] == 1 else "RGB", transform)
+        files = self._files() if indices is None else [self._files()[index] for index in indices]
+        decoded = _Decoded(files, "L" if teacher.input_size[0] == 1 else "RGB", transform)
         yield from DataLoader(decoded, batch, num_workers=self.workers)
 
     def fingerprint(self) -> str:
@@ -131,7 +167,7 @@ class ImageFolder:
             raise DataError(
                 f"image_folder: {self.root}: holds no images; expected a subfolder of images for each class"
             )
-        return found
+        return [found[index] for index in self.chosen(len(found))]
 
 
 @frozen

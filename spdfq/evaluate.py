@@ -25,18 +25,26 @@ def logits_over(model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime,
         NonFiniteError: a logit is NaN or infinite.
     """
     _check_classes(spec.dataset.classes, teacher)
-    outputs, labels = [], []
-    with evaluation_mode(model), runtime.progress(label, len(spec.dataset)) as advance:
-        for images, target in spec.dataset.batches(teacher, spec.batch):
-            outputs.append(model(images.to(runtime.device)).float().cpu())
-            labels.append(target)
-            advance(len(target))
-    if not outputs:
+    if not (count := len(spec.dataset)):
         raise DataError("evaluation.dataset: holds no images")
-    logits = torch.cat(outputs)
+    own = runtime.ranks.share([range(start, min(start + spec.batch, count)) for start in range(0, count, spec.batch)])
+    indices = [index for batch in own for index in batch]
+    found = []
+    with evaluation_mode(model), runtime.progress(label, len(indices)) as advance:
+        for images, target in spec.dataset.batches(teacher, spec.batch, indices) if indices else ():
+            found.append((model(images.to(runtime.device)).float().cpu(), target))
+            advance(len(target))
+    logits, labels = _in_order(runtime.ranks.gathered((indices, found)))
     if wrong := int((~logits.isfinite()).any(1).sum()):
         raise NonFiniteError(f"{label}: the logits of {wrong} of {len(logits)} images are NaN or infinite")
-    return logits, torch.cat(labels)
+    return logits, labels
+
+
+def _in_order(shares: list[tuple[list[int], list[tuple[Tensor, Tensor]]]]) -> tuple[Tensor, Tensor]:
+    """The ranks' logits and labels, in the dataset's order."""
+    order = torch.tensor([index for indices, _ in shares for index in indices]).argsort()
+    pairs = [pair for _, found in shares for pair in found]
+    return torch.cat([logits for logits, _ in pairs])[order], torch.cat([labels for _, labels in pairs])[order]
 
 
 def _check_classes(classes: int, teacher: Teacher) -> None:

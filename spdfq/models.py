@@ -130,11 +130,12 @@ def _own_size(module: nn.Module) -> tuple[int, int]:
     raise ModelError(f"{type(module).__name__}: its input size is unknown; give Teacher(..., input_size=(C, H, W))")
 
 
-def load_teacher(spec: ModelSpec, weights: bool = True) -> Teacher:
+def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
     """The teacher a recipe names, in float32 on the CPU; the global random state is left as it was.
 
     Args:
-        spec: the recipe's ``[model]`` section. Where nothing gives trained weights they are random, always the same.
+        spec: the recipe's ``[model]`` section, or its name alone. Where nothing gives trained weights they are random,
+            always the same.
         weights: false builds the architecture alone (to look at its sites).
 
     Raises:
@@ -143,6 +144,7 @@ def load_teacher(spec: ModelSpec, weights: bool = True) -> Teacher:
     """
     from timm.data import resolve_model_data_config
 
+    spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
     module = build(spec, weights)
     config = resolve_model_data_config(module)
     size = (config["input_size"][0], *_own_size(module))

@@ -20,6 +20,7 @@ from spdfq.evaluate import Reference, accuracy, measure, reference
 from spdfq.files import write_text
 from spdfq.models import Teacher, load_teacher
 from spdfq.provenance import data_fingerprints, device_name, git_commit, source_digest, versions
+from spdfq.ranks import join
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.report import write_pictures, write_report
 from spdfq.runtime import Advance, Runtime, make_runtime, silent
@@ -80,14 +81,15 @@ def run(
     recipe = load_recipe(source, overrides, seed)
     folder = Path(out) if out else _default_folder(source, recipe, bool(overrides or seed is not None))
     teacher = _checked_teacher(recipe)
-    runtime = make_runtime(recipe.runtime, recipe.seed, device, progress)
-    kept = Store(store) if store else store_beside(folder)
-    kept.fresh = fresh
-    lock = lock_folder(folder)
+    ranks = join()
+    runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
+    kept = Store(store, fresh, ranks) if store else store_beside(folder, fresh, ranks)
+    lock = lock_folder(folder) if ranks.leads else None
     try:
-        return _Run(recipe, folder, teacher, runtime, kept, announce).result()
+        return _Run(recipe, folder, teacher, runtime, kept, announce if ranks.leads else _unheard).result()
     finally:
-        lock.release()
+        if lock:
+            lock.release()
 
 
 def check(
@@ -131,6 +133,10 @@ def evaluate_run(
     return measure(model.to(runtime.device), teacher, recipe.evaluation, runtime, fp)
 
 
+def _unheard(_: str) -> None:
+    """What ranks other than the first announce."""
+
+
 def _default_folder(source: Any, recipe: Recipe, changed: bool) -> Path:
     name = Path(str(source)).stem if isinstance(source, (str, Path)) else "recipe"
     suffix = "" if not changed and isinstance(source, (str, Path)) else f"-{digest(recipe.to_dict())[:6]}"
@@ -170,7 +176,9 @@ class _Run:
         metrics = self._stage(
             "evaluate", self._evaluate_key(quantized_key), self._make_metrics(stored, fp), _load_metrics
         )
-        self._write(images, stored, metrics)
+        if self.runtime.ranks.leads:
+            self._write(images, stored, metrics)
+        self.runtime.ranks.wait()
         stages = {name: asdict(record) for name, record in self.store.records.items()}
         return RunResult(self.folder, self.recipe, metrics, stages)
 
@@ -202,14 +210,19 @@ class _Run:
         return digest(self.fingerprint, versions()["torch"], versions()["timm"], *parts)
 
     def _make_reference(self, folder: Path) -> None:
-        reference(self.teacher, self.recipe.evaluation, self.runtime).save(folder / "reference.safetensors")
+        found = reference(self.teacher, self.recipe.evaluation, self.runtime)
+        if self.runtime.ranks.leads:
+            found.save(folder / "reference.safetensors")
 
     def _make_images(self, folder: Path) -> None:
         images = self.recipe.synthesis.synthesize(self.teacher, self.runtime, folder / STATE)
-        images.save(folder / "synthetic.safetensors")
+        if self.runtime.ranks.leads:
+            images.save(folder / "synthetic.safetensors")
 
     def _make_quantized(self, images: Tensor) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
+            if not self.runtime.ranks.leads:
+                return
             model = quantize(self.teacher, images, self.recipe.quantization, self.runtime, folder / STATE)
             save_quantized(model, folder / "quantized", self.teacher, self._parts())
             write_text(folder / "sites.json", json.dumps(model.site_table(), indent=1) + "\n")
@@ -224,7 +237,8 @@ class _Run:
         def make(folder: Path) -> None:
             model = load_checkpoint(stored / "quantized", self._blank())[0].to(self.runtime.device)
             metrics = measure(model, self.teacher, self.recipe.evaluation, self.runtime, fp)
-            write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+            if self.runtime.ranks.leads:
+                write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
 
         return make
 

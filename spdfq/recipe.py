@@ -126,7 +126,8 @@ class RuntimeSpec:
     """How a recipe runs; nothing here but the precision changes what is computed.
 
     Args:
-        precision: of the teacher during synthesis; ``auto`` takes bfloat16 where the device is fast at it.
+        precision: of the forward passes in synthesis and block reconstruction; ``auto`` takes bfloat16 where the device
+            is fast at it.
         device: ``auto`` takes an accelerator where there is one.
         threads: CPU threads; PyTorch's own choice where it is left out.
     """

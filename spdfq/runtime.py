@@ -9,9 +9,11 @@ import torch
 from attrs import field, frozen
 
 from spdfq.errors import SpdfqError
+from spdfq.ranks import Ranks
 
 Precision = Literal["float32", "bfloat16"]
 Advance = Callable[..., None]
+ALONE = Ranks()
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
@@ -60,15 +62,17 @@ class Runtime:
 
     Args:
         device: where tensors live.
-        precision: of the teacher during synthesis.
+        precision: of the forward passes in synthesis and block reconstruction.
         seed: the recipe's seed.
         progress: ``progress(description, total)`` is a context manager giving ``advance(steps, **values)``.
+        ranks: the processes that share the work.
     """
 
     device: torch.device = field(factory=lambda: torch.device("cpu"))
     precision: Precision = "float32"
     seed: int = 0
     progress: Callable[[str, int], AbstractContextManager[Advance]] = silent
+    ranks: Ranks = ALONE
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """A CPU generator for a purpose; see `generator`."""
@@ -81,7 +85,9 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-def make_runtime(spec: Any, seed: int, device: str | None = None, progress: Any = silent) -> Runtime:
+def make_runtime(
+    spec: Any, seed: int, device: str | None = None, progress: Any = silent, ranks: Ranks = ALONE
+) -> Runtime:
     """A runtime for a recipe's ``[runtime]`` section; ``device`` replaces the section's own.
 
     Raises:
@@ -90,7 +96,9 @@ def make_runtime(spec: Any, seed: int, device: str | None = None, progress: Any 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     chosen = pick_device(device or spec.device)
-    return Runtime(device=chosen, precision=pick_precision(spec.precision, chosen), seed=seed, progress=progress)
+    shown = progress if ranks.leads else silent
+    precision = pick_precision(spec.precision, chosen)
+    return Runtime(device=chosen, precision=precision, seed=seed, progress=shown, ranks=ranks)
 
 
 def pick_device(name: str) -> torch.device:

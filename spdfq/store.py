@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from spdfq.errors import DataError, SpdfqError
+from spdfq.ranks import Ranks
 
 T = TypeVar("T")
 STATE = "state"
@@ -34,17 +36,20 @@ class Store:
     Args:
         root: the folder.
         fresh: do finished and begun stages anew.
+        ranks: the processes that share the work; rank 0 keeps the store.
     """
 
     root: Path
     fresh: bool = False
+    ranks: Ranks = field(factory=Ranks)
     records: dict[str, StageRecord] = field(factory=dict, init=False)
 
     def stage(self, name: str, key: str, make: Callable[[Path], object], load: Callable[[Path], T]) -> T:
         """The result of a stage: loaded where it is finished, made first where it is not.
 
         ``make(folder)`` writes the result into the folder; what it keeps under ``folder / STATE`` survives a killed
-        run and is removed in the end. A second process that wants the same stage waits for the first.
+        run and is removed in the end. A second run that wants the same stage waits for the first. Every rank calls
+        ``make``; it says itself what rank 0 does alone.
 
         Raises:
             DataError: a finished stage cannot be read.
@@ -52,18 +57,27 @@ class Store:
         folder = self.root / f"{name}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        with FileLock(folder.with_suffix(".lock")):
-            if self.fresh:
-                shutil.rmtree(folder, ignore_errors=True)
-            reused = (folder / _DONE).exists()
+        with FileLock(folder.with_suffix(".lock")) if self.ranks.leads else nullcontext():
+            reused = self.ranks.first(lambda: self._found(folder))
             if not reused:
-                (folder / STATE).mkdir(parents=True, exist_ok=True)
                 make(folder)
-                (folder / _DONE).touch()
-                shutil.rmtree(folder / STATE)
+                self.ranks.wait()
+                if self.ranks.leads:
+                    (folder / _DONE).touch()
+                    shutil.rmtree(folder / STATE)
+                self.ranks.wait()
         result = _loaded(folder, load)
         self.records[name] = StageRecord(round(time.monotonic() - start, 3), reused, key)
         return result
+
+    def _found(self, folder: Path) -> bool:
+        """Whether the stage is finished; where it is not, its folder is made ready."""
+        if self.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        if (folder / _DONE).exists():
+            return True
+        (folder / STATE).mkdir(parents=True, exist_ok=True)
+        return False
 
 
 def _loaded(folder: Path, load: Callable[[Path], T]) -> T:
@@ -73,10 +87,10 @@ def _loaded(folder: Path, load: Callable[[Path], T]) -> T:
         raise DataError(f"{folder}: a finished stage that is damaged ({error}); delete it, or use --fresh") from None
 
 
-def store_beside(run_folder: Path) -> Store:
+def store_beside(run_folder: Path, fresh: bool = False, ranks: Ranks | None = None) -> Store:
     """The store of a run: ``SPDFQ_STORE``, or ``.store`` beside the run folder."""
     named = os.environ.get("SPDFQ_STORE")
-    return Store(Path(named) if named else run_folder.parent / ".store")
+    return Store(Path(named) if named else run_folder.parent / ".store", fresh, ranks or Ranks())
 
 
 def lock_folder(folder: Path) -> FileLock:

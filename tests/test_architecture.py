@@ -16,7 +16,7 @@ CLI = ROOT.parent / "cli"
 
 # bottom first; a room imports from its own layer and those below
 LAYERS = [
-    {"errors", "toml", "files", "registry", "structure", "recipefile", "recipe", "runtime", "attention"},
+    {"errors", "toml", "files", "ranks", "registry", "structure", "recipefile", "recipe", "runtime", "attention"},
     {"zoo", "architectures", "models", "data", "losses", "quantizers"},
     {"synth", "backends", "evaluate", "export"},
     {"checkpoint", "store", "provenance", "report"},

@@ -188,6 +188,19 @@ def test_a_module_without_children_that_multiplies_itself_is_quantized_under_its
     assert model.sites["attention.product1_left"].kind == "softmax"
 
 
+def test_a_second_attention_of_one_module_has_sites_of_its_own():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(F.scaled_dot_product_attention(x, x, x), 2 * x, x) @ x.mT @ x
+
+    model = quantized(teacher_of(Small(Twice)))
+    own = [name.removeprefix("body.") for name in model.quantizers if name.startswith("body.")]
+    first, leaves = ["query", "key", "value", "softmax"], ["2_left", "2_right", "3_left", "3_right"]
+    assert own == [*first, *(f"{kind}1" for kind in first), *(f"product{leaf}" for leaf in leaves)]
+    ratio = model.quantizers["body.key1"].scale / model.quantizers["body.key"].scale
+    torch.testing.assert_close(ratio, torch.tensor(2.0))
+
+
 def test_every_leftover_product_is_listed_beside_every_parameter():
     model = quantized(teacher_of(Small(Unusual)))
     table = model.site_table()

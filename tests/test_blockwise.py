@@ -10,7 +10,8 @@ from tiny_backend import RUNTIME, back_end, images, network, quantized, teacher,
 from torch import nn
 
 from spdfq.backends import Blockwise, Calibration, blockwise
-from spdfq.backends.blocks import BlockCall, Stream, block_calls, block_names, rows
+from spdfq.backends.blocks import BlockCall, block_calls, block_names
+from spdfq.backends.stream import Stream, rows
 from spdfq.errors import DataError, ModelError, NonFiniteError
 
 BATCH, COUNT = 2, 5

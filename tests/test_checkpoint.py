@@ -278,6 +278,7 @@ def test_a_config_that_is_none_is_refused(saved, text):
         ("vit", {"depth": 1}, "blocks.1.[a-z0-9_.]+"),
         ("vit", {"depth": 3}, "blocks.2.[a-z0-9_.]+"),
         ("vit", {"num_classes": 7}, "head.[a-z]+"),
+        ("vit", {"img_size": 40}, "pos_embed"),
         ("vit", {"class_token": False, "global_pool": "avg"}, "[a-z_]+"),
         ("swin", {}, "[a-z0-9_.]+"),
     ],

@@ -248,3 +248,36 @@ def test_logits_that_are_not_finite_are_refused(folder):
 def test_every_dataset_has_what_evaluation_and_the_store_ask_for(name):
     kind = datasets.get(name)
     assert {"__len__", "classes", "batches", "fingerprint"} <= set(dir(kind))
+
+
+# subsets and chosen images
+
+
+def test_chosen_images_come_in_the_order_asked_for():
+    everything = torch.cat([images for images, _ in FashionMnist().batches(bundled_like(), 500)])
+    images, labels = next(FashionMnist().batches(bundled_like(), 10, [1999, 3, 700]))
+    assert torch.equal(images, everything[[1999, 3, 700]])
+    assert len(labels) == 3
+
+
+def test_a_limit_draws_a_subset_by_its_seed_and_keeps_the_order():
+    dataset = FashionMnist(limit=50)
+    chosen = dataset.chosen(2000)
+    assert len(dataset) == len(set(chosen)) == 50
+    assert chosen == sorted(chosen) == FashionMnist(limit=50).chosen(2000)
+    assert chosen != FashionMnist(limit=50, subset_seed=1).chosen(2000)
+    assert FashionMnist(limit=3000).chosen(2000) == list(range(2000))
+    limited = torch.cat([labels for _, labels in dataset.batches(bundled_like(), 20)])
+    full = torch.cat([labels for _, labels in FashionMnist().batches(bundled_like(), 500)])
+    assert torch.equal(limited, full[chosen])
+
+
+def test_a_folder_is_limited_and_chosen_from_alike(folder):
+    full = folder({"cat": {"a.png": GREY, "b.png": RED}, "dog": {"c.png": RED}})
+    assert len(ImageFolder(root=full.root, limit=2)) == 2
+    _, labels = next(full.batches(teacher(), 3, [2, 0]))
+    assert labels.tolist() == [1, 0]
+
+
+def bundled_like():
+    return teacher(classes=10, size=(1, 28, 28))

@@ -124,7 +124,7 @@ def test_run_json_says_what_was_run_and_what_came_of_it(finished, recipe):
 
 def test_the_metrics_are_those_of_the_saved_model(finished, photos):
     model = spdfq.load_quantized(finished.folder / "quantized")
-    teacher = spdfq.load_teacher(finished.recipe.model)
+    teacher = spdfq.load_teacher("bundled:vit_fmnist")
     batches = list(finished.recipe.evaluation.dataset.batches(teacher, 10))
     assert len(batches) == 1
     pixels, labels = batches[0]

@@ -10,8 +10,9 @@ from attrs import define, field, validators
 from torch import Tensor, nn
 
 from spdfq.backends.base import Calibration, Step
-from spdfq.backends.blocks import BlockCall, Hidden, Stream, block_calls, block_names, rows
+from spdfq.backends.blocks import BlockCall, Hidden, block_calls, block_names
 from spdfq.backends.model import QuantizedModel
+from spdfq.backends.stream import Stream, rows
 from spdfq.errors import DataError, NonFiniteError
 from spdfq.files import read_tensors, write_tensors
 from spdfq.registry import steps

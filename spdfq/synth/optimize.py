@@ -8,7 +8,7 @@ from attrs import define, field, validators
 
 from spdfq.models import Teacher
 from spdfq.registry import sources
-from spdfq.runtime import Runtime
+from spdfq.runtime import Advance, Runtime
 from spdfq.structure import component, component_list, components
 from spdfq.synth.base import Source, SyntheticImages
 from spdfq.synth.loop import OWN_COLUMNS, Group
@@ -64,16 +64,25 @@ class OptimizedImages(Source):
         return []
 
     def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
-        """Optimise the groups one after the other; finished and begun ones found in ``folder`` are taken up."""
-        starts = range(0, self.images, self.group)
+        """Optimise the groups one after the other; finished and begun ones found in ``folder`` are taken up.
+
+        Several ranks share the groups, and hand their results over in ``folder``.
+        """
+        starts, ranks = range(0, self.images, self.group), runtime.ranks
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        with teacher.frozen(), runtime.progress("synthesising", len(starts) * self.iterations) as advance:
-            parts = []
-            for index, start in enumerate(starts):
-                count = min(self.group, self.images - start)
-                parts.append(Group(self, teacher, runtime, index, count).run(advance, folder))
-        return _joined(parts)
+
+        def run(index: int, advance: Advance) -> SyntheticImages:
+            count = min(self.group, self.images - starts[index])
+            return Group(self, teacher, runtime, index, count).run(advance, folder)
+
+        own = ranks.share(range(len(starts)))
+        with teacher.frozen(), runtime.progress("synthesising", len(own) * self.iterations) as advance:
+            parts = {index: run(index, advance) for index in own}
+            ranks.wait()
+            others = [index for index in range(len(starts)) if index not in parts]
+            parts |= {index: run(index, lambda *_, **__: None) for index in others}
+        return _joined([parts[index] for index in range(len(starts))])
 
     @property
     def needs(self) -> frozenset[str]:

@@ -51,9 +51,5 @@ class RealImages(Source):
         if available < self.images:
             raise DataError(f"synthesis.images: {self.images} asked for, but the dataset holds {available}")
         chosen = torch.randperm(available, generator=runtime.generator("real"))[: self.images]
-        wanted, found, seen = set(chosen.tolist()), {}, 0
-        for images, labels in self.dataset.batches(teacher, 64):
-            for index in wanted & set(range(seen, seen + len(labels))):
-                found[index] = images[index - seen].clone()
-            seen += len(labels)
-        return SyntheticImages(images=torch.stack([found[index] for index in chosen.tolist()]))
+        found = [images for images, _ in self.dataset.batches(teacher, 64, chosen.tolist())]
+        return SyntheticImages(images=torch.cat(found))
