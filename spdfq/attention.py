@@ -20,6 +20,10 @@ NEEDS = frozenset({CLASS_ATTENTION, ATTENTION_OUTPUTS})
 # benchmarks/attention.py
 _EXPLICIT_LIMIT_CPU = 64 * 64
 _POOLING_HEAD = "attn_pool"
+# a smaller input is no image but tokens, whose sides say nothing about the token grid
+_SMALLEST_IMAGE = 16
+SOFTMAX_FUNCTIONS = frozenset({torch.softmax, Tensor.softmax, F.softmax})
+_REMEDY = "it cannot be recorded, leave out the losses that need it"
 
 
 class AttentionMode(TorchFunctionMode):
@@ -126,7 +130,8 @@ class AttentionRecord:
 
     Args:
         names: module names.
-        grids: token grid ``(h, w)`` of the keys, prefix tokens left out; the window's own for windowed attention.
+        grids: token grid ``(h, w)`` of the keys, prefix tokens left out; the window's own for windowed attention, the
+            pooled one where keys are pooled (PVT v2).
         class_attention: float32 ``[B, H, h*w]``: the class query's softmax row over patch tokens, or the mean over
             queries where there is no class token; windows are folded into the batch, image by image.
         attention_outputs: ``[B, H, N, d]``, prefix tokens included.
@@ -160,7 +165,8 @@ def record_attention(
         rows: record the first so many images of the batch only.
 
     Raises:
-        ModelError: an unknown need, or (from the forward pass) attention that is not over the token grid, or none.
+        ModelError: an unknown need, or (from the forward pass) attention that is not over the token grid, that only
+            some blocks hand to `scaled_dot_product_attention` (CaiT), or none.
     """
     if unknown := sorted(set(needs) - NEEDS):
         raise ModelError(f"cannot record {', '.join(unknown)}; known: {', '.join(sorted(NEEDS))}")
@@ -198,10 +204,16 @@ class _Recorder(AttentionMode):
         self.patches = getattr(getattr(_trunk(model), "patch_embed", None), "grid_size", None)
         self.record = AttentionRecord(prefix=prefix)
         self.batch = 0
+        self.image: tuple[int, ...] = (1, 1)
+        self.unseen: str | None = None
 
     def begin(self, _: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
         self.record.clear()
-        self.batch = len(next(iter((*inputs, *named.values()))))
+        self.unseen = None
+        images = next(iter((*inputs, *named.values())))
+        self.batch, self.image = len(images), tuple(getattr(images, "shape", ())[2:])
+        if len(self.image) != 2 or min(self.image) < _SMALLEST_IMAGE:
+            self.image = (1, 1)
 
     def end(self, *_: Any) -> None:
         if not self.record.names:
@@ -209,10 +221,24 @@ class _Recorder(AttentionMode):
                 f"{type(self.model).__name__}: no attention went through scaled_dot_product_attention, so none can be "
                 "recorded; leave out the losses that need attention"
             )
+        if self.unseen is not None:
+            raise ModelError(
+                f"{self.unseen or type(self.model).__name__}: computes a softmax of its own while other modules call "
+                f"scaled_dot_product_attention, so some attention would be missing; {_REMEDY}"
+            )
+
+    def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        if func in SOFTMAX_FUNCTIONS and self.unseen is None and result.ndim > 2 and not self._pools():
+            self.unseen = self.names[-1] if self.names else ""
+        return result
+
+    def _pools(self) -> bool:
+        return bool(self.names) and self.names[-1].rpartition(".")[2] == _POOLING_HEAD
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         name = self.names[-1] if self.names else ""
-        if name.rpartition(".")[2] == _POOLING_HEAD:
+        if self._pools():
             return attend(query, key, value, mask, scale)
         self.record.grids.append(self._grid(name, query, key))
         self.record.names.append(name)
@@ -237,22 +263,38 @@ class _Recorder(AttentionMode):
         return slice(None) if self.rows is None else slice(self.rows * (len(query) // self.batch))
 
     def _grid(self, name: str, query: Tensor, key: Tensor) -> tuple[int, int]:
-        """The token grid of the keys; attention over channels, pooled tokens or in a layout of its own is refused."""
-        where, remedy = name or type(self.model).__name__, "it cannot be recorded, leave out the losses that need it"
+        """The token grid of the keys; attention over channels, latents or in a layout of its own is refused."""
+        where = name or type(self.model).__name__
         if query.ndim != 4:
-            raise ModelError(f"{where}: its attention runs on {list(query.shape)} instead of [B, H, N, d]; {remedy}")
+            raise ModelError(f"{where}: its attention runs on {list(query.shape)} instead of [B, H, N, d]; {_REMEDY}")
         tokens = key.shape[-2] - self.record.prefix
         window = getattr(self.model.get_submodule(name), "window_size", None)
         for grid in (window, self.patches):
             if isinstance(grid, (tuple, list)) and len(grid) == 2 and grid[0] * grid[1] == tokens:
                 return grid[0], grid[1]
-        side = math.isqrt(max(tokens, 0))
-        if self.patches is None and side * side == tokens > 0:
-            return side, side
+        if self.patches is None and (found := self._inferred(query, tokens)):
+            return found
         expected = self.patches or window
-        layout = f"the {expected[0]}x{expected[1]} token grid" if expected else "a square token grid"
+        layout = f"the {expected[0]}x{expected[1]} token grid" if expected else f"a {self._shape()} token grid"
         layout += f" and {self.record.prefix} prefix tokens" if self.record.prefix else ""
-        raise ModelError(f"{where}: attends over {key.shape[-2]} keys, not over {layout}; {remedy}")
+        raise ModelError(f"{where}: attends over {key.shape[-2]} keys, not over {layout}; {_REMEDY}")
+
+    def _inferred(self, query: Tensor, tokens: int) -> tuple[int, int] | None:
+        """A grid in the image's proportions, of the keys and, lest latents pass for pooled keys, of the queries."""
+        image = self.image if len(query) == self.batch else (1, 1)
+        queries = query.shape[-2] - self.record.prefix
+        whole = queries in (tokens, 1 - self.record.prefix) or _in_proportion(queries, image) is not None
+        return _in_proportion(tokens, image) if whole else None
+
+    def _shape(self) -> str:
+        return "square" if self.image[0] == self.image[1] else f"{self.image[0]}:{self.image[1]}"
+
+
+def _in_proportion(tokens: int, image: tuple[int, ...]) -> tuple[int, int] | None:
+    """The grid ``(h, w)`` of so many tokens with ``h / w`` as in the image, where there is one."""
+    height = math.isqrt(max(tokens, 0) * image[0] // image[1])
+    width = tokens // height if height else 0
+    return (height, width) if height * width == tokens > 0 and height * image[1] == width * image[0] else None
 
 
 def _first_query(mask: Tensor | None, query: Tensor, kept: slice) -> Tensor | None:

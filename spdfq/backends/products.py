@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from attrs import define
 from torch import Tensor, nn
 
-from spdfq.attention import AttentionMode, attention_probabilities, fused_attention
+from spdfq.attention import SOFTMAX_FUNCTIONS, AttentionMode, attention_probabilities, fused_attention
 from spdfq.quantizers import Quantizer
 
 WEIGHT, INPUT, QUERY, KEY, VALUE, SOFTMAX, PRODUCT = "weight", "input", "query", "key", "value", "softmax", "product"
@@ -30,7 +30,6 @@ _OTHER_PRODUCTS = {
     *(Tensor.addmm, Tensor.addmv, Tensor.addbmm, Tensor.baddbmm),
     *(F.bilinear, torch.bilinear, F.multi_head_attention_forward),
 }
-_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
 _KEEPS_VALUES = {
     *(F.dropout, torch.dropout, Tensor.to, Tensor.float, Tensor.type_as, Tensor.contiguous, Tensor.view),
     *(Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.flatten, Tensor.unsqueeze, Tensor.squeeze),
@@ -108,7 +107,7 @@ class _ProductMode(AttentionMode):
         if func in _OTHER_PRODUCTS:
             self._left_over(func)
         result = func(*args, **kwargs)
-        if func in _SOFTMAX or (func in _KEEPS_VALUES and args and getattr(args[0], _MARK, False)):
+        if func in SOFTMAX_FUNCTIONS or (func in _KEEPS_VALUES and args and getattr(args[0], _MARK, False)):
             setattr(result, _MARK, True)
         return result
 

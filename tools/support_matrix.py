@@ -1,0 +1,201 @@
+"""Measures which timm families work and writes docs/models.md: `python tools/support_matrix.py [--only swin]`."""
+
+import argparse
+import copy
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from attrs import define, field
+from families import FAMILIES, Family
+from torch import nn
+
+from spdfq.attention import ATTENTION_OUTPUTS, CLASS_ATTENTION, record_attention
+from spdfq.backends import QuantizedModel, quantize
+from spdfq.backends.model import find_sites
+from spdfq.checkpoint import load_quantized, save_quantized
+from spdfq.errors import SpdfqError
+from spdfq.models import Teacher
+from spdfq.recipe import load_recipe
+from spdfq.runtime import Runtime
+from spdfq.synth.loop import Group
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "models.md"
+CHECKS = ("sites", "float logits", "W8A8", "attention", "synthesis", "checkpoint")
+RUNTIME = Runtime(seed=0)
+RECIPE = {"extends": ["models/vit_fmnist", "backends/blockwise"]}
+_MINMAX = "quantization.steps=[{type='calibrate', observer='minmax', weight_observer='minmax'}]"
+
+
+@define
+class Row:
+    """What one family showed: a word or a number for each check that passed, a reason for each that did not."""
+
+    family: Family
+    found: dict[str, str] = field(factory=dict)
+    why: dict[str, str] = field(factory=dict)
+    leftovers: list[str] = field(factory=list)
+    seconds: float = 0.0
+
+    def check(self, name: str, run: Callable[[], str]) -> None:
+        try:
+            self.found[name] = run()
+        except Exception as error:  # the matrix is there to show every kind of failure
+            kind = "" if isinstance(error, SpdfqError) else f"{type(error).__name__}: "
+            self.why[name] = kind + str(error).strip().splitlines()[0][:300]
+
+
+def teacher_of(family: Family, seed: int = 0) -> Teacher:
+    """A member with random weights, LayerScale and zero heads perturbed, batch statistics as after a few steps."""
+    torch.manual_seed(seed)
+    module = timm.create_model(family.member, pretrained=False, num_classes=10, **family.options).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.01))
+        size = (3, *family.size)
+        norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.train().momentum = None
+        if norms:
+            module(torch.randn(4, *size))
+        module.eval()
+    return Teacher(module, mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=10, input_size=size, name=family.member)
+
+
+def measure(family: Family) -> Row:
+    """Every check, in order; a check that needs the one before it fails with it."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    row, start = Row(family), time.perf_counter()
+    try:
+        teacher = teacher_of(family)
+        images = torch.randn(2, *teacher.input_size).clamp(-1, 1)
+        _measure(row, teacher, images)
+    except Exception as error:  # as above
+        row.why["sites"] = f"cannot be built: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def _measure(row: Row, teacher: Teacher, images: torch.Tensor) -> None:
+    made: dict[str, Any] = {}
+
+    def sites() -> str:
+        made["sites"], made["leftovers"] = find_sites(teacher.module, images[:1])
+        row.leftovers = list(made["leftovers"])
+        return str(len(made["sites"]))
+
+    @torch.no_grad()
+    def float_logits() -> str:
+        plain = teacher.module(images)
+        found = QuantizedModel(teacher.module, made["sites"], {}, made["leftovers"])(images)
+        gap = float(((found - plain).abs() / plain.abs().clamp(min=1)).max())
+        assert plain.std() > 1e-4, "the logits do not depend on anything"
+        if gap > 1e-5:
+            rounding = float((_in_float64(teacher.module, images) - plain).abs().max())
+            raise AssertionError(f"logits differ by {gap:.1e} (float32 rounding of the network alone: {rounding:.1e})")
+        return "yes"
+
+    @torch.no_grad()
+    def w8a8() -> str:
+        given = {"extends": [*RECIPE["extends"], "images/gaussian_noise"]}
+        spec = load_recipe(given, [_MINMAX, "quantization.overrides=[]", *_bits(8)]).quantization
+        made["model"] = quantize(teacher, images, spec, RUNTIME)
+        made["logits"] = made["model"](images)
+        assert made["logits"].isfinite().all(), "the quantized logits are not finite"
+        return "yes"
+
+    @torch.no_grad()
+    def attention() -> str:
+        with record_attention(teacher.module, {CLASS_ATTENTION, ATTENTION_OUTPUTS}) as record:
+            teacher.module(images)
+        assert all(row.isfinite().all() for row in record.class_attention), "the rows are not finite"
+        made["recorded"] = True
+        return str(len(record.names))
+
+    def checkpoint() -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            save_quantized(made["model"], folder, teacher)
+            loaded = load_quantized(folder, teacher_of(row.family, seed=1).module)
+            with torch.no_grad():
+                assert torch.equal(loaded(images), made["logits"]), "the reloaded logits differ"
+        return "yes"
+
+    row.check("sites", sites)
+    if "sites" in row.why:
+        return
+    row.check("float logits", float_logits)
+    row.check("W8A8", w8a8)
+    row.check("attention", attention)
+    row.check("synthesis", lambda: _one_step(teacher, bool(made.get("recorded"))))
+    if "W8A8" in row.found:
+        row.check("checkpoint", checkpoint)
+
+
+def _in_float64(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return copy.deepcopy(module).double()(images.double()).float()
+
+
+def _bits(number: int) -> list[str]:
+    return [f"quantization.{what}.bits={number}" for what in ("weights", "activations", "softmax")]
+
+
+def _one_step(teacher: Teacher, recorded: bool) -> str:
+    """Attention prior, soft cross-entropy and total variation where attention is recorded, else the label loss."""
+    images = "images/spdfq" if recorded else "images/cross_entropy"
+    small = [f"synthesis.{key}" for key in ("images=2", "group=2", "iterations=1", "sampler={type='whole_image'}")]
+    spec = load_recipe({"extends": [*RECIPE["extends"], images]}, small).synthesis
+    with teacher.frozen():
+        group = Group(spec, teacher, RUNTIME, 0, 2)
+        group.step(0)
+    curve = group.state.curve[0]
+    assert curve.isfinite().all(), "a loss or the gradient is not finite"
+    assert float(curve[-1]) > 0, "the gradient is zero"
+    return "with prior" if recorded else "labels only"
+
+
+def table(rows: list[Row]) -> str:
+    """The markdown table, a line for each family."""
+    lines = [
+        f"| family | member | {' | '.join(CHECKS)} | float products | why not |",
+        "| --- " * (len(CHECKS) + 4) + "|",
+    ]
+    for row in rows:
+        cells = [row.found.get(check, "**no**") for check in CHECKS]
+        why = "; ".join(dict.fromkeys(f"{reason}" for reason in row.why.values()))
+        lines.append(
+            f"| {row.family.name} | `{row.family.member}` | {' | '.join(cells)} | {len(row.leftovers)} | {why} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="families whose name or member contains this; writes no page")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    wanted = [f for f in FAMILIES if arguments.only.lower() in f"{f.name} {f.member}".lower()]
+    start, rows = time.perf_counter(), []
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for row in pool.map(measure, wanted):
+            print(f"{row.seconds:5.1f} s  {row.family.name}: {row.found} {row.why} {row.leftovers[:4]}", flush=True)
+            rows.append(row)
+    print(f"{len(rows)} families in {time.perf_counter() - start:.0f} s, {arguments.jobs} processes of one thread")
+    if not arguments.only:
+        sys.path.insert(0, str(DOCS))
+        from generate import refresh
+
+        refresh(PAGE, "matrix", table(rows))
+
+
+if __name__ == "__main__":
+    main()
