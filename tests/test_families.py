@@ -1,4 +1,4 @@
-"""Ten families of timm and their quirks, tiny: the checks of tools/support_matrix.py, and what is refused by name."""
+"""Families of timm and their quirks, tiny: the checks of tools/support_matrix.py, and what is refused by name."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,6 @@ OWN = {
     "dinov2": ("vit_small_patch14_dinov2", TINY, 2),
     "siglip": ("vit_base_patch16_siglip_224", TINY, 2),
     "average_pooling": ("vit_base_patch16_siglip_gap_224", TINY, 2),
-    "separate_qkv": ("beit_base_patch16_224", TINY, 2),
     "eva_separate": ("eva02_base_patch14_224", {**TINY, "qkv_fused": False}, 2),
     "swiglu": ("vit_giant_patch14_reg4_dinov2", TINY, 2),
     "pvt_v2": ("pvt_v2_b0", PYRAMID, 4),
