@@ -81,8 +81,9 @@ def recipe(name: str) -> str:
     """A recipe with every default written out; a shared part with what it extends."""
     from spdfq import toml
     from spdfq.recipe import load_recipe, resolve
+    from spdfq.recipefile import whole
 
-    part = "/" in name and not name.endswith(".toml")
+    part = not name.endswith(".toml") and not whole(name)
     return toml.dumps(resolve(name) if part else load_recipe(name).to_dict())
 
 

@@ -88,6 +88,7 @@ def summary(record: dict[str, Any], folder: Path) -> list[str]:
     return [
         f"{record['name']}: {backend['label']} of {record['model']['name']}, placement {backend['placement']}",
         *accuracy(record["metrics"]),
+        *([f"published  {record['published']['line']}"] if record.get("published") else []),
         "seconds    " + ", ".join(_stage(name, stage) for name, stage in stages.items()),
         f"folder     {folder}",
         f"report     {folder / 'report.html'}",

@@ -134,6 +134,7 @@ def _cell(combination: Combination, seed: int, folder: Path) -> Cell:
 def result_key(recipe: Recipe) -> str:
     """A hash of all that decides a result: recipe, data, local weights, code and versions, but not where it runs."""
     data = {**recipe.to_dict(), "runtime": {"precision": recipe.runtime.precision}}
+    data.pop("published", None)
     weights = sha256(Path(recipe.model.checkpoint).read_bytes()).hexdigest() if recipe.model.checkpoint else None
     code, found = source_digest(recipe, *_CODE), versions()
     return digest(data, data_fingerprints(recipe), weights, code, found["torch"], found["timm"])

@@ -20,6 +20,7 @@ from spdfq.evaluate import Reference, accuracy, measure, reference
 from spdfq.files import write_text
 from spdfq.models import Teacher, load_teacher
 from spdfq.provenance import data_fingerprints, device_name, git_commit, source_digest, versions
+from spdfq.published import check_full_precision, compare
 from spdfq.ranks import join
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.report import write_pictures, write_report
@@ -30,6 +31,9 @@ from spdfq.synth import SyntheticImages
 
 Announce = Callable[[str], None]
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+_NO_PART_IN_THE_MODEL = ("evaluation", "runtime", "published")
 
 
 @frozen
@@ -145,9 +149,9 @@ def _default_folder(source: Any, recipe: Recipe, changed: bool) -> Path:
 
 def _checked_teacher(recipe: Recipe) -> Teacher:
     """The teacher, after everything that can be wrong with the recipe was looked at."""
+    data_fingerprints((recipe.synthesis, recipe.evaluation))  # first: a missing folder costs no download of weights
     teacher = load_teacher(recipe.model)
     place(teacher, recipe.quantization)
-    data_fingerprints((recipe.synthesis, recipe.evaluation))
     return teacher
 
 
@@ -169,6 +173,8 @@ class _Run:
         self.teacher.module.to(self.runtime.device)
         fp = self._stage("teacher", self._teacher_key(), self._make_reference, _load_reference)
         self.announce(f"full precision: top-1 {accuracy(fp.logits, fp.labels)['top1']:.2f} %")
+        if checked := check_full_precision(self.recipe, self.teacher, fp.logits, fp.labels):
+            self.announce(checked)
         images_key = self._images_key()
         images = self._stage("images", images_key, self._make_images, _load_images)
         quantized_key = self._quantized_key(images_key)
@@ -230,8 +236,8 @@ class _Run:
         return make
 
     def _parts(self) -> dict[str, Any]:
-        """What of the recipe made the model; the evaluation has no part in it."""
-        return {key: value for key, value in self.recipe.to_dict().items() if key not in ("evaluation", "runtime")}
+        """What of the recipe made the model."""
+        return {key: value for key, value in self.recipe.to_dict().items() if key not in _NO_PART_IN_THE_MODEL}
 
     def _make_metrics(self, stored: Path, fp: Reference) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
@@ -280,6 +286,7 @@ class _Run:
             "images": {"type": unstructure(recipe.synthesis, "source")["type"], "count": len(images.images)},
             "backend": _backend(recipe),
             "metrics": metrics,
+            "published": compare(recipe, metrics),
             "stages": {name: asdict(record) for name, record in self.store.records.items()},
             "warnings": recipe.warnings(),
         }
@@ -288,7 +295,7 @@ class _Run:
 def _backend(recipe: Recipe) -> dict[str, Any]:
     spec = unstructure(recipe.quantization)
     return {
-        "label": f"W{recipe.quantization.weights.bits}A{recipe.quantization.activations.bits}",
+        "label": recipe.quantization.label,
         "placement": spec["placement"]["type"],
         "steps": [step["type"] for step in spec["steps"]],
     }

@@ -17,6 +17,8 @@ __all__ = [
     "Evaluation",
     "ModelSpec",
     "Override",
+    "Published",
+    "PublishedRow",
     "Quantization",
     "Recipe",
     "RuntimeSpec",
@@ -107,6 +109,11 @@ class Quantization:
         if not self.steps:
             raise ValueError("has no steps; the first one is usually { type = 'calibrate' }")
 
+    @property
+    def label(self) -> str:
+        """The bit-widths in short, as papers give them: ``W4A4``."""
+        return f"W{self.weights.bits}A{self.activations.bits}"
+
 
 @frozen(kw_only=True)
 class Evaluation:
@@ -137,6 +144,57 @@ class RuntimeSpec:
     threads: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
 
 
+def _is_shipped(_: Any, __: Any, value: str) -> None:
+    if value not in shipped():
+        raise ValueError(f"no shipped recipe is called {value!r}; `spdfq list recipe` names them")
+
+
+@frozen(kw_only=True)
+class PublishedRow:
+    """One published number.
+
+    Args:
+        method: what the paper calls the images.
+        images: shipped part that makes these images; where there is none the number is never compared.
+        bits: of weights and activations, for example ``W4A4``.
+        top1: in percent.
+    """
+
+    method: str
+    images: str | None = field(default=None, validator=validators.optional(_is_shipped))
+    bits: str = field(validator=validators.matches_re("W[2-8]A[2-8]"))
+    top1: float = field(validator=[validators.ge(0.0), validators.le(100.0)])
+
+
+@frozen(kw_only=True)
+class Published:
+    """What is known of the model, and what a paper reports for it; nothing is computed from it.
+
+    Args:
+        paper: where the rows are from.
+        model: name and tag of the weights; a recipe with another model is neither checked nor compared.
+        fp: top-1 in percent that these weights are known for in full precision; a run that measures another one stops.
+        paper_fp: the same, as the paper reports it.
+        images: how many images that was measured on.
+        backend: shipped part with the back-end of the rows.
+        rows: the paper's numbers.
+    """
+
+    paper: str
+    model: str
+    fp: float = field(validator=[validators.gt(0.0), validators.lt(100.0)])
+    paper_fp: float | None = field(
+        default=None, validator=validators.optional([validators.gt(0.0), validators.lt(100.0)])
+    )
+    images: int = field(validator=validators.ge(1))
+    backend: str = field(validator=_is_shipped)
+    rows: tuple[PublishedRow, ...] = ()
+
+    def is_of(self, model: ModelSpec) -> bool:
+        """Whether it is of that model, with the classes it was trained for."""
+        return model.name == self.model and model.num_classes is None
+
+
 @frozen(kw_only=True)
 class Recipe:
     """Everything a run depends on.
@@ -149,6 +207,7 @@ class Recipe:
         quantization: the back-end.
         evaluation: the labelled images the accuracy is measured on.
         runtime: device and precision.
+        published: what a paper reports for the model, to compare with.
     """
 
     schema: int = field(default=SCHEMA)
@@ -158,6 +217,7 @@ class Recipe:
     quantization: Quantization
     evaluation: Evaluation
     runtime: RuntimeSpec = field(factory=RuntimeSpec)
+    published: Published | None = None
 
     @schema.validator
     def _known_schema(self, _: Any, value: int) -> None:
@@ -174,6 +234,8 @@ class Recipe:
         lines = [f"synthesis: {line}" for line in advice()] if advice else []
         if self.model.random:
             lines.append("model: random weights; set pretrained = true or give a checkpoint")
+        if self.published and not self.published.is_of(self.model):
+            lines.append(f"published: is of {self.published.model}, so this model is neither checked nor compared")
         return lines
 
 

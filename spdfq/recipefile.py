@@ -33,6 +33,11 @@ def shipped() -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
 
 
+def whole(name: str) -> bool:
+    """Whether a shipped recipe can be run as it is; others are parts to be extended."""
+    return {"model", "synthesis", "quantization", "evaluation"} <= read(name).keys()
+
+
 def locate(name: str, beside: Path = Path()) -> Path:
     """The file of a recipe: a path where the name ends in ``.toml``, a shipped recipe otherwise."""
     if name.endswith(".toml"):
@@ -43,7 +48,7 @@ def locate(name: str, beside: Path = Path()) -> Path:
     if name not in shipped():
         near = difflib.get_close_matches(name, shipped(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        top = ", ".join(known for known in shipped() if "/" not in known)
+        top = ", ".join(known for known in shipped() if whole(known))
         raise RecipeError([f"{name}: no shipped recipe of that name{hint} (shipped: {top}; a file ends in .toml)"])
     return Path(str(files("spdfq.recipes"))) / f"{name}.toml"
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "toml", "files", "ranks", "registry", "structure", "recipefile", "recipe", "runtime", "attention"},
     {"zoo", "architectures", "models", "data", "losses", "quantizers"},
     {"synth", "backends", "evaluate", "export"},
-    {"checkpoint", "store", "provenance", "report"},
+    {"checkpoint", "store", "provenance", "published", "report"},
     {"pipeline", "api"},
     {"benchfile", "benchtable", "bench", "describe", "commented"},
     {"__init__"},
@@ -52,6 +52,7 @@ PUBLIC = {
     }
     | {"quantize"},
     "spdfq.recipe": {"Evaluation", "ModelSpec", "Override", "Quantization", "Recipe", "RuntimeSpec", "assign", "digest"}
+    | {"Published", "PublishedRow"}
     | {"load_recipe", "locate", "merge", "merge_parents", "read", "resolve", "shipped", "to_toml"},
 }
 ALSO_PUBLIC = {

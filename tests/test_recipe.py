@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from spdfq.errors import RecipeError
 from spdfq.recipe import Recipe, digest, load_recipe, locate, merge, resolve, shipped, to_toml
+from spdfq.recipefile import whole
 from spdfq.structure import structure
 
 OPTIMIZE = {
@@ -368,7 +369,7 @@ def test_the_resolved_copy_writes_every_default_out():
 
 
 def complete():
-    return [name for name in shipped() if {"model", "quantization"} <= resolve(name).keys()]
+    return [name for name in shipped() if whole(name)]
 
 
 @pytest.mark.parametrize("source", [BASE, *complete()], ids=["base", *complete()])

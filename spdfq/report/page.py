@@ -130,7 +130,15 @@ def _outcome(run: dict[str, Any]) -> list[tuple[str, Any]]:
         ("Images", f"{run['images']['count']}, {run['images']['type']}"),
         ("Back-end", ", ".join(run["backend"]["steps"])),
         ("Placement", run["backend"].get("placement")),
+        ("Published", _published(run.get("published"))),
     ]
+
+
+def _published(found: dict[str, Any] | None) -> str | None:
+    if not found:
+        return None
+    row = "" if found["top1"] is None else f"; {found['method']}, {found['paper']}"
+    return f"{found['line']}{row}"
 
 
 def _images(folder: Path, run: dict[str, Any]) -> str:
