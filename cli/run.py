@@ -99,9 +99,11 @@ def accuracy(metrics: dict[str, Any]) -> list[str]:
     """The accuracy before and after."""
     before, after = metrics["fp"]["top1"], metrics["quantized"]["top1"]
     simulated = " (simulated)" if metrics.get("simulated") else ""
+    by, close = metrics.get("measure", "top-1"), metrics.get("similarity")
     return [
-        f"top-1      {before:.2f} % FP -> {after:.2f} % quantized{simulated}, {metrics['images']} images",
+        f"{by:<10} {before:.2f} % FP -> {after:.2f} % quantized{simulated}, {metrics['images']} images",
         f"agreement  {metrics['agreement']:.2f} % of the images get the same first class",
+        *([] if close is None else [f"similarity {close:.4f} mean cosine of quantized to full-precision features"]),
     ]
 
 

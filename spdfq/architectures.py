@@ -34,9 +34,11 @@ def _bundled(spec: ModelSpec, weights: bool) -> Any:
     name = spec.name.removeprefix("bundled:")
     if name not in BUNDLED:
         raise ModelError(f"model.name: no bundled model {name!r}{_hint(name, BUNDLED)} (bundled: {', '.join(BUNDLED)})")
-    if spec.num_classes is not None or spec.img_size is not None:
+    if spec.num_classes or spec.img_size is not None:
         raise ModelError("model: a bundled model has its own num_classes and img_size; leave them out")
     module = BUNDLED[name].create()
+    if spec.num_classes == 0:
+        module.reset_classifier(0)
     if weights and not spec.checkpoint:
         _load_weights(module, data_file(f"{name}.safetensors"), "model.name")
     return module
@@ -120,6 +122,12 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
+def _head(module: nn.Module) -> tuple[str, ...]:
+    """What the names of the head's weights start with, as timm configures it."""
+    named = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+
+
 def _load_weights(module: nn.Module, path: Path, where: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -132,6 +140,8 @@ def _load_weights(module: nn.Module, path: Path, where: str) -> None:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{where}: {path}: damaged, or not a safetensors file ({error})") from None
+    if getattr(module, "num_classes", None) == 0:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(_head(module))}
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise DataError(f"{where}: {path}: holds NaN or infinite weights, the first of them in {broken[0]}")
     try:

@@ -20,7 +20,7 @@ from spdfq.runtime import silent
 from spdfq.store import store_beside
 
 Row = dict[str, Any]
-_CODE = ("spdfq.backends.quantize", "spdfq.checkpoint", "spdfq.evaluate")
+_CODE = ("spdfq.backends.quantize", "spdfq.checkpoint", "spdfq.evaluate", "spdfq.features")
 
 
 @frozen
@@ -192,8 +192,8 @@ def _measured(folder: Path) -> Row:
 def _outcome(row: Row) -> str:
     if row["error"]:
         return f"failed: {row['error']}"
-    metrics = row["metrics"]
-    return f"top-1 {metrics['fp']['top1']:.2f} -> {metrics['quantized']['top1']:.2f} in {row['seconds']:.1f} s"
+    metrics, by = row["metrics"], row["metrics"].get("measure", "top-1")
+    return f"{by} {metrics['fp']['top1']:.2f} -> {metrics['quantized']['top1']:.2f} in {row['seconds']:.1f} s"
 
 
 def _stages(rows: list[Row]) -> str:

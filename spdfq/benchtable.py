@@ -29,8 +29,10 @@ def caption(rows: list[Row]) -> str:
     done = [row for row in rows if row["error"] is None]
     if not done:
         return "No cell has finished."
+    measure = _distinct(row["metrics"].get("measure", "Top-1") for row in done)
     return (
-        f"Top-1 and agreement with the float model in percent on {_distinct(row['metrics']['images'] for row in done)} "
+        f"{measure} and agreement with the float model in percent on "
+        f"{_distinct(row['metrics']['images'] for row in done)} "
         "images; quantization is simulated in floating point; mean ± sample standard deviation over seeds (number of "
         f"seeds). Model {_distinct(row['model'] for row in done)}, "
         f"placement {_distinct(row['backend']['placement'] for row in done)}, "

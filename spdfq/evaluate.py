@@ -48,7 +48,7 @@ def _in_order(shares: list[tuple[list[int], list[tuple[Tensor, Tensor]]]]) -> tu
 
 
 def _check_classes(classes: int, teacher: Teacher) -> None:
-    if classes != teacher.num_classes:
+    if not teacher.headless and classes != teacher.num_classes:
         raise DataError(
             f"evaluation.dataset: has {classes} classes, {teacher.name} knows {teacher.num_classes}; labels are "
             "positions in the list of classes, so both must have the same ones"

@@ -34,10 +34,11 @@ class Teacher:
     """A full-precision model and what its inputs look like.
 
     Args:
-        module: any classifier taking normalised images ``[B, C, H, W]`` and returning logits ``[B, num_classes]``.
+        module: any network taking normalised images ``[B, C, H, W]`` and returning logits ``[B, num_classes]``, or
+            features ``[B, D]`` where it has no head.
         mean: of each channel, for pixels in 0..1.
         std: of each channel.
-        num_classes: length of the logits.
+        num_classes: length of the logits; 0 for a backbone without a head.
         input_size: ``(C, H, W)``; by default what the module's own ``patch_embed`` or timm configuration says.
         name: how reports call it.
         crop_pct: share of the image kept by the evaluation crop.
@@ -66,8 +67,15 @@ class Teacher:
             )
         if not all(value > 0 for value in self.std):
             raise ModelError(f"{self.name}: std must be above 0, got {list(self.std)}")
-        if self.num_classes < 2:
-            raise ModelError(f"{self.name}: needs at least 2 classes, got {self.num_classes}")
+        if self.num_classes < 2 and not self.headless:
+            raise ModelError(
+                f"{self.name}: needs at least 2 classes, or 0 for a backbone without a head, got {self.num_classes}"
+            )
+
+    @property
+    def headless(self) -> bool:
+        """Whether the network gives features instead of logits."""
+        return self.num_classes == 0
 
     @property
     def device(self) -> torch.device:

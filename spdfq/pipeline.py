@@ -12,11 +12,12 @@ import torch
 from attrs import asdict, define, field, frozen
 from torch import Tensor
 
+from spdfq import evaluate, features
 from spdfq.backends import quantize
 from spdfq.backends.place import place
 from spdfq.checkpoint import load_checkpoint, save_quantized
 from spdfq.errors import RecipeError
-from spdfq.evaluate import Reference, accuracy, measure, reference
+from spdfq.evaluate import accuracy
 from spdfq.files import write_text
 from spdfq.models import Teacher, load_teacher
 from spdfq.provenance import data_fingerprints, device_name, git_commit, source_digest, versions
@@ -43,7 +44,8 @@ class RunResult:
     Args:
         folder: the run folder.
         recipe: as it was run.
-        metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher, in percent.
+        metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher, in percent; for a
+            model without a head k-NN top-1, and ``similarity``, the mean cosine of its features to the teacher's.
         stages: seconds, key, and whether it was reused, for each stage.
     """
 
@@ -101,7 +103,7 @@ def check(
 ) -> list[str]:
     """Everything that can be checked without weights and data: warnings are returned, problems raised all at once."""
     recipe = load_recipe(source, overrides, seed)
-    place(load_teacher(recipe.model, weights=False), recipe.quantization)
+    _check_fit(recipe, load_teacher(recipe.model, weights=False))
     return recipe.warnings()
 
 
@@ -133,8 +135,11 @@ def evaluate_run(
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress)
     teacher = load_teacher(recipe.model)
     teacher.module.to(runtime.device)
-    fp = reference(teacher, recipe.evaluation, runtime)
-    return measure(model.to(runtime.device), teacher, recipe.evaluation, runtime, fp)
+    features.check(recipe.evaluation, teacher)
+    judge = _judge(teacher)
+    fp = judge.reference(teacher, recipe.evaluation, runtime)
+    metrics: dict[str, Any] = judge.measure(model.to(runtime.device), teacher, recipe.evaluation, runtime, fp)
+    return metrics
 
 
 def _unheard(_: str) -> None:
@@ -151,8 +156,29 @@ def _checked_teacher(recipe: Recipe) -> Teacher:
     """The teacher, after everything that can be wrong with the recipe was looked at."""
     data_fingerprints((recipe.synthesis, recipe.evaluation))  # first: a missing folder costs no download of weights
     teacher = load_teacher(recipe.model)
-    place(teacher, recipe.quantization)
+    _check_fit(recipe, teacher)
     return teacher
+
+
+def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
+    """Raise everything in the recipe that this teacher cannot have, all at once."""
+    problems: list[str] = []
+    for attempt in (
+        lambda: recipe.synthesis.check(teacher),
+        lambda: place(teacher, recipe.quantization),
+        lambda: features.check(recipe.evaluation, teacher),
+    ):
+        try:
+            attempt()
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+
+
+def _judge(teacher: Teacher) -> Any:
+    """The module that measures: logits where there is a head, features where there is none."""
+    return features if teacher.headless else evaluate
 
 
 @define
@@ -171,8 +197,9 @@ class _Run:
             self.announce(f"warning: {warning}")
         self.fingerprint = self.teacher.fingerprint()
         self.teacher.module.to(self.runtime.device)
-        fp = self._stage("teacher", self._teacher_key(), self._make_reference, _load_reference)
-        self.announce(f"full precision: top-1 {accuracy(fp.logits, fp.labels)['top1']:.2f} %")
+        fp = self._stage("teacher", self._teacher_key(), self._make_reference, self._load_reference)
+        by = "k-NN " if self.teacher.headless else ""
+        self.announce(f"full precision: {by}top-1 {accuracy(fp.logits, fp.labels)['top1']:.2f} %")
         if checked := check_full_precision(self.recipe, self.teacher, fp.logits, fp.labels):
             self.announce(checked)
         images_key = self._images_key()
@@ -197,7 +224,7 @@ class _Run:
 
     def _teacher_key(self) -> str:
         spec = self.recipe.evaluation
-        return self._key(unstructure(spec), data_fingerprints(spec), source_digest(spec, "spdfq.evaluate"))
+        return self._key(unstructure(spec), data_fingerprints(spec), source_digest(spec, _judge(self.teacher).__name__))
 
     def _images_key(self) -> str:
         spec = self.recipe.synthesis
@@ -216,7 +243,7 @@ class _Run:
         return digest(self.fingerprint, versions()["torch"], versions()["timm"], *parts)
 
     def _make_reference(self, folder: Path) -> None:
-        found = reference(self.teacher, self.recipe.evaluation, self.runtime)
+        found = _judge(self.teacher).reference(self.teacher, self.recipe.evaluation, self.runtime)
         if self.runtime.ranks.leads:
             found.save(folder / "reference.safetensors")
 
@@ -239,10 +266,13 @@ class _Run:
         """What of the recipe made the model."""
         return {key: value for key, value in self.recipe.to_dict().items() if key not in _NO_PART_IN_THE_MODEL}
 
-    def _make_metrics(self, stored: Path, fp: Reference) -> Callable[[Path], None]:
+    def _load_reference(self, folder: Path) -> Any:
+        return _judge(self.teacher).Reference.load(folder / "reference.safetensors")
+
+    def _make_metrics(self, stored: Path, fp: Any) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
             model = load_checkpoint(stored / "quantized", self._blank())[0].to(self.runtime.device)
-            metrics = measure(model, self.teacher, self.recipe.evaluation, self.runtime, fp)
+            metrics = _judge(self.teacher).measure(model, self.teacher, self.recipe.evaluation, self.runtime, fp)
             if self.runtime.ranks.leads:
                 write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
 
@@ -299,10 +329,6 @@ def _backend(recipe: Recipe) -> dict[str, Any]:
         "placement": spec["placement"]["type"],
         "steps": [step["type"] for step in spec["steps"]],
     }
-
-
-def _load_reference(folder: Path) -> Reference:
-    return Reference.load(folder / "reference.safetensors")
 
 
 def _load_images(folder: Path) -> SyntheticImages:

@@ -37,6 +37,11 @@ __all__ = [
 SCHEMA = 1
 
 
+def _none_or_several(_: Any, __: Any, value: int | None) -> None:
+    if value is not None and value != 0 and value < 2:
+        raise ValueError(f"must be at least 2, or 0 for the model without its head, got {value}")
+
+
 @frozen(kw_only=True)
 class ModelSpec:
     """The teacher: a timm name, or ``bundled:vit_fmnist``, or a timm architecture with a local checkpoint.
@@ -45,14 +50,14 @@ class ModelSpec:
         name: timm model name with its tag, or ``bundled:`` and the name of a bundled model.
         pretrained: take the weights timm knows from the hub (ignored for bundled models and local checkpoints).
         checkpoint: local safetensors weights instead of the hub's.
-        num_classes: classes of the head, where they differ from the architecture's own.
+        num_classes: classes of the head, where they differ from the architecture's own; 0 for none.
         img_size: side of the input in pixels, where it differs from the model's own.
     """
 
     name: str
     pretrained: bool = True
     checkpoint: str | None = None
-    num_classes: int | None = field(default=None, validator=validators.optional(validators.ge(2)))
+    num_classes: int | None = field(default=None, validator=_none_or_several)
     img_size: int | None = field(default=None, validator=validators.optional(validators.ge(8)))
 
     @property
@@ -121,10 +126,12 @@ class Evaluation:
 
     Args:
         dataset: labelled images.
+        bank: other labelled images, whose features a model without a head is judged by; its nearest neighbours vote.
         batch: images per forward pass.
     """
 
     dataset: Any = component("dataset")
+    bank: Any = component("dataset", default=None)
     batch: int = field(default=250, validator=validators.ge(1))
 
 

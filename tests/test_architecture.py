@@ -18,7 +18,7 @@ CLI = ROOT.parent / "cli"
 LAYERS = [
     {"errors", "toml", "files", "ranks", "registry", "structure", "recipefile", "recipe", "runtime", "attention"},
     {"zoo", "architectures", "models", "data", "losses", "quantizers"},
-    {"synth", "backends", "evaluate", "export"},
+    {"synth", "backends", "evaluate", "features", "export"},
     {"checkpoint", "store", "provenance", "published", "report"},
     {"pipeline", "api"},
     {"benchfile", "benchtable", "bench", "describe", "commented"},
@@ -60,6 +60,7 @@ ALSO_PUBLIC = {
     "spdfq.data": {"FashionMnist", "ImageFolder"},
     "spdfq.errors": {"SpdfqError", "RecipeError", "ModelError", "DataError", "NonFiniteError"},
     "spdfq.evaluate": {"accuracy", "agreement", "logits_over"},
+    "spdfq.features": {"nearest_neighbours", "similarity"},
     "spdfq.models": {"Teacher", "load_teacher"},
     "spdfq.registry": {"Registry", "Registration", "registry", "REGISTRIES", "losses", "priors", "sources", "samplers"}
     | {

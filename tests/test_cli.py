@@ -323,8 +323,8 @@ def test_a_commented_recipe_says_what_every_key_means(small):
     )
     assert '[synthesis.target]\ntype = "one_hot"  # or soft_label\n' in text
     assert (
-        "# classes of the head, where they differ from the architecture's own. (whole number)\n# num_classes =\n"
-        in text
+        "# classes of the head, where they differ from the architecture's own; 0 for none. (whole number)\n"
+        "# num_classes =\n" in text
     )
 
 

@@ -151,7 +151,7 @@ def test_every_page_is_in_the_table_of_contents():
 def test_the_recipes_in_the_documentation_load():
     """A part is completed by the quickstart; what extends something or states its schema is whole by itself."""
     found = [tomllib.loads(code) for page in ("recipes.md", "own-model.md") for code in blocks(DOCS / page, "toml")]
-    assert len(found) == 5
+    assert len(found) == 6
     for data in found:
         load_recipe(data if {"extends", "schema"} & data.keys() else {"extends": ["quickstart"], **data})
 

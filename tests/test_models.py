@@ -285,7 +285,7 @@ def test_a_teacher_reads_its_input_size_from_the_module_where_it_can():
         ({"mean": (0.5,)}, "mean has 1 values, std 2, the input 2 channels; they must agree"),
         ({"input_size": (3, 4, 4)}, "mean has 2 values, std 2, the input 3 channels; they must agree"),
         ({"std": (0.5, 0.0)}, r"std must be above 0, got \[0\.5, 0\.0\]"),
-        ({"num_classes": 1}, "needs at least 2 classes, got 1"),
+        ({"num_classes": 1}, "needs at least 2 classes, or 0 for a backbone without a head, got 1"),
     ],
 )
 def test_a_description_that_contradicts_itself_is_refused(changes, message):

@@ -132,7 +132,7 @@ MISTAKES = [
     ("model", ..., "model: is required"),
     ("model", "vit", "model: expected a table, got 'vit'"),
     ("model.name", ..., "model.name: is required"),
-    ("model.num_classes", 1, "model.num_classes: 'num_classes' must be >= 2: 1"),
+    ("model.num_classes", 1, "model.num_classes: must be at least 2, or 0 for the model without its head, got 1"),
     ("evaluation.dataset", {"type": "image_folder"}, "evaluation.dataset.root: is required"),
     ("schema", 2, "schema: this version reads recipes of schema 1, not 2"),
     ("seed", -1, "seed: 'seed' must be >= 0: -1"),

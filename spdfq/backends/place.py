@@ -58,6 +58,8 @@ def _override_bits(teacher: Teacher, spec: Quantization, sites: dict[str, Site])
 def _patterns(teacher: Teacher, override: Override, path: str, problems: list[str]) -> list[tuple[str, str]]:
     found = [(pattern, f"{path}.sites") for pattern in override.sites]
     for role in override.roles:
+        if role == "last" and teacher.headless:
+            continue  # the role is the head's, which is not there
         modules = _modules_of(teacher.module, role)
         if not modules:
             problems.append(

@@ -18,9 +18,9 @@ class LossInputs:
 
     Args:
         images: ``[B, C, h, w]``, normalised, as the teacher saw them.
-        logits: ``[B+M, K]`` float32: the images first, then the crops.
-        targets: ``[B+M, K]`` probabilities drawn by the target.
-        labels: ``[B+M, K]`` boolean: the classes each view is meant to show.
+        logits: ``[B+M, K]`` float32: the images first, then the crops; features where the teacher has no head.
+        targets: ``[B+M, K]`` probabilities drawn by the target; ``None`` where there are no classes.
+        labels: ``[B+M, K]`` boolean: the classes each view is meant to show; ``None`` where there are no classes.
         view_weights: ``[B+M]``: 1/B for an image, 1/(B m) for each of an image's m crops.
         attention: what the losses asked to be recorded, for the images alone.
         flip: whether the images were mirrored in this iteration.

@@ -86,7 +86,9 @@ def accuracy_line(run: dict[str, Any]) -> str:
 def _measured(metrics: dict[str, Any]) -> str:
     simulated = " (simulated)" if metrics.get("simulated") else ""
     agreement = percent(metrics.get("agreement"))
-    return f"top-1{simulated}, {metrics['images']} images" + (f", agreement {agreement}" if agreement else "")
+    return f"{metrics.get('measure', 'top-1')}{simulated}, {metrics['images']} images" + (
+        f", agreement {agreement}" if agreement else ""
+    )
 
 
 def _read_json(path: Path) -> Any:
@@ -115,7 +117,8 @@ def _header(run: dict[str, Any]) -> str:
 def _model(model: dict[str, Any]) -> str:
     size = " × ".join(map(str, model["input_size"]))
     parameters = f"{model['parameters'] / 1e6:.2f} M parameters"
-    return f"{model['name']}, {parameters}, {size} input, {model['num_classes']} classes"
+    head = f"{model['num_classes']} classes" if model["num_classes"] else "no head"
+    return f"{model['name']}, {parameters}, {size} input, {head}"
 
 
 def _outcome(run: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -127,6 +130,7 @@ def _outcome(run: dict[str, Any]) -> list[tuple[str, Any]]:
     return [
         ("Change", change),
         ("Top-5", " → ".join(both) if len(both) == 2 else None),
+        ("Feature similarity", f"{metrics['similarity']:.4f}" if "similarity" in metrics else None),
         ("Images", f"{run['images']['count']}, {run['images']['type']}"),
         ("Back-end", ", ".join(run["backend"]["steps"])),
         ("Placement", run["backend"].get("placement")),

@@ -74,6 +74,13 @@ class Source:
 
     images: int = field(default=32, validator=validators.ge(1))
 
+    def check(self, teacher: Teacher) -> None:
+        """Refuse a teacher that these images cannot be made from.
+
+        Raises:
+            RecipeError: with every reason.
+        """
+
     def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
         """Make the images; what a killed call left in ``folder`` is taken up again."""
         raise TypeError(f"{type(self).__name__} does not define synthesize")

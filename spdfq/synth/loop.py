@@ -41,7 +41,10 @@ class Group:
         self.columns = (*spec.losses, *OWN_COLUMNS)
         self.kept: dict[Any, Any] = {}
         self.plan: CropPlan = spec.sampler.sample(count, self.size, teacher.num_classes, self.generator("sampler"))
-        self.labels, self.targets = self._labels_and_targets()
+        self.labels: Tensor | None = None
+        self.targets: Tensor | None = None
+        if not teacher.headless:
+            self.labels, self.targets = self._labels_and_targets()
         self.view_weights = self._view_weights()
         self.state = self._begin()
         self.low, self.high = teacher.pixel_range(self.state.images)
@@ -125,8 +128,8 @@ class Group:
         return LossInputs(
             images=images,
             logits=logits,
-            targets=self.targets[:used],
-            labels=self.labels[:used],
+            targets=None if self.targets is None else self.targets[:used],
+            labels=None if self.labels is None else self.labels[:used],
             view_weights=self.view_weights[:used],
             attention=record,
             flip=move.flip,

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from attrs import define, field, validators
 
+from spdfq.errors import RecipeError
 from spdfq.models import Teacher
+from spdfq.registry import losses as registered
 from spdfq.registry import sources
 from spdfq.runtime import Advance, Runtime
 from spdfq.structure import component, component_list, components
@@ -63,11 +65,32 @@ class OptimizedImages(Source):
             return ["multi_semantic without soft labels is known to lose accuracy; set target = 'soft_label'"]
         return []
 
+    def check(self, teacher: Teacher) -> None:
+        """Refuse what needs classes where the teacher has none."""
+        if not teacher.headless:
+            return
+        why = f"but {teacher.name} has no head (num_classes = 0)"
+        without = ", ".join(name for name in registered.names() if not registered.get(name).label_loss)
+        problems = [
+            f"synthesis.losses.{name}: needs classes, {why}; take losses that need none ({without}), each with a "
+            "number as its weight, or the model with its head"
+            for name, loss in self.losses.items()
+            if loss.label_loss
+        ]
+        if getattr(self.sampler, "needs_classes", True):
+            problems.append(
+                f"synthesis.sampler: draws a class for each crop, {why}; set sampler = 'whole_image', or take the "
+                "model with its head"
+            )
+        if problems:
+            raise RecipeError(problems)
+
     def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
         """Optimise the groups one after the other; finished and begun ones found in ``folder`` are taken up.
 
         Several ranks share the groups, and hand their results over in ``folder``.
         """
+        self.check(teacher)
         starts, ranks = range(0, self.images, self.group), runtime.ranks
         if folder:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Samplers: which classes an image shows and where (multi-semantic reinforcement, arXiv 2412.16553, section 3.3)."""
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from attrs import define, field, frozen, validators
@@ -84,10 +84,15 @@ def _resize_matrices(start: Tensor, length: Tensor, full: int, size: int) -> Ten
 @samplers.register("whole_image")
 @frozen
 class WholeImageSampler:
-    """One class for each image, shown by the whole of it."""
+    """One class for each image, shown by the whole of it; none where the model has no classes."""
+
+    needs_classes: ClassVar[bool] = False
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
-        """A plan with one region, the whole image, for each of ``count`` images of ``size``."""
+        """A plan with one region, the whole image, for each of ``count`` images of ``size``; without classes, none."""
+        if not num_classes:
+            nothing = torch.zeros(0, dtype=torch.long)
+            return CropPlan(boxes=nothing.view(0, 4), owners=nothing, labels=nothing, every=0)
         boxes = torch.tensor([[0, 0, *size]]).repeat(count, 1)
         labels = torch.randint(num_classes, (count,), generator=generator)
         return CropPlan(boxes=boxes, owners=torch.arange(count), labels=labels, every=0)
@@ -105,6 +110,8 @@ class MultiSemanticSampler:
         jitter: how far, in sides of what is cut, a cut may lie from the middle (unpublished).
         every: forward the crops every so many iterations (unpublished).
     """
+
+    needs_classes: ClassVar[bool] = True
 
     max_patches: int = field(default=4, validator=[validators.ge(1), validators.le(4)])
     layout: Layout = field(default="cells", validator=validators.in_(get_args(Layout)), kw_only=True)

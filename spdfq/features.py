@@ -1,0 +1,134 @@
+"""Models without a head: what the nearest neighbours of their features say, and how close those stay to the teacher's.
+
+The counterpart of `spdfq.evaluate`, with the same functions.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import torch.nn.functional as F
+from attrs import frozen
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from spdfq.errors import DataError, ModelError, RecipeError
+from spdfq.evaluate import accuracy, agreement, logits_over
+from spdfq.files import write_tensors
+from spdfq.models import Teacher
+from spdfq.runtime import Runtime
+
+NEIGHBOURS = 20
+_TEMPERATURE = 0.07
+# similarities held at a time
+_CHUNK = 2**24
+
+
+def nearest_neighbours(queries: Tensor, bank: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """How the 20 nearest features of a bank vote, as in DINO (arXiv 2104.14294): each weighs ``exp(cosine / 0.07)``.
+
+    Args:
+        queries: ``[n, D]``.
+        bank: ``[m, D]``, m at least 20.
+        labels: ``[m]`` classes of the bank.
+        classes: how many there are.
+
+    Returns:
+        ``[n, classes]`` sums of weights, in the place of logits.
+    """
+    bank, votes = F.normalize(bank, dim=-1), []
+    for part in F.normalize(queries, dim=-1).split(max(1, _CHUNK // len(bank))):
+        cosine, nearest = (part @ bank.mT).topk(NEIGHBOURS)
+        empty = torch.zeros(len(part), classes)
+        votes.append(empty.scatter_add_(1, labels[nearest], (cosine / _TEMPERATURE).exp()))
+    return torch.cat(votes)
+
+
+def similarity(features: Tensor, reference: Tensor) -> float:
+    """Mean cosine of the features ``[n, D]`` of two models for the same images."""
+    return float(F.cosine_similarity(features, reference).mean())
+
+
+@frozen(eq=False)
+class Reference:
+    """What the teacher says about the evaluation images.
+
+    Args:
+        features: float32 ``[n, D]``.
+        logits: votes of their nearest neighbours, ``[n, K]``.
+        labels: ``[n]``.
+    """
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        write_tensors(path, attrs.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Reference":
+        """Read what `save` wrote."""
+        return cls(**load_file(path))
+
+
+def check(spec: Any, teacher: Teacher) -> None:
+    """Whether an evaluation spec fits the teacher: a bank of labelled images is what a model without a head needs.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    if not teacher.headless and spec.bank is not None:
+        raise RecipeError([f"evaluation.bank: is for models without a head, {teacher.name} has one; leave it out"])
+    if teacher.headless and spec.bank is None:
+        raise RecipeError(
+            [
+                f"evaluation.bank: is required, as {teacher.name} has no head and is measured by nearest neighbours; "
+                "give other labelled images, for example bank = { type = 'image_folder', root = 'path/to/train' }"
+            ]
+        )
+    if teacher.headless and spec.bank == spec.dataset:
+        raise RecipeError(
+            ["evaluation.bank: is evaluation.dataset itself, so every image would be its own nearest neighbour"]
+        )
+
+
+def reference(teacher: Teacher, spec: Any, runtime: Runtime) -> Reference:
+    """The full-precision model's features over an evaluation spec's dataset, and their neighbours in its bank."""
+    return _answers(teacher.module, teacher, spec, runtime, "full precision")
+
+
+def measure(model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, fp: Reference) -> dict[str, Any]:
+    """k-NN accuracy of a quantized model beside the teacher's, in percent, each with a bank of its own features.
+
+    ``similarity`` is the mean cosine of its features to the teacher's. Simulated, since it was computed in float.
+    """
+    found = _answers(model, teacher, spec, runtime, "quantized")
+    return {
+        "measure": "k-NN top-1",
+        "images": len(found.labels),
+        "bank": len(spec.bank),
+        "fp": {"top1": accuracy(fp.logits, fp.labels)["top1"]},
+        "quantized": {"top1": accuracy(found.logits, found.labels)["top1"]},
+        "agreement": agreement(found.logits, fp.logits),
+        "similarity": similarity(found.features, fp.features),
+        "simulated": True,
+    }
+
+
+def _answers(model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, label: str) -> Reference:
+    if spec.bank.classes != spec.dataset.classes:
+        raise DataError(
+            f"evaluation.bank: has {spec.bank.classes} classes, evaluation.dataset {spec.dataset.classes}; labels are "
+            "positions in the list of classes, so both must have the same ones"
+        )
+    if len(spec.bank) < NEIGHBOURS:
+        raise DataError(f"evaluation.bank: holds {len(spec.bank)} images; {NEIGHBOURS} neighbours need as many")
+    banked = attrs.evolve(spec, dataset=spec.bank)
+    bank, known = logits_over(model, teacher, banked, runtime, f"{label}, bank")
+    features, labels = logits_over(model, teacher, spec, runtime, label)
+    if features.ndim != 2:
+        raise ModelError(f"{teacher.name}: gives features {list(features.shape)} instead of [n, D]; pool them inside")
+    return Reference(features, nearest_neighbours(features, bank, known, spec.dataset.classes), labels)
