@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from attrs import define, field
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from spdfq.errors import ModelError
 
 CLASS_ATTENTION = "class_attention"
 ATTENTION_OUTPUTS = "attention_outputs"
-NEEDS = frozenset({CLASS_ATTENTION, ATTENTION_OUTPUTS})
+QUERIES_AND_KEYS = "queries_and_keys"
+NEEDS = frozenset({CLASS_ATTENTION, ATTENTION_OUTPUTS, QUERIES_AND_KEYS})
 # queries x keys up to which explicit products keep up with the fused kernel on a CPU, forward and backward:
 # benchmarks/attention.py
 _EXPLICIT_LIMIT_CPU = 64 * 64
@@ -65,7 +66,12 @@ def _operands(
 
 
 def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax rows ``[..., N_q, N_k]`` in float32; the mask (boolean or additive) is applied before the softmax."""
+    """Softmax rows ``[..., N_q, N_k]`` in float32; the mask (boolean or additive) is applied before the softmax.
+
+    Seen by an outer `record_attention`, like torch's own functions: so a quantized model's attention is recorded.
+    """
+    if has_torch_function((query, key)):
+        return handle_torch_function(attention_probabilities, (query, key), query, key, mask, scale)
     with torch.autocast(query.device.type, enabled=False):
         scores = query.float() * scale @ key.float().mT
         return masked(scores, mask).softmax(-1)
@@ -135,18 +141,25 @@ class AttentionRecord:
         class_attention: float32 ``[B, H, h*w]``: the class query's softmax row over patch tokens, or the mean over
             queries where there is no class token; windows are folded into the batch, image by image.
         attention_outputs: ``[B, H, N, d]``, prefix tokens included.
+        queries: ``[B, H, N, d]`` as they are multiplied, prefix tokens included; rotated where positions are rotary.
+        keys: ``[B, H, K, d]``, likewise. Their product is the raw score: without scale, position bias and mask.
         prefix: how many class and register tokens come before the patch tokens.
+        has_class: whether the first of them is a class token.
     """
 
     names: list[str] = field(factory=list)
     grids: list[tuple[int, int]] = field(factory=list)
     class_attention: list[Tensor] = field(factory=list)
     attention_outputs: list[Tensor] = field(factory=list)
+    queries: list[Tensor] = field(factory=list)
+    keys: list[Tensor] = field(factory=list)
     prefix: int = 0
+    has_class: bool = False
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        for entries in (self.names, self.grids, self.class_attention, self.attention_outputs):
+        recorded = (self.class_attention, self.attention_outputs, self.queries, self.keys)
+        for entries in (self.names, self.grids, *recorded):
             entries.clear()
 
 
@@ -161,7 +174,8 @@ def record_attention(
 
     Args:
         model: any module whose attention calls `scaled_dot_product_attention`, or does so when ``fused_attn`` is set.
-        needs: any of ``class_attention`` and ``attention_outputs``.
+            A quantized model is one; its queries and keys are the quantized ones, its outputs are not recorded.
+        needs: any of ``class_attention``, ``attention_outputs`` and ``queries_and_keys``.
         rows: record the first so many images of the batch only.
 
     Raises:
@@ -202,7 +216,7 @@ class _Recorder(AttentionMode):
         self.model, self.names, self.needs, self.rows = model, names, needs, rows
         prefix, self.has_class = prefix_tokens(model)
         self.patches = getattr(getattr(_trunk(model), "patch_embed", None), "grid_size", None)
-        self.record = AttentionRecord(prefix=prefix)
+        self.record = AttentionRecord(prefix=prefix, has_class=self.has_class)
         self.batch = 0
         self.image: tuple[int, ...] = (1, 1)
         self.unseen: str | None = None
@@ -228,35 +242,63 @@ class _Recorder(AttentionMode):
             )
 
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if func is attention_probabilities:
+            return self._quantized(*args)
         result = func(*args, **kwargs)
         if func in SOFTMAX_FUNCTIONS and self.unseen is None and result.ndim > 2 and not self._pools():
             self.unseen = self.names[-1] if self.names else ""
         return result
 
+    def _quantized(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """The probabilities of a quantized model, which multiplies them by the values itself."""
+        if not self._pools():
+            if ATTENTION_OUTPUTS in self.needs:
+                raise ModelError(f"{self._where()}: the attention outputs of a quantized model cannot be recorded")
+            self._note(query, key)
+            self._class_row(query, key, mask, scale)
+        return attention_probabilities(query, key, mask, scale)
+
     def _pools(self) -> bool:
         return bool(self.names) and self.names[-1].rpartition(".")[2] == _POOLING_HEAD
 
+    def _where(self) -> str:
+        return (self.names and self.names[-1]) or type(self.model).__name__
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        name = self.names[-1] if self.names else ""
         if self._pools():
             return attend(query, key, value, mask, scale)
-        self.record.grids.append(self._grid(name, query, key))
-        self.record.names.append(name)
-        kept = self._kept(query)
-        if CLASS_ATTENTION not in self.needs:
-            output = attend(query, key, value, mask, scale)
-        elif self.has_class:
-            row = attention_probabilities(query[kept, :, :1], key[kept], _first_query(mask, query, kept), scale)
-            self.record.class_attention.append(row[:, :, 0, self.record.prefix :])
+        self._note(query, key)
+        probabilities = self._class_row(query, key, mask, scale)
+        if probabilities is None:
             output = attend(query, key, value, mask, scale)
         else:
-            probabilities = attention_probabilities(query, key, mask, scale)
-            patches = slice(self.record.prefix, None)
-            self.record.class_attention.append(probabilities[kept, :, patches, patches].mean(-2))
             output = probabilities.to(value.dtype) @ value
         if ATTENTION_OUTPUTS in self.needs:
-            self.record.attention_outputs.append(output[kept])
+            self.record.attention_outputs.append(output[self._kept(query)])
         return output
+
+    def _note(self, query: Tensor, key: Tensor) -> None:
+        name = self.names[-1] if self.names else ""
+        self.record.grids.append(self._grid(name, query, key))
+        self.record.names.append(name)
+        if QUERIES_AND_KEYS in self.needs:
+            kept = self._kept(query)
+            self.record.queries.append(query[kept])
+            self.record.keys.append(key[kept])
+
+    def _class_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
+        """Record it where it is needed; all probabilities, where they had to be computed for it."""
+        if CLASS_ATTENTION not in self.needs:
+            return None
+        kept = self._kept(query)
+        if self.has_class:
+            row = attention_probabilities(query[kept, :, :1], key[kept], _first_query(mask, query, kept), scale)
+            self.record.class_attention.append(row[:, :, 0, self.record.prefix :])
+            return None
+        probabilities = attention_probabilities(query, key, mask, scale)
+        patches = slice(self.record.prefix, None)
+        self.record.class_attention.append(probabilities[kept, :, patches, patches].mean(-2))
+        return probabilities
 
     def _kept(self, query: Tensor) -> slice:
         """The rows of the recorded images: windows are folded into the batch image by image."""
@@ -264,7 +306,7 @@ class _Recorder(AttentionMode):
 
     def _grid(self, name: str, query: Tensor, key: Tensor) -> tuple[int, int]:
         """The token grid of the keys; attention over channels, latents or in a layout of its own is refused."""
-        where = name or type(self.model).__name__
+        where = self._where()
         if query.ndim != 4:
             raise ModelError(f"{where}: its attention runs on {list(query.shape)} instead of [B, H, N, d]; {_REMEDY}")
         tokens = key.shape[-2] - self.record.prefix

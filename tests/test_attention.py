@@ -5,12 +5,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from tiny import ARCHITECTURES, build
+from tiny_backend import images as colour_images
+from tiny_backend import quantized
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spdfq.attention import (
     ATTENTION_OUTPUTS,
     CLASS_ATTENTION,
+    QUERIES_AND_KEYS,
     attend,
     attention_probabilities,
     explicit_attention,
@@ -22,6 +25,7 @@ from spdfq.attention import (
 from spdfq.errors import ModelError
 
 BOTH = frozenset({CLASS_ATTENTION, ATTENTION_OUTPUTS})
+EVERYTHING = BOTH | {QUERIES_AND_KEYS}
 PREFIX = {"vit": 1, "deit_distilled": 2, "dinov2_registers": 5, "beit": 1, "eva02": 1, "swin": 0}
 GRIDS = {name: [(4, 4)] * 2 for name in ARCHITECTURES} | {"swin": [(4, 4)] * 4}
 BLOCKS = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1"]
@@ -97,6 +101,52 @@ def test_recorded_outputs_are_what_enters_the_projection(name):
     assert record.grids == GRIDS[name]
 
 
+@every_architecture
+@torch.no_grad()
+def test_recorded_queries_and_keys_are_what_the_softmax_is_taken_of(name):
+    model = build(name)
+    images = images_for(model, 2)
+    probabilities, _, _ = unfused(model, images)
+    with record_attention(model, {QUERIES_AND_KEYS}) as record:
+        model(images)
+    assert len(record.queries) == len(record.keys) == len(probabilities)
+    for query, key, expected in zip(record.queries, record.keys, probabilities, strict=True):
+        scores = query.shape[-1] ** -0.5 * query @ key.mT
+        assert scores.shape == expected.shape
+        # log p = score + bias - a number of each row, and the bias is the same in both images
+        first, second = (expected.log() - scores).chunk(2)
+        gap = torch.where(expected.chunk(2)[0] > 1e-20, first - second, torch.nan)  # masked ones are rounded to little
+        assert float((gap - gap.nanmean(-1, keepdim=True)).abs().nan_to_num().max()) < 1e-4
+        assert float(scores.std()) > 0.01
+
+
+@torch.no_grad()
+def test_a_quantized_models_attention_is_recorded_as_it_is_multiplied():
+    student = quantized("vit", count=2)
+    expected = student(colour_images(2))
+    with record_attention(student, {CLASS_ATTENTION, QUERIES_AND_KEYS}, rows=1) as record:
+        logits = student(colour_images(2))
+    assert torch.equal(logits, expected)
+    assert record.names == ["network.blocks.0.attn", "network.blocks.1.attn"]
+    assert (record.grids, record.prefix) == (GRIDS["vit"], 1)
+    for block, (query, key, row) in enumerate(zip(record.queries, record.keys, record.class_attention, strict=True)):
+        quantizer = student.network.blocks[block].attn.query_quantizer
+        assert query.shape == (1, 2, 17, 16)
+        assert torch.equal(quantizer(query), query), "already on the grid of its quantizer"
+        scores = query[:, :, :1] @ key.mT / 4  # the square root of 16 channels
+        assert largest_gap([scores.softmax(-1)[:, :, 0, 1:]], [row]) < 1e-6
+    assert not torch.equal(student.network.blocks[0].attn.query_quantizer(query * 1.01), query * 1.01)
+
+
+def test_the_outputs_of_a_quantized_models_attention_are_refused_by_name():
+    student = quantized("vit", count=2)
+    with (
+        record_attention(student, {ATTENTION_OUTPUTS}),
+        pytest.raises(ModelError, match=r"network\.blocks\.0\.attn: the attention outputs of a quantized model"),
+    ):
+        student(colour_images(2))
+
+
 def test_the_swin_reference_has_shifted_windows_with_masked_tokens():
     model = build("swin")
     probabilities, _, _ = unfused(model, images_for(model))
@@ -125,12 +175,13 @@ def test_the_gradient_of_recorded_rows_is_that_of_the_reference(name):
 def test_only_the_first_images_are_recorded_when_rows_are_given(name):
     model = build(name)
     images = images_for(model, 5)
-    with record_attention(model, BOTH, rows=2) as record:
+    with record_attention(model, EVERYTHING, rows=2) as record:
         model(images)
-        some = [*record.class_attention, *record.attention_outputs]
-    with record_attention(model, BOTH) as record:
+        some = [*record.class_attention, *record.attention_outputs, *record.queries, *record.keys]
+    with record_attention(model, EVERYTHING) as record:
         model(images[:2])
-    assert largest_gap(some, [*record.class_attention, *record.attention_outputs]) < 1e-5
+    alone = [*record.class_attention, *record.attention_outputs, *record.queries, *record.keys]
+    assert largest_gap(some, alone) < 1e-5
 
 
 class Masked(nn.Module):
@@ -160,11 +211,11 @@ def test_a_mask_of_each_image_goes_with_its_row(rows):
 @torch.no_grad()
 def test_each_call_starts_afresh():
     model = build("vit")
-    with record_attention(model, BOTH) as record:
+    with record_attention(model, EVERYTHING) as record:
         model(images_for(model, seed=1))
         model(images_for(model, seed=2))
         second = [*record.class_attention]
-    assert len(record.names) == len(record.attention_outputs) == 2
+    assert {len(x) for x in (record.names, record.attention_outputs, record.queries, record.keys)} == {2}
     with record_attention(model) as record:
         model(x=images_for(model, seed=2))
     assert largest_gap(second, record.class_attention) == 0
@@ -354,7 +405,9 @@ def test_tokens_that_are_not_the_patch_grid_are_refused():
 
 def test_an_unknown_need_is_refused_with_the_known_ones():
     with (
-        pytest.raises(ModelError, match="cannot record scores; known: attention_outputs, class_attention"),
+        pytest.raises(
+            ModelError, match="cannot record scores; known: attention_outputs, class_attention, queries_and_keys"
+        ),
         record_attention(build("vit"), {"scores", CLASS_ATTENTION}),
     ):
         pass
