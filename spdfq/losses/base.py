@@ -23,10 +23,16 @@ class LossInputs:
         labels: ``[B+M, K]`` boolean: the classes each view is meant to show; ``None`` where there are no classes.
         view_weights: ``[B+M]``: 1/B for an image, 1/(B m) for each of an image's m crops.
         attention: what the losses asked to be recorded, for the images alone.
+        originals: ``[B, C, h, w]``: the images before this iteration's augmentations.
         flip: whether the images were mirrored in this iteration.
         shift: rows and columns the images were rolled by, in pixels.
         generator: a fresh generator for a purpose, in the same state each time it is asked for within a group.
         kept: what the loss wants to keep for the group; see `keep`.
+        iteration: counted from 0.
+        iterations: of the whole run.
+        forward: the teacher's logits ``[n, K]``, float32, of further views ``[n, C, h, w]``.
+        student_logits: ``[B, K]`` float32, the quantized student's of the images; an adversarial synthesis gives them.
+        student_attention: likewise, what the losses that need a student asked to be recorded.
     """
 
     images: Tensor
@@ -35,10 +41,16 @@ class LossInputs:
     labels: Tensor | None = None
     view_weights: Tensor | None = None
     attention: AttentionRecord = field(factory=AttentionRecord)
+    originals: Tensor | None = None
     flip: bool = False
     shift: tuple[int, int] = (0, 0)
     generator: Callable[..., torch.Generator] = field(default=lambda *purpose: torch.Generator().manual_seed(0))
     kept: dict[Any, Any] = field(factory=dict)
+    iteration: int = 0
+    iterations: int = 1
+    forward: Callable[[Tensor], Tensor] | None = None
+    student_logits: Tensor | None = None
+    student_attention: AttentionRecord | None = None
 
     def scoped(self, name: str) -> "LossInputs":
         """The same for the loss of that name: what it keeps and draws is shared with no other loss."""
@@ -77,6 +89,9 @@ class Loss:
 
     label_loss: ClassVar[bool] = False
     """Whether this is the loss that ``weight = "auto"`` balances others against."""
+
+    needs_student: ClassVar[bool] = False
+    """Whether it compares the teacher with a quantized student, which only an adversarial synthesis has."""
 
     weight: float | Literal["auto"] = field(default=1.0, validator=_weight)
 

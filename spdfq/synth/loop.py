@@ -121,9 +121,16 @@ class Group:
         views = torch.cat([images, self.plan.views(state.images, self.size)]) if due else images
         with record_attention(self.teacher.module, self.spec.needs, rows=self.count) as record, self.runtime.autocast():
             logits = self.teacher.module(views).float()
-        return self._inputs(images, logits, record, move)
+        return self._inputs(images, logits, record, move, iteration)
 
-    def _inputs(self, images: Tensor, logits: Tensor, record: AttentionRecord, move: Move) -> LossInputs:
+    def _logits(self, views: Tensor) -> Tensor:
+        """The teacher's answer to views that a loss makes itself."""
+        with self.runtime.autocast():
+            return self.teacher.module(views).float()
+
+    def _inputs(
+        self, images: Tensor, logits: Tensor, record: AttentionRecord, move: Move, iteration: int
+    ) -> LossInputs:
         used = len(logits)
         return LossInputs(
             images=images,
@@ -132,6 +139,10 @@ class Group:
             labels=None if self.labels is None else self.labels[:used],
             view_weights=self.view_weights[:used],
             attention=record,
+            originals=self.state.images,
+            iteration=iteration,
+            iterations=self.spec.iterations,
+            forward=self._logits,
             flip=move.flip,
             shift=move.shift,
             generator=self.generator,
@@ -179,7 +190,7 @@ class Group:
         images = self.state.images
         with record_attention(self.teacher.module, loss.needs) as record, self.runtime.autocast():
             logits = self.teacher.module(images).float()
-        return prior_pictures(loss, self._inputs(images, logits, record, Move()).scoped(name))
+        return prior_pictures(loss, self._inputs(images, logits, record, Move(), self.spec.iterations - 1).scoped(name))
 
 
 def _evaluated(name: str, loss: Loss, inputs: LossInputs) -> Tensor:
