@@ -32,9 +32,12 @@ PUBLIC = {
     "spdfq": {"Recipe", "RunResult", "SpdfqError", "Teacher", "load_quantized", "load_recipe", "load_teacher"}
     | {"quantize", "run", "synthesize"},
     "spdfq.losses": {"AttentionPriorLoss", "CrossEntropyLoss", "GaussianMixturePrior", "LaplacePrior", "Loss"}
-    | {"LossInputs", "PatchSimilarityEntropyLoss", "SoftCrossEntropyLoss", "TotalVariationLoss"},
+    | {"LossInputs", "PatchSimilarityEntropyLoss", "SoftCrossEntropyLoss", "TotalVariationLoss"}
+    | {"AttentionEntropyLoss", "FrequencyConsistencyLoss", "HeadSimilarityLoss", "MaskedAttentionAlignmentLoss"}
+    | {"PatchContrastLoss", "TeacherStudentDiscrepancyLoss"},
     "spdfq.losses.functional": {"attention_prior_loss", "cross_entropy", "patch_similarity_entropy"}
-    | {"soft_cross_entropy", "total_variation"},
+    | {"soft_cross_entropy", "total_variation", "attention_entropy", "frequency_consistency", "frequency_split"}
+    | {"head_similarity", "head_ssim", "masked_attention_distance", "patch_contrast", "teacher_student_discrepancy"},
     "spdfq.synth": {"Adam", "Constant", "CropPlan", "Flip", "GaussianNoise", "Jitter", "Move", "MultiSemanticSampler"}
     | {"OneHotTarget", "OptimizedImages", "RealImages", "SoftLabelTarget", "Source", "SyntheticImages", "WarmupCosine"}
     | {"WholeImageSampler"},
@@ -56,7 +59,8 @@ PUBLIC = {
     | {"load_recipe", "locate", "merge", "merge_parents", "read", "resolve", "shipped", "to_toml"},
 }
 ALSO_PUBLIC = {
-    "spdfq.attention": {"record_attention", "AttentionRecord", "CLASS_ATTENTION", "ATTENTION_OUTPUTS"},
+    "spdfq.attention": {"record_attention", "AttentionRecord", "CLASS_ATTENTION", "ATTENTION_OUTPUTS"}
+    | {"QUERIES_AND_KEYS"},
     "spdfq.data": {"FashionMnist", "ImageFolder"},
     "spdfq.errors": {"SpdfqError", "RecipeError", "ModelError", "DataError", "NonFiniteError"},
     "spdfq.evaluate": {"accuracy", "agreement", "logits_over"},

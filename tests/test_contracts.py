@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_teacher import CLASSES, SIDE, recipe, tiny_teacher
 
-from spdfq.attention import NEEDS
+from spdfq.attention import NEEDS, record_attention
 from spdfq.describe import describe
+from spdfq.errors import SpdfqError
 from spdfq.losses import CrossEntropyLoss
 from spdfq.registry import registry
 from spdfq.runtime import Runtime
@@ -17,7 +18,19 @@ from spdfq.synth.group import Balance, GroupState
 from spdfq.synth.loop import Group
 
 BUILT_IN = {
-    "loss": {"attention_prior", "cross_entropy", "patch_similarity_entropy", "soft_cross_entropy", "total_variation"},
+    "loss": {
+        "attention_entropy",
+        "attention_prior",
+        "cross_entropy",
+        "frequency_consistency",
+        "head_similarity",
+        "masked_attention_alignment",
+        "patch_contrast",
+        "patch_similarity_entropy",
+        "soft_cross_entropy",
+        "teacher_student_discrepancy",
+        "total_variation",
+    },
     "prior": {"gaussian_mixture", "laplace"},
     "sampler": {"multi_semantic", "whole_image"},
     "target": {"one_hot", "soft_label"},
@@ -103,7 +116,19 @@ def loss_inputs(loss, images=None):
         group = Group(recipe(losses={"this": loss}), teacher, RUNTIME, 0, 2)
         if images is not None:
             group.state.images.data.copy_(images)
-        return group.state.images, group._forward(0).scoped("this")
+        inputs = group._forward(0).scoped("this")
+        return group.state.images, with_student(inputs, loss.needs) if loss.needs_student else inputs
+
+
+def with_student(inputs, needs):
+    """The same with what an adversarial synthesis adds; the student's weights are a little off the teacher's."""
+    student = tiny_teacher().module
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    with record_attention(student, needs) as record:
+        logits = student(inputs.images)
+    return attrs.evolve(inputs, student_logits=logits, student_attention=record)
 
 
 @every("loss")
@@ -135,6 +160,20 @@ def test_a_loss_depends_on_nothing_but_its_inputs(name):
     assert first == second
     _, inputs = loss_inputs(loss)
     assert loss(inputs).item() == loss(inputs).item() == first
+
+
+@every("loss")
+def test_a_loss_that_needs_a_student_is_refused_in_one_line_where_there_is_none(name):
+    loss = made("loss", name)
+    teacher = tiny_teacher()
+    with teacher.frozen():
+        inputs = Group(recipe(losses={"this": loss}), teacher, RUNTIME, 0, 2)._forward(0).scoped("this")
+        if not loss.needs_student:
+            assert loss(inputs).isfinite()
+            return
+        with pytest.raises(SpdfqError, match=f"{name}: there is no quantized student here") as caught:
+            loss(inputs)
+    assert "\n" not in str(caught.value)
 
 
 @every("loss")

@@ -16,11 +16,14 @@ PUBLIC = {
         Blockwise Calibrate Calibration MatmulInputs QuantizedModel Site Step place quantize
     """,
     "spdfq.losses": """
-        AttentionPriorLoss CrossEntropyLoss GaussianMixturePrior LaplacePrior Loss LossInputs
-        PatchSimilarityEntropyLoss SoftCrossEntropyLoss TotalVariationLoss
+        AttentionEntropyLoss AttentionPriorLoss CrossEntropyLoss FrequencyConsistencyLoss GaussianMixturePrior
+        HeadSimilarityLoss LaplacePrior Loss LossInputs MaskedAttentionAlignmentLoss PatchContrastLoss
+        PatchSimilarityEntropyLoss SoftCrossEntropyLoss TeacherStudentDiscrepancyLoss TotalVariationLoss
     """,
     "spdfq.losses.functional": """
-        attention_prior_loss cross_entropy patch_similarity_entropy soft_cross_entropy total_variation
+        attention_entropy attention_prior_loss cross_entropy frequency_consistency frequency_split head_similarity
+        head_ssim masked_attention_distance patch_contrast patch_similarity_entropy soft_cross_entropy
+        teacher_student_discrepancy total_variation
     """,
     "spdfq.quantizers": """
         GridMseObserver Log2Quantizer MinMaxObserver Observer PercentileMseObserver Quantizer UniformQuantizer

@@ -1,0 +1,65 @@
+"""Attention entropy: how differently the tokens of an image attend, the objective that MaskAQ adds to MimiQ's."""
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from attrs import define, field, validators
+from torch import Tensor
+
+from spdfq.attention import QUERIES_AND_KEYS
+from spdfq.losses.base import Loss, LossInputs, at_least_float32
+from spdfq.registry import losses
+
+_FLOOR = 1e-8
+
+
+def attention_entropy(rows: Tensor) -> Tensor:
+    """Entropy of a Gaussian with the variance of the rows' cosine similarities, mean over images (arXiv 2606.04373).
+
+    ``½ log(2πe (var + 1e-8))`` over all pairs of rows, a row with itself included.
+
+    Args:
+        rows: ``[B, R, K]``, R attention rows of each image.
+
+    Returns:
+        A scalar, in nats.
+    """
+    unit = F.normalize(at_least_float32(rows), dim=-1)
+    variance = (unit @ unit.mT).flatten(1).var(-1, correction=0)
+    return 0.5 * (math.log(2 * math.pi * math.e) + (variance + _FLOOR).log()).mean()
+
+
+@losses.register("attention_entropy", paper="arXiv:2606.04373")
+@define(kw_only=True)
+class AttentionEntropyLoss(Loss):
+    """Negative Gaussian entropy of the similarities of attention rows, mean over blocks: tokens attend differently.
+
+    The rows are raw scores, mean over heads, of patch tokens over patch tokens; those of a window count as an image's.
+
+    Args:
+        weight: factor of this loss.
+        rows: how many random rows are compared, drawn anew in each iteration and shared by the group's images.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({QUERIES_AND_KEYS})
+
+    rows: int = field(default=64, validator=validators.ge(2))
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        """The loss of a group."""
+        blocks = range(len(inputs.attention.queries))
+        return -torch.stack([attention_entropy(self._rows(inputs, block)) for block in blocks]).mean()
+
+    def _rows(self, inputs: LossInputs, block: int) -> Tensor:
+        """``[B, R, K]``: the mean over heads is one product of heads side by side, up to its scale."""
+        record = inputs.attention
+        query, key = record.queries[block][:, :, record.prefix :], record.keys[block][:, :, record.prefix :]
+        drawn = torch.randperm(query.shape[-2], generator=inputs.generator("rows", block, inputs.iteration))
+        chosen = query[:, :, drawn[: self.rows].to(query.device)]
+        return _side_by_side(chosen) @ _side_by_side(key).mT
+
+
+def _side_by_side(heads: Tensor) -> Tensor:
+    return heads.float().transpose(1, 2).flatten(2)

@@ -1,0 +1,122 @@
+"""Inter-head attention similarity: how alike the heads of a block look at the image, the objective of MimiQ."""
+
+from typing import ClassVar
+
+import torch
+from attrs import define
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from spdfq.attention import QUERIES_AND_KEYS, AttentionRecord
+from spdfq.errors import SpdfqError
+from spdfq.losses.base import Loss, LossInputs, at_least_float32
+from spdfq.losses.chunks import row_chunks
+from spdfq.registry import losses
+
+_C1, _C2 = 0.01**2, 0.03**2
+_FLAT = 1e-8
+
+
+def head_ssim(scores: Tensor) -> Tensor:
+    """Structural similarity of every two heads' maps of the same query (arXiv 2407.20021).
+
+    Each query's row is brought to 0..1, and compared in one window as large as itself, with ``C1 = 0.01²`` and
+    ``C2 = 0.03²``. Covariances come from one centred product of ``[H, K]`` by ``[K, H]``.
+
+    Args:
+        scores: ``[B, H, N, K]`` raw scores of N queries over K keys, class token dropped on both sides.
+
+    Returns:
+        ``[B, N, H, H]`` in -1..1, ones on the diagonal.
+    """
+    maps = at_least_float32(scores).transpose(1, 2)
+    low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
+    maps = (maps - low) / (high - low).clamp(min=_FLAT)
+    mean = maps.mean(-1)
+    centred = maps - mean.unsqueeze(-1)
+    covariance = centred @ centred.mT / maps.shape[-1]
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    luminance = (2 * _product(mean) + _C1) / (_sum(mean.square()) + _C1)
+    return luminance * (2 * covariance + _C2) / (_sum(variance) + _C2)
+
+
+def _product(x: Tensor) -> Tensor:
+    return x.unsqueeze(-1) * x.unsqueeze(-2)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.unsqueeze(-1) + x.unsqueeze(-2)
+
+
+def head_similarity(scores: Tensor) -> Tensor:
+    """Mean of the squared structural similarity over all pairs of two heads, queries and images (arXiv 2407.20021).
+
+    Args:
+        scores: ``[B, H, N, K]``; see `head_ssim`.
+
+    Returns:
+        A scalar in 0..1.
+
+    Raises:
+        SpdfqError: fewer than two heads.
+    """
+    heads = scores.shape[1]
+    if heads < 2:
+        raise SpdfqError(f"head similarity needs at least 2 heads, got {heads}")
+    squared = head_ssim(scores).square()
+    others = squared.sum((-2, -1)) - squared.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return others.mean() / (heads * (heads - 1))
+
+
+def recorded_head_similarity(record: AttentionRecord) -> Tensor:
+    """`head_similarity` of each recorded attention with two heads or more, ``[blocks]``.
+
+    The scores are computed from ``queries_and_keys``, a few queries at a time, and again for the gradient: nothing of
+    the size of all of them is ever there. They are raw, so neither position biases nor masks take part. Of windowed
+    attention each window is an image of its own.
+
+    Raises:
+        SpdfqError: no attention has two heads.
+    """
+    pairs = [
+        (query[:, :, record.prefix :], key[:, :, record.prefix :])
+        for query, key in zip(record.queries, record.keys, strict=True)
+        if query.shape[1] > 1
+    ]
+    if not pairs:
+        raise SpdfqError("head_similarity: no attention of this model has two heads or more; leave the loss out")
+    return torch.stack([_over_chunks(query, key) for query, key in pairs])
+
+
+def _over_chunks(query: Tensor, key: Tensor) -> Tensor:
+    windows, heads, queries, _ = query.shape
+    chunks = row_chunks(queries, windows * heads * key.shape[-2], query.device)
+    parts = [
+        checkpoint(_summed, query[:, :, rows], key, use_reentrant=False, preserve_rng_state=False) for rows in chunks
+    ]
+    return torch.stack(parts).sum() / queries
+
+
+def _summed(query: Tensor, key: Tensor) -> Tensor:
+    """The similarity times the number of queries."""
+    scores = at_least_float32(query) @ at_least_float32(key).mT
+    return head_similarity(scores) * query.shape[-2]
+
+
+@losses.register("head_similarity", paper="arXiv:2407.20021")
+@define(kw_only=True)
+class HeadSimilarityLoss(Loss):
+    """Dissimilarity of the heads' raw attention maps, ``1 − SSIM²``, mean over blocks, queries and pairs of heads.
+
+    Blocks of one head have no pairs and are left out. The public code also counts each head with itself, which
+    multiplies the loss by (H − 1)/H.
+
+    Args:
+        weight: factor of this loss.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({QUERIES_AND_KEYS})
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        """The loss of a group."""
+        return 1 - recorded_head_similarity(inputs.attention).mean()
