@@ -214,6 +214,8 @@ def _one(kind: str) -> str:
 def _noun(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "an array"
     return _NOUNS.get(hint, str(hint))
 
 

@@ -14,6 +14,7 @@ from spdfq.losses import CrossEntropyLoss
 from spdfq.registry import registry
 from spdfq.runtime import Runtime
 from spdfq.structure import structure, unstructure
+from spdfq.synth import Moment
 from spdfq.synth.group import Balance, GroupState
 from spdfq.synth.loop import Group
 
@@ -34,13 +35,22 @@ BUILT_IN = {
     "prior": {"gaussian_mixture", "laplace"},
     "sampler": {"multi_semantic", "whole_image"},
     "target": {"one_hot", "soft_label"},
-    "augmentation": {"flip", "jitter"},
+    "augmentation": {
+        "channel_offset",
+        "color_jitter",
+        "flip",
+        "high_pass",
+        "jitter",
+        "low_pass",
+        "random_resized_crop",
+    },
     "source": {"gaussian_noise", "optimize", "real"},
     "optimizer": {"adam"},
     "schedule": {"constant", "warmup_cosine"},
     "quantizer": {"log2", "uniform"},
     "observer": {"grid_mse", "minmax", "percentile_mse"},
 }
+CANNOT_BE_FOLLOWED = {"random_resized_crop"}
 RUNTIME = Runtime(seed=3)
 
 
@@ -229,14 +239,37 @@ def test_a_target_is_a_distribution_that_peaks_at_the_labels(name):
 
 
 @every("augmentation")
-def test_an_augmentation_moves_pixels_and_loses_none(name):
-    first, again = ([made("augmentation", name).draw(seeded(seed)) for seed in range(20)] for _ in twice(lambda: None))
-    assert first == again
-    assert len(set(first)) > 1
-    images = torch.arange(2 * 3 * 8 * 9.0).view(2, 3, 8, 9)
-    for move in first:
-        moved = move.apply(images)
-        assert torch.equal(moved.flatten(2).sort().values, images.flatten(2).sort().values)
+def test_an_augmentation_is_decided_by_its_generator_and_keeps_shape_and_gradient(name):
+    images = torch.rand(4, 3, 8, 9, generator=seeded(), requires_grad=True)
+    augmentation = made("augmentation", name)
+
+    def draws():
+        moments = [Moment(iteration=number, iterations=20, count=4, size=(3, 8, 9)) for number in range(20)]
+        return [augmentation.draw(seeded(moment.iteration), moment).apply(images) for moment in moments]
+
+    first, again = twice(draws)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert len({tuple(drawn.flatten().tolist()) for drawn in first}) > 1
+    for drawn in first:
+        assert drawn.shape == images.shape
+        assert torch.autograd.grad(drawn.square().sum(), images)[0].isfinite().all()
+
+
+@every("augmentation")
+def test_maps_go_along_with_an_augmentation_or_are_refused(name):
+    marks = torch.arange(8 * 9.0).view(1, 1, 8, 9).repeat(4, 1, 1, 1)  # a token for each pixel
+    change = made("augmentation", name).draw(seeded(1), Moment(count=4, size=(1, 8, 9)))
+    if name in CANNOT_BE_FOLLOWED:
+        with pytest.raises(SpdfqError, match=f"can follow {name}; leave it out"):
+            change.follow(marks, (8, 9))
+        return
+    order = change.follow(marks, (8, 9)).flatten(2).long()
+    assert torch.equal(order.sort().values, marks.flatten(2).long())
+    moved = change.apply(marks)
+    if torch.equal(moved.flatten(2).sort().values, marks.flatten(2)):  # it moves pixels
+        assert torch.equal(moved.flatten(2).long(), order)
+    else:
+        assert torch.equal(order, marks.flatten(2).long())
 
 
 # sources

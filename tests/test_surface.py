@@ -30,8 +30,9 @@ PUBLIC = {
     """,
     "spdfq.report": "write_pictures write_report",
     "spdfq.synth": """
-        Adam Constant CropPlan Flip GaussianNoise Jitter Move MultiSemanticSampler OneHotTarget OptimizedImages
-        RealImages SoftLabelTarget Source SyntheticImages WarmupCosine WholeImageSampler
+        Adam Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter LowPass
+        Moment Move MultiSemanticSampler OneHotTarget OptimizedImages RandomResizedCrop RealImages SoftLabelTarget
+        Source SyntheticImages WarmupCosine WholeImageSampler
     """,
 }
 

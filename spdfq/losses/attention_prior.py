@@ -90,27 +90,16 @@ class AttentionPriorLoss(Loss):
 
         def draw() -> Tensor:
             count = row.shape[0] * row.shape[1]
-            return self.prior.sample(count, grid, inputs.generator("prior", block)).to(row.device).view(row.shape)
+            maps = self.prior.sample(count, grid, inputs.generator("prior", block))
+            return maps.to(row.device).view(*row.shape[:2], -1)
 
         maps = inputs.keep(("prior", block), draw)
         windowed = len(row) != len(inputs.images)
-        return maps if windowed or not self.follow else _moved(maps, grid, inputs)
+        if not windowed and self.follow:
+            maps = inputs.follow(maps.unflatten(-1, grid)).flatten(-2)
+        return maps
 
     def _scaled(self, maps: Tensor, row: Tensor) -> Tensor:
         if self.scale == "mass":
             return maps * row.detach().sum(-1, keepdim=True)
         return maps if self.scale == "sum" else maps / maps.amax(-1, keepdim=True)
-
-
-def _moved(maps: Tensor, grid: tuple[int, int], inputs: LossInputs) -> Tensor:
-    """Maps mirrored and rolled like the images; shifts between tokens are interpolated."""
-    if not inputs.flip and inputs.shift == (0, 0):
-        return maps
-    moved = maps.unflatten(-1, grid)
-    moved = moved.flip(-1) if inputs.flip else moved
-    for axis in (-2, -1):
-        tokens = inputs.shift[axis] * grid[axis] / inputs.images.shape[axis]
-        whole = int(tokens // 1)
-        part = tokens - whole
-        moved = (1 - part) * moved.roll(whole, axis) + part * moved.roll(whole + 1, axis)
-    return moved.flatten(-2)

@@ -24,8 +24,7 @@ class LossInputs:
         view_weights: ``[B+M]``: 1/B for an image, 1/(B m) for each of an image's m crops.
         attention: what the losses asked to be recorded, for the images alone.
         originals: ``[B, C, h, w]``: the images before this iteration's augmentations.
-        flip: whether the images were mirrored in this iteration.
-        shift: rows and columns the images were rolled by, in pixels.
+        follow: maps ``[B, H, *grid]`` on the token grid, gone along with this iteration's augmentations.
         generator: a fresh generator for a purpose, in the same state each time it is asked for within a group.
         kept: what the loss wants to keep for the group; see `keep`.
         iteration: counted from 0.
@@ -42,8 +41,7 @@ class LossInputs:
     view_weights: Tensor | None = None
     attention: AttentionRecord = field(factory=AttentionRecord)
     originals: Tensor | None = None
-    flip: bool = False
-    shift: tuple[int, int] = (0, 0)
+    follow: Callable[[Tensor], Tensor] = field(default=lambda maps: maps)
     generator: Callable[..., torch.Generator] = field(default=lambda *purpose: torch.Generator().manual_seed(0))
     kept: dict[Any, Any] = field(factory=dict)
     iteration: int = 0

@@ -1,66 +1,99 @@
-"""Augmentations of the images a teacher sees during synthesis; whoever follows them reads the same move."""
+"""Augmentations that move the images a teacher sees during synthesis; what follows the images moves along."""
 
 import torch
 from attrs import field, frozen, validators
-from torch import Tensor
 
 from spdfq.registry import augmentations
+from spdfq.synth.moves import Change, Crop, Moment, Move
+
+_PROBABILITY = (validators.ge(0.0), validators.le(1.0))
 
 
 @frozen(kw_only=True)
-class Move:
-    """How the whole group was moved: first mirrored, then rolled.
+class Augmentation:
+    """Base class of augmentations."""
 
-    Args:
-        flip: mirrored left to right.
-        shift: rows and columns rolled by, in pixels.
-    """
+    def draw(self, generator: torch.Generator, moment: Moment) -> Change:
+        """What happens to the images of an iteration; the generator and the moment alone decide."""
+        raise TypeError(f"{type(self).__name__} does not define draw")
 
-    flip: bool = False
-    shift: tuple[int, int] = (0, 0)
 
-    def apply(self, images: Tensor) -> Tensor:
-        """The moved images ``[B, C, H, W]``."""
-        images = images.flip(-1) if self.flip else images
-        return images if self.shift == (0, 0) else images.roll(self.shift, (-2, -1))
-
-    def then(self, other: "Move") -> "Move":
-        """This move followed by another; mirroring turns an earlier sideways roll around."""
-        down, right = self.shift
-        right = -right if other.flip else right
-        return Move(flip=self.flip != other.flip, shift=(down + other.shift[0], right + other.shift[1]))
+def _widths(_: object, __: object, value: int | tuple[int, ...]) -> None:
+    widths = (value,) if isinstance(value, int) else value
+    if not widths or min(widths) < 1:
+        raise ValueError(f"must be at least 1 pixel, or an array of such, got {value}")
 
 
 @augmentations.register("jitter", paper="arXiv:2203.02250")
 @frozen(kw_only=True)
-class Jitter:
+class Jitter(Augmentation):
     """Roll all images of the group by the same random offset.
 
     Args:
-        pixels: largest offset along each axis.
+        pixels: largest offset along each axis; an array has one for each of as many equal stages of the run.
         shared_axes: one draw for rows and columns (as PSAQ-ViT does), or one each.
+        for_side: shorter side of the images that ``pixels`` is meant for; on others it is scaled along, to 1 pixel at
+            least. Left out, it is taken as it is.
     """
 
-    pixels: int = field(default=2, validator=validators.ge(1))
+    pixels: int | tuple[int, ...] = field(default=2, validator=_widths)
     shared_axes: bool = False
+    for_side: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
 
-    def draw(self, generator: torch.Generator) -> Move:
+    def draw(self, generator: torch.Generator, moment: Moment) -> Move:
         """The move of one iteration."""
-        down, right = torch.randint(-self.pixels, self.pixels + 1, (2,), generator=generator).tolist()
+        width = self.width(moment)
+        down, right = torch.randint(-width, width + 1, (2,), generator=generator).tolist()
         return Move(shift=(down, down if self.shared_axes else right))
+
+    def width(self, moment: Moment) -> int:
+        """The largest offset now, in pixels of these images."""
+        stages = (self.pixels,) if isinstance(self.pixels, int) else self.pixels
+        pixels = stages[moment.stage(len(stages))]
+        return max(1, round(pixels * min(moment.size[1:]) / self.for_side)) if self.for_side else pixels
 
 
 @augmentations.register("flip", paper="arXiv:2203.02250")
 @frozen(kw_only=True)
-class Flip:
-    """Mirror all images of the group at random.
+class Flip(Augmentation):
+    """Mirror the images left to right at random.
 
     Args:
         probability: of mirroring in an iteration.
+        per_image: each image by itself, instead of the whole group at once.
     """
 
-    probability: float = field(default=0.5, validator=[validators.ge(0.0), validators.le(1.0)])
+    probability: float = field(default=0.5, validator=list(_PROBABILITY))
+    per_image: bool = False
 
-    def draw(self, generator: torch.Generator) -> Move:
+    def draw(self, generator: torch.Generator, moment: Moment) -> Move:
         """The move of one iteration."""
-        return Move(flip=bool(torch.rand((), generator=generator) < self.probability))
+        drawn = torch.rand(moment.count if self.per_image else 1, generator=generator) < self.probability
+        return Move(flip=tuple(drawn.tolist()) if self.per_image else bool(drawn))
+
+
+@augmentations.register("random_resized_crop")
+@frozen(kw_only=True)
+class RandomResizedCrop(Augmentation):
+    """Show a random box of each image, resized to the whole.
+
+    Neither attention priors that follow the images nor token pruning can go along; both refuse it.
+
+    Args:
+        smallest: smallest share of the image's area that a box may have; the share is uniform from there to 1.
+        stretch: largest ratio of the box's aspect to the image's, either way; its logarithm is uniform.
+    """
+
+    smallest: float = field(default=0.5, validator=[validators.gt(0.0), validators.le(1.0)])
+    stretch: float = field(default=4 / 3, validator=[validators.ge(1.0), validators.le(10.0)])
+
+    def draw(self, generator: torch.Generator, moment: Moment) -> Crop:
+        """The boxes of one iteration."""
+        area, aspect, down, right = torch.rand(4, moment.count, generator=generator)
+        area = self.smallest + (1 - self.smallest) * area
+        stretched = self.stretch ** (aspect - 0.5)  # of each side: the ratio of both is its square
+        full = torch.tensor(moment.size[1:])[:, None]
+        sides = full * torch.stack([area.sqrt() * stretched, area.sqrt() / stretched])
+        sides = torch.minimum(sides.round().clamp(min=1), full).long()
+        corner = (torch.stack([down, right]) * (full - sides + 1)).long().clamp(max=full - sides)
+        return Crop(boxes=torch.cat([corner, sides]).T)

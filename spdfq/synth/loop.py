@@ -13,9 +13,9 @@ from spdfq.losses.attention_prior import AttentionPriorLoss
 from spdfq.losses.base import Loss, LossInputs
 from spdfq.models import Teacher
 from spdfq.runtime import Advance, Runtime
-from spdfq.synth.augmentations import Move
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.group import Balance, GroupState
+from spdfq.synth.moves import Change, Moment, applied, followed
 from spdfq.synth.pictures import prior_pictures
 from spdfq.synth.samplers import CropPlan
 from spdfq.synth.sources import noise
@@ -114,14 +114,14 @@ class Group:
         return (torch.cat([torch.ones(self.count), 1 / crops]) / self.count).to(self.runtime.device)
 
     def _forward(self, iteration: int) -> LossInputs:
-        """One pass of the teacher over the moved images and, where they are due, the crops."""
-        move, state = self._move(iteration), self.state
-        images = move.apply(state.images)
+        """One pass of the teacher over the augmented images and, where they are due, the crops."""
+        changes, state = self._changes(iteration), self.state
+        images = applied(changes, state.images)
         due = self.plan.due(iteration)
         views = torch.cat([images, self.plan.views(state.images, self.size)]) if due else images
         with record_attention(self.teacher.module, self.spec.needs, rows=self.count) as record, self.runtime.autocast():
             logits = self.teacher.module(views).float()
-        return self._inputs(images, logits, record, move, iteration)
+        return self._inputs(images, logits, record, iteration, changes)
 
     def _logits(self, views: Tensor) -> Tensor:
         """The teacher's answer to views that a loss makes itself."""
@@ -129,7 +129,12 @@ class Group:
             return self.teacher.module(views).float()
 
     def _inputs(
-        self, images: Tensor, logits: Tensor, record: AttentionRecord, move: Move, iteration: int
+        self,
+        images: Tensor,
+        logits: Tensor,
+        record: AttentionRecord,
+        iteration: int,
+        changes: tuple[Change, ...] = (),
     ) -> LossInputs:
         used = len(logits)
         return LossInputs(
@@ -143,17 +148,19 @@ class Group:
             iteration=iteration,
             iterations=self.spec.iterations,
             forward=self._logits,
-            flip=move.flip,
-            shift=move.shift,
+            follow=lambda maps: followed(changes, maps, self.size),
             generator=self.generator,
             kept=self.kept,
         )
 
-    def _move(self, iteration: int) -> Move:
-        move = Move()
-        for index, augmentation in enumerate(self.spec.augmentations):
-            move = move.then(augmentation.draw(self.generator("augmentation", index, iteration)))
-        return move
+    def _changes(self, iteration: int) -> tuple[Change, ...]:
+        moment = Moment(
+            iteration=iteration, iterations=self.spec.iterations, count=self.count, size=self.teacher.input_size
+        )
+        return tuple(
+            augmentation.draw(self.generator("augmentation", index, iteration), moment)
+            for index, augmentation in enumerate(self.spec.augmentations)
+        )
 
     def _check(self, first: int) -> None:
         """Refuse to go on, and to save, after a loss or gradient that is not finite."""
@@ -190,7 +197,7 @@ class Group:
         images = self.state.images
         with record_attention(self.teacher.module, loss.needs) as record, self.runtime.autocast():
             logits = self.teacher.module(images).float()
-        return prior_pictures(loss, self._inputs(images, logits, record, Move(), self.spec.iterations - 1).scoped(name))
+        return prior_pictures(loss, self._inputs(images, logits, record, self.spec.iterations - 1).scoped(name))
 
 
 def _evaluated(name: str, loss: Loss, inputs: LossInputs) -> Tensor:

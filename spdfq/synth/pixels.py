@@ -1,0 +1,102 @@
+"""Augmentations that change pixel values and move nothing."""
+
+import torch
+from attrs import field, frozen, validators
+from torch import Tensor
+
+from spdfq.registry import augmentations
+from spdfq.synth.augmentations import Augmentation
+from spdfq.synth.moves import Affine, Change, Frequencies, Moment
+
+_NOT_NEGATIVE = (validators.ge(0.0), validators.lt(10.0))
+
+
+@augmentations.register("channel_offset", paper="arXiv:2407.20021")
+@frozen(kw_only=True)
+class ChannelOffset(Augmentation):
+    """Add a normal offset to each channel of each image, ever less until the end of the run (as MimiQ does).
+
+    Args:
+        std: standard deviation at the beginning, in normalised pixel units; it falls linearly to 0.
+    """
+
+    std: float = field(default=0.5, validator=list(_NOT_NEGATIVE))
+
+    def draw(self, generator: torch.Generator, moment: Moment) -> Affine:
+        """The offsets of one iteration."""
+        left = 1 - moment.iteration / moment.iterations
+        drawn = torch.randn(moment.count, moment.size[0], generator=generator)
+        return Affine(scale=torch.ones_like(drawn), offset=self.std * left * drawn)
+
+
+@augmentations.register("color_jitter", paper="arXiv:2407.20021")
+@frozen(kw_only=True)
+class ColorJitter(Augmentation):
+    """Shift and scale each channel of each image: ``x ← (x − m) / exp(s)`` with m and s uniform (as MimiQ does).
+
+    Args:
+        mean: m lies within plus and minus this, in normalised pixel units.
+        std: s lies within plus and minus this.
+    """
+
+    mean: float = field(default=1.0, validator=list(_NOT_NEGATIVE))
+    std: float = field(default=1.0, validator=list(_NOT_NEGATIVE))
+
+    def draw(self, generator: torch.Generator, moment: Moment) -> Affine:
+        """The changes of one iteration."""
+        m, s = 2 * torch.rand(2, moment.count, moment.size[0], generator=generator) - 1
+        scale = (-self.std * s).exp()
+        return Affine(scale=scale, offset=-self.mean * m * scale)
+
+
+@frozen(kw_only=True)
+class _Pass(Augmentation):
+    """Base class of frequency filters.
+
+    Args:
+        radius: the limit, as a share of the highest frequency along an axis.
+        probability: of filtering in an iteration.
+    """
+
+    radius: float = field(default=0.5, validator=[validators.gt(0.0), validators.lt(2**0.5)])
+    probability: float = field(default=0.5, validator=[validators.ge(0.0), validators.le(1.0)])
+
+    def draw(self, generator: torch.Generator, moment: Moment) -> Change:
+        """The filter, or nothing."""
+        if not bool(torch.rand((), generator=generator) < self.probability):
+            return Change()
+        height, width = moment.size[1:]
+        vertical, horizontal = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
+        distance = 2 * (vertical.square() + horizontal.square()).sqrt()  # fftfreq: cycles a pixel, up to 0.5
+        return Frequencies(keep=self._kept(distance).float())
+
+    def _kept(self, distance: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not say what it keeps")
+
+
+@augmentations.register("low_pass")
+@frozen(kw_only=True)
+class LowPass(_Pass):
+    """Take away the frequencies beyond a radius.
+
+    Args:
+        radius: the limit, as a share of the highest frequency along an axis.
+        probability: of filtering in an iteration.
+    """
+
+    def _kept(self, distance: Tensor) -> Tensor:
+        return distance <= self.radius
+
+
+@augmentations.register("high_pass")
+@frozen(kw_only=True)
+class HighPass(_Pass):
+    """Take away the frequencies within a radius; the mean of each channel stays.
+
+    Args:
+        radius: the limit, as a share of the highest frequency along an axis.
+        probability: of filtering in an iteration.
+    """
+
+    def _kept(self, distance: Tensor) -> Tensor:
+        return (distance > self.radius) | (distance == 0)
