@@ -38,10 +38,10 @@ PUBLIC = {
     "spdfq.losses.functional": {"attention_prior_loss", "cross_entropy", "patch_similarity_entropy"}
     | {"soft_cross_entropy", "total_variation", "attention_entropy", "frequency_consistency", "frequency_split"}
     | {"head_similarity", "head_ssim", "masked_attention_distance", "patch_contrast", "teacher_student_discrepancy"},
-    "spdfq.synth": {"Adam", "Augmentation", "Change", "ChannelOffset", "ColorJitter", "Constant", "CropPlan", "Flip"}
-    | {"GaussianNoise", "HighPass", "Jitter", "LowPass", "Moment", "Move", "MultiSemanticSampler", "OneHotTarget"}
-    | {"OptimizedImages", "RandomResizedCrop", "RealImages", "SoftLabelTarget", "Source", "SyntheticImages"}
-    | {"WarmupCosine", "WholeImageSampler"},
+    "spdfq.synth": {"Adam", "AdamW", "Augmentation", "Change", "ChannelOffset", "ColorJitter", "Constant", "CropPlan"}
+    | {"Flip", "GaussianNoise", "HighPass", "Jitter", "LowPass", "Moment", "Move", "MultiSemanticSampler", "NoTarget"}
+    | {"OneHotTarget", "OptimizedImages", "RandomResizedCrop", "RealImages", "Schedule", "SoftLabelTarget", "Source"}
+    | {"SyntheticImages", "WarmupCosine", "WholeImageSampler"},
     "spdfq.quantizers": {"GridMseObserver", "Log2Quantizer", "MinMaxObserver", "Observer", "PercentileMseObserver"}
     | {"Quantizer", "UniformQuantizer"},
     "spdfq.backends": {

@@ -79,7 +79,7 @@ def test_a_recipe_becomes_components_with_their_defaults():
 MISTAKES = [
     ("sedd", 1, "sedd: unknown key; did you mean 'seed'? (keys: schema, seed, model, "),
     ("synthesis.imges", 4, "synthesis.imges: unknown key; did you mean 'images'?"),
-    ("synthesis.optimizer.zzz", 4, "synthesis.optimizer.zzz: unknown key (keys: lr, betas, weight_decay)"),
+    ("synthesis.optimizer.zzz", 4, "synthesis.optimizer.zzz: unknown key (keys: lr, betas)"),
     ("synthesis.images", "4", "synthesis.images: expected a whole number, got '4'"),
     ("synthesis.images", 4.0, "synthesis.images: expected a whole number, got 4.0"),
     ("synthesis.images", True, "synthesis.images: expected a whole number, got True"),

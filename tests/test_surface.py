@@ -30,9 +30,9 @@ PUBLIC = {
     """,
     "spdfq.report": "write_pictures write_report",
     "spdfq.synth": """
-        Adam Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter LowPass
-        Moment Move MultiSemanticSampler OneHotTarget OptimizedImages RandomResizedCrop RealImages SoftLabelTarget
-        Source SyntheticImages WarmupCosine WholeImageSampler
+        Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter
+        LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages RandomResizedCrop RealImages
+        Schedule SoftLabelTarget Source SyntheticImages WarmupCosine WholeImageSampler
     """,
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attrs import define, evolve
-from tiny_teacher import BLOCKS, CLASSES, GRID, HEADS, RUNTIME, SIDE, Acting, acting, recipe, tiny_teacher
+from tiny_teacher import BLOCKS, CLASSES, GRID, HEADS, RUNTIME, SIDE, Acting, acting, recipe, same, tiny_teacher
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,14 +20,18 @@ from spdfq.losses.functional import attention_prior_loss, soft_cross_entropy
 from spdfq.models import Teacher
 from spdfq.synth import (
     Adam,
+    AdamW,
     Constant,
     Flip,
     Jitter,
     Move,
     MultiSemanticSampler,
+    NoTarget,
     OptimizedImages,
     SoftLabelTarget,
     WarmupCosine,
+    WholeImageSampler,
+    loop,
 )
 from spdfq.synth.group import BALANCE_ITERATIONS
 from spdfq.synth.loop import Group
@@ -262,6 +266,71 @@ def test_warm_up_is_linear_and_the_rest_half_a_cosine_in_every_round():
     assert factors[99] == pytest.approx(0, abs=1e-3)
 
 
+def test_the_cosine_ends_at_its_floor():
+    schedule = WarmupCosine(warmup=0.0, floor=0.01)  # of a learning rate of 0.1: MimiQ's 1e-3
+    factors = [schedule.factor(iteration, 2000) for iteration in range(2000)]
+    assert factors[0] == pytest.approx(1, abs=1e-5)
+    assert factors[-1] == pytest.approx(0.01, abs=1e-5)
+    assert factors[999] + factors[1000] == pytest.approx(1.01, abs=1e-5)
+    assert factors == sorted(factors, reverse=True)
+
+
+@pytest.mark.parametrize(("rounds", "iterations", "begins"), [(1, 9, []), (2, 1000, [500]), (5, 10, [2, 4, 6, 8])])
+def test_the_optimiser_starts_without_moments_in_each_round(rounds, iterations, begins):
+    schedule = WarmupCosine(rounds=rounds)
+    assert [i for i in range(iterations) if schedule.restarts(i, iterations)] == begins
+    assert all(schedule.factor(i, iterations) < 1 / 20 for i in begins) or iterations < 100
+
+
+@pytest.mark.parametrize("at", [4, 5, 6])
+def test_a_restarted_optimiser_makes_the_steps_of_a_new_one_and_resumes_to_the_bit(tmp_path, monkeypatch, at):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    spec = recipe(images=2, iterations=10, schedule=WarmupCosine(rounds=2, warmup=0.0), augmentations=())
+    teacher = tiny_teacher()
+    with teacher.frozen():
+        group, late = (Group(spec, teacher, RUNTIME, 0, 2) for _ in range(2))
+        for iteration in range(5):
+            group.step(iteration)
+        late.state.images.data.copy_(group.state.images.detach())
+        late.state.balance.norms.copy_(group.state.balance.norms)
+        for one in (group, late):
+            one.step(5)
+    assert torch.equal(group.state.images, late.state.images)
+    broken = evolve(spec, losses={**spec.losses, "acting": Acting(act=not_a_number, at=at)})
+    whole = evolve(spec, losses={**spec.losses, "acting": Acting(act=None, at=-1)})
+    with pytest.raises(NonFiniteError):
+        broken.synthesize(teacher, RUNTIME, tmp_path)
+    assert list(tmp_path.iterdir())
+    assert same(whole.synthesize(teacher, RUNTIME, tmp_path), whole.synthesize(teacher, RUNTIME))
+
+
+def test_weight_decay_shrinks_pixels_beside_the_gradient():
+    # a gradient that changes sign in every step leaves Adam's first moment near zero; the decay is lr * weight_decay
+    images = torch.full((1, 1, 2, 2), 0.5, requires_grad=True)
+    optimizer = AdamW(lr=0.1, weight_decay=0.2).build(images)
+    images.grad = torch.zeros_like(images)
+    optimizer.step()
+    assert images.detach().unique().tolist() == pytest.approx([0.5 * (1 - 0.1 * 0.2)])
+
+
+# without labels
+
+
+def test_images_without_a_target_have_no_labels_and_are_given_none():
+    seen = []
+    losses = {"total_variation": TotalVariationLoss(weight=0.05), "spy": Acting(act=seen.append, at=0)}
+    spec = recipe(losses=losses, target=NoTarget(), sampler=WholeImageSampler(), group=3, iterations=2)
+    result = spec.synthesize(tiny_teacher(), RUNTIME)
+    assert result.images.shape == (3, 3, SIDE, SIDE)
+    assert result.labels.numel() == result.owners.numel() == result.boxes.numel() == 0
+    assert (seen[0].targets, seen[0].labels) == (None, None)
+
+
+def test_crops_without_labels_are_advised_against():
+    spec = recipe(losses={"total_variation": TotalVariationLoss()}, target=NoTarget())
+    assert "no use without labels" in spec.advice()[0]
+
+
 # failures
 
 
@@ -313,6 +382,11 @@ def test_a_loss_that_is_no_loss_is_named(act, found):
 def test_losses_that_cannot_work_together_are_refused(losses, message):
     with pytest.raises(ValueError, match=message):
         OptimizedImages(losses=losses)
+
+
+def test_a_label_loss_without_labels_is_refused():
+    with pytest.raises(ValueError, match=r"losses\.ce: needs labels, but target is 'none'; set target = 'one_hot'"):
+        OptimizedImages(losses={"ce": CrossEntropyLoss()}, target=NoTarget())
 
 
 def test_crops_without_soft_labels_are_advised_against():

@@ -4,14 +4,15 @@ from spdfq.synth.augmentations import Augmentation, Flip, Jitter, RandomResizedC
 from spdfq.synth.base import Source, SyntheticImages
 from spdfq.synth.moves import Change, Moment, Move
 from spdfq.synth.optimize import OptimizedImages
-from spdfq.synth.optimizers import Adam, Constant, WarmupCosine
+from spdfq.synth.optimizers import Adam, AdamW, Constant, Schedule, WarmupCosine
 from spdfq.synth.pixels import ChannelOffset, ColorJitter, HighPass, LowPass
 from spdfq.synth.samplers import CropPlan, MultiSemanticSampler, WholeImageSampler
 from spdfq.synth.sources import GaussianNoise, RealImages
-from spdfq.synth.targets import OneHotTarget, SoftLabelTarget
+from spdfq.synth.targets import NoTarget, OneHotTarget, SoftLabelTarget
 
 __all__ = [
     "Adam",
+    "AdamW",
     "Augmentation",
     "Change",
     "ChannelOffset",
@@ -26,10 +27,12 @@ __all__ = [
     "Moment",
     "Move",
     "MultiSemanticSampler",
+    "NoTarget",
     "OneHotTarget",
     "OptimizedImages",
     "RandomResizedCrop",
     "RealImages",
+    "Schedule",
     "SoftLabelTarget",
     "Source",
     "SyntheticImages",

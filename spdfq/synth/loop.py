@@ -88,6 +88,8 @@ class Group:
         (gradient,) = torch.autograd.grad(total, state.images)
         state.images.grad = gradient
         state.curve[iteration] = torch.stack([*terms.values(), total, gradient.norm()]).detach()
+        if self.spec.schedule.restarts(iteration, self.spec.iterations):
+            state.optimizer.state.clear()
         for group in state.optimizer.param_groups:
             group["lr"] = self.spec.optimizer.lr * self.spec.schedule.factor(iteration, self.spec.iterations)
         state.optimizer.step()
@@ -99,14 +101,16 @@ class Group:
         curve = torch.zeros(self.spec.iterations, len(self.columns), device=images.device)
         return GroupState(images, self.spec.optimizer.build(images), Balance(self.spec.losses), curve)
 
-    def _labels_and_targets(self) -> tuple[Tensor, Tensor]:
-        """``[B+M, K]`` of the images and then of the crops."""
+    def _labels_and_targets(self) -> tuple[Tensor | None, Tensor | None]:
+        """``[B+M, K]`` of the images and then of the crops; nothing where the images have no target."""
         classes = self.teacher.num_classes
         whole = self.plan.label_mask(self.count, classes)
         crops = torch.nn.functional.one_hot(self.plan.labels, classes).bool()
         mask = torch.cat([whole, crops])
         shown = [row.nonzero().flatten() for row in mask]
         targets = self.spec.target.sample(shown, classes, self.generator("target"))
+        if targets is None:
+            return None, None
         return mask.to(self.runtime.device), targets.to(self.runtime.device)
 
     def _view_weights(self) -> Tensor:
@@ -179,13 +183,10 @@ class Group:
 
     def _result(self) -> SyntheticImages:
         result = SyntheticImages(
-            images=self.state.images.detach().cpu(),
-            boxes=self.plan.boxes,
-            owners=self.plan.owners,
-            labels=self.plan.labels,
-            curves=self.state.curve.cpu().unsqueeze(0),
-            columns=self.columns,
+            images=self.state.images.detach().cpu(), curves=self.state.curve.cpu().unsqueeze(0), columns=self.columns
         )
+        if self.labels is not None:
+            result.boxes, result.owners, result.labels = self.plan.boxes, self.plan.owners, self.plan.labels
         priors = {name: loss for name, loss in self.spec.losses.items() if isinstance(loss, AttentionPriorLoss)}
         if priors and self.index == 0:
             name, loss = next(iter(priors.items()))

@@ -16,7 +16,7 @@ from spdfq.synth.base import Source, SyntheticImages
 from spdfq.synth.loop import OWN_COLUMNS, Group
 from spdfq.synth.optimizers import Adam, WarmupCosine
 from spdfq.synth.samplers import MultiSemanticSampler, WholeImageSampler
-from spdfq.synth.targets import OneHotTarget, SoftLabelTarget
+from spdfq.synth.targets import NoTarget, OneHotTarget, SoftLabelTarget
 
 _RESERVED = {*OWN_COLUMNS, "steps"}
 
@@ -56,11 +56,15 @@ class OptimizedImages(Source):
         label_weights = {name: loss.weight for name, loss in self.losses.items() if loss.label_loss}
         if wrong := [name for name in automatic if name in label_weights]:
             raise ValueError(f"losses.{wrong[0]}: a label loss is what 'auto' balances against; give it a number")
+        if label_weights and isinstance(self.target, NoTarget):
+            raise ValueError(f"losses.{min(label_weights)}: needs labels, but target is 'none'; set target = 'one_hot'")
         if automatic and not any(weight > 0 for weight in label_weights.values()):
             raise ValueError("weight = 'auto' balances against a label loss; add soft_cross_entropy or cross_entropy")
 
     def advice(self) -> list[str]:
-        """Combinations that run but are known to lose accuracy."""
+        """Combinations that run but are known to lose accuracy, or to cost time for nothing."""
+        if isinstance(self.sampler, MultiSemanticSampler) and isinstance(self.target, NoTarget):
+            return ["multi_semantic crops have no use without labels; set sampler = 'whole_image'"]
         if isinstance(self.sampler, MultiSemanticSampler) and not isinstance(self.target, SoftLabelTarget):
             return ["multi_semantic without soft labels is known to lose accuracy; set target = 'soft_label'"]
         return []

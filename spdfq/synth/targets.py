@@ -66,6 +66,16 @@ class OneHotTarget:
         return mask / mask.sum(-1, keepdim=True)
 
 
+@targets.register("none")
+@frozen
+class NoTarget:
+    """No labels at all: the images are not pulled to any class (as in PSAQ-ViT V2)."""
+
+    def sample(self, labels: Sequence[Any], num_classes: int, generator: torch.Generator) -> None:
+        """Nothing; see `SoftLabelTarget.sample`."""
+        return None
+
+
 def label_mask(labels: Sequence[Any], num_classes: int) -> Tensor:
     """``[B, C]`` boolean from a class index or a sequence of them for each view.
 
