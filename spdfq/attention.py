@@ -165,7 +165,10 @@ class AttentionRecord:
 
 @contextmanager
 def record_attention(
-    model: nn.Module, needs: frozenset[str] | set[str] = frozenset({CLASS_ATTENTION}), rows: int | None = None
+    model: nn.Module,
+    needs: frozenset[str] | set[str] = frozenset({CLASS_ATTENTION}),
+    rows: int | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Iterator[AttentionRecord]:
     """Record attention during calls of ``model`` inside the ``with`` block; each call starts afresh.
 
@@ -177,6 +180,7 @@ def record_attention(
             A quantized model is one; its queries and keys are the quantized ones, its outputs are not recorded.
         needs: any of ``class_attention``, ``attention_outputs`` and ``queries_and_keys``.
         rows: record the first so many images of the batch only.
+        grid: the token grid, where some of its tokens were left out, so that the number of keys does not tell it.
 
     Raises:
         ModelError: an unknown need, or (from the forward pass) attention that is not over the token grid, that only
@@ -190,7 +194,7 @@ def record_attention(
     with ExitStack() as stack:
         stack.enter_context(fused_attention(model))
         names = stack.enter_context(module_names(model))
-        recorder = _Recorder(model, names, frozenset(needs), rows)
+        recorder = _Recorder(model, names, frozenset(needs), rows, grid)
         stack.callback(model.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(recorder.end).remove)
         stack.enter_context(recorder)
@@ -211,9 +215,16 @@ def _trunk(model: nn.Module) -> nn.Module:
 
 
 class _Recorder(AttentionMode):
-    def __init__(self, model: nn.Module, names: list[str], needs: frozenset[str], rows: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: list[str],
+        needs: frozenset[str],
+        rows: int | None,
+        grid: tuple[int, int] | None,
+    ) -> None:
         super().__init__()
-        self.model, self.names, self.needs, self.rows = model, names, needs, rows
+        self.model, self.names, self.needs, self.rows, self.pruned = model, names, needs, rows, grid
         prefix, self.has_class = prefix_tokens(model)
         self.patches = getattr(getattr(_trunk(model), "patch_embed", None), "grid_size", None)
         self.record = AttentionRecord(prefix=prefix, has_class=self.has_class)
@@ -310,6 +321,8 @@ class _Recorder(AttentionMode):
         if query.ndim != 4:
             raise ModelError(f"{where}: its attention runs on {list(query.shape)} instead of [B, H, N, d]; {_REMEDY}")
         tokens = key.shape[-2] - self.record.prefix
+        if self.pruned and 0 < tokens <= self.pruned[0] * self.pruned[1]:
+            return self.pruned
         window = getattr(self.model.get_submodule(name), "window_size", None)
         for grid in (window, self.patches):
             if isinstance(grid, (tuple, list)) and len(grid) == 2 and grid[0] * grid[1] == tokens:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spdfq.attention import record_attention
-from spdfq.errors import NonFiniteError, SpdfqError
+from spdfq.errors import ModelError, NonFiniteError, SpdfqError
 from spdfq.losses import (
     AttentionPriorLoss,
     CrossEntropyLoss,
@@ -382,6 +382,15 @@ def test_a_loss_that_is_no_loss_is_named(act, found):
 def test_losses_that_cannot_work_together_are_refused(losses, message):
     with pytest.raises(ValueError, match=message):
         OptimizedImages(losses=losses)
+
+
+def test_a_model_whose_attention_cannot_be_recorded_is_refused_before_anything_runs():
+    spec = recipe(losses={"prior": AttentionPriorLoss(), "ce": CrossEntropyLoss()})
+    nothing = evolve(tiny_teacher(), module=nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, CLASSES)))
+    with pytest.raises(ModelError, match="leave out the losses that need attention"):
+        spec.check(nothing)
+    recipe(losses={"ce": CrossEntropyLoss()}).check(nothing)
+    spec.check(tiny_teacher())
 
 
 def test_a_label_loss_without_labels_is_refused():

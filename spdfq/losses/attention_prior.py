@@ -97,9 +97,15 @@ class AttentionPriorLoss(Loss):
         windowed = len(row) != len(inputs.images)
         if not windowed and self.follow:
             maps = inputs.follow(maps.unflatten(-1, grid)).flatten(-2)
-        return maps
+        return maps if inputs.tokens is None else _seen(maps, inputs.tokens)
 
     def _scaled(self, maps: Tensor, row: Tensor) -> Tensor:
         if self.scale == "mass":
             return maps * row.detach().sum(-1, keepdim=True)
         return maps if self.scale == "sum" else maps / maps.amax(-1, keepdim=True)
+
+
+def _seen(maps: Tensor, tokens: Tensor) -> Tensor:
+    """The maps at the tokens that are left, each summing to 1 again."""
+    kept = maps.gather(-1, tokens.unsqueeze(1).expand(-1, maps.shape[1], -1))
+    return kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)

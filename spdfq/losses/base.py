@@ -25,6 +25,7 @@ class LossInputs:
         attention: what the losses asked to be recorded, for the images alone.
         originals: ``[B, C, h, w]``: the images before this iteration's augmentations.
         follow: maps ``[B, H, *grid]`` on the token grid, gone along with this iteration's augmentations.
+        tokens: ``[B, K]`` the patch tokens the teacher saw, ascending, where some were left out (token pruning).
         generator: a fresh generator for a purpose, in the same state each time it is asked for within a group.
         kept: what the loss wants to keep for the group; see `keep`.
         iteration: counted from 0.
@@ -42,6 +43,7 @@ class LossInputs:
     attention: AttentionRecord = field(factory=AttentionRecord)
     originals: Tensor | None = None
     follow: Callable[[Tensor], Tensor] = field(default=lambda maps: maps)
+    tokens: Tensor | None = None
     generator: Callable[..., torch.Generator] = field(default=lambda *purpose: torch.Generator().manual_seed(0))
     kept: dict[Any, Any] = field(factory=dict)
     iteration: int = 0

@@ -75,10 +75,11 @@ class Source:
     images: int = field(default=32, validator=validators.ge(1))
 
     def check(self, teacher: Teacher) -> None:
-        """Refuse a teacher that these images cannot be made from.
+        """Refuse a teacher that these images cannot be made from, before anything is computed.
 
         Raises:
             RecipeError: with every reason.
+            SpdfqError: the model's attention cannot be recorded, or its patches cannot be left out.
         """
 
     def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:

@@ -1,6 +1,7 @@
 """What is kept of a group of images between iterations: pixels, moments, automatic weights and the losses so far."""
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from attrs import define, field
@@ -13,6 +14,16 @@ from spdfq.losses.base import Loss
 BALANCE_ITERATIONS = 10
 _REMEDY = "delete it or use --fresh; the group then starts again"
 _MOMENTS = "optimizer."
+
+
+class Kept(Protocol):
+    """Something else of a group that must survive an interruption."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What must be stored."""
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `tensors` gave; raise DataError where it does not fit."""
 
 
 @define(eq=False)
@@ -63,6 +74,7 @@ class GroupState:
         balance: its automatic weights.
         curve: ``[iterations, columns]``.
         iteration: the next iteration.
+        others: what else must be kept, by name.
     """
 
     images: Tensor
@@ -70,12 +82,14 @@ class GroupState:
     balance: Balance
     curve: Tensor
     iteration: int = 0
+    others: dict[str, Kept] = field(factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the state so that a crash leaves either the old file or the new one."""
         state = self.optimizer.state[self.images].items()
         moments = {f"{_MOMENTS}{name}": value for name, value in state if isinstance(value, Tensor)}
-        write_tensors(path, {**self._tensors(), **moments}, {"iteration": str(self.iteration)})
+        others = {f"{name}.{key}": value for name, kept in self.others.items() for key, value in kept.tensors().items()}
+        write_tensors(path, {**self._tensors(), **moments, **others}, {"iteration": str(self.iteration)})
 
     def restore(self, path: Path) -> None:
         """Take up what `save` wrote.
@@ -91,10 +105,14 @@ class GroupState:
             for name, own in self._tensors().items():
                 own.copy_(tensors[name])
         self.optimizer.state[self.images] = {
-            name.removeprefix(_MOMENTS): value if name == f"{_MOMENTS}step" else value.to(self.images.device)
-            for name, value in tensors.items()
-            if name.startswith(_MOMENTS)
+            name: value if name == "step" else value.to(self.images.device)
+            for name, value in _under(_MOMENTS, tensors).items()
         }
+        for name, kept in self.others.items():
+            try:
+                kept.restore(_under(f"{name}.", tensors))
+            except DataError as error:
+                raise DataError(f"{path}: {error}; {_REMEDY}") from None
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"images": self.images, "norms": self.balance.norms, "curve": self.curve}
@@ -109,3 +127,7 @@ class GroupState:
             found = list(tensors[name].shape) if name in tensors else "nothing"
             if found != list(own.shape):
                 raise DataError(f"{path}: {name} is {found}, expected {list(own.shape)}; {_REMEDY}")
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,13 +1,15 @@
 """The optimisation loop of one group of images: forward, losses, balance, step, clamp; checked, saved and resumable."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from spdfq.attention import AttentionRecord, record_attention
+from spdfq.attention import CLASS_ATTENTION, AttentionRecord, record_attention
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.losses.attention_prior import AttentionPriorLoss
 from spdfq.losses.base import Loss, LossInputs
@@ -17,6 +19,7 @@ from spdfq.synth.base import SyntheticImages
 from spdfq.synth.group import Balance, GroupState
 from spdfq.synth.moves import Change, Moment, applied, followed
 from spdfq.synth.pictures import prior_pictures
+from spdfq.synth.pruning import Pruner, find_layout
 from spdfq.synth.samplers import CropPlan
 from spdfq.synth.sources import noise
 
@@ -47,6 +50,7 @@ class Group:
             self.labels, self.targets = self._labels_and_targets()
         self.view_weights = self._view_weights()
         self.state = self._begin()
+        self.pruner = self._pruner()
         self.low, self.high = teacher.pixel_range(self.state.images)
 
     def generator(self, *purpose: str | int) -> torch.Generator:
@@ -81,6 +85,8 @@ class Group:
     def step(self, iteration: int) -> None:
         """One iteration; on an accelerator it queues its work without waiting for it."""
         state = self.state
+        if self.pruner and self.pruner.due(iteration):
+            self._prune(self.pruner, iteration)
         inputs = self._forward(iteration)
         terms = {name: _evaluated(name, loss, inputs) for name, loss in self.spec.losses.items()}
         state.balance.observe(terms, state.images, iteration)
@@ -117,15 +123,48 @@ class Group:
         crops = torch.bincount(self.plan.owners, minlength=self.count)[self.plan.owners]
         return (torch.cat([torch.ones(self.count), 1 / crops]) / self.count).to(self.runtime.device)
 
+    def _pruner(self) -> Pruner | None:
+        if self.spec.pruning is None:
+            return None
+        layout = find_layout(self.teacher)
+        patches = layout.grid[0] * layout.grid[1]
+        alive = torch.ones(self.count, patches, dtype=torch.bool, device=self.state.images.device)
+        pruner = Pruner(self.spec.pruning, layout, alive)
+        self.state.others["pruning"] = pruner
+        return pruner
+
+    @torch.no_grad()
+    def _prune(self, pruner: Pruner, iteration: int) -> None:
+        """Rank the patches of the images as they are, without augmentation."""
+        tokens = pruner.tokens(iteration - 1, (), self.size)
+        with self._recording(frozenset({CLASS_ATTENTION}), tokens) as record:
+            self.teacher.module(self.state.images)
+        pruner.prune(pruner.layout.scores(record), iteration)
+
     def _forward(self, iteration: int) -> LossInputs:
-        """One pass of the teacher over the augmented images and, where they are due, the crops."""
+        """A pass of the teacher over the augmented images and, where they are due, the crops."""
         changes, state = self._changes(iteration), self.state
         images = applied(changes, state.images)
-        due = self.plan.due(iteration)
-        views = torch.cat([images, self.plan.views(state.images, self.size)]) if due else images
-        with record_attention(self.teacher.module, self.spec.needs, rows=self.count) as record, self.runtime.autocast():
-            logits = self.teacher.module(views).float()
-        return self._inputs(images, logits, record, iteration, changes)
+        tokens = self.pruner.tokens(iteration, changes, self.size) if self.pruner else None
+        crops = [self.plan.views(state.images, self.size)] if self.plan.due(iteration) else []
+        # whole crops beside images without some of their patches take a pass of their own
+        together = crops if tokens is None else []
+        with self._recording(self.spec.needs, tokens) as record:
+            logits = [self.teacher.module(torch.cat([images, *together])).float()]
+        if tokens is not None and crops:
+            logits.append(self._logits(*crops))
+        return self._inputs(images, torch.cat(logits), record, iteration, changes, tokens)
+
+    @contextmanager
+    def _recording(self, needs: frozenset[str], tokens: Tensor | None = None) -> Iterator[AttentionRecord]:
+        """Inside, the teacher's attention to the images is recorded; it sees these patch tokens of theirs alone."""
+        module, layout = self.teacher.module, self.pruner.layout if self.pruner and tokens is not None else None
+        with (
+            layout.only(module, tokens) if layout else nullcontext(),
+            record_attention(module, needs, rows=self.count, grid=layout.grid if layout else None) as record,
+            self.runtime.autocast(),
+        ):
+            yield record
 
     def _logits(self, views: Tensor) -> Tensor:
         """The teacher's answer to views that a loss makes itself."""
@@ -139,6 +178,7 @@ class Group:
         record: AttentionRecord,
         iteration: int,
         changes: tuple[Change, ...] = (),
+        tokens: Tensor | None = None,
     ) -> LossInputs:
         used = len(logits)
         return LossInputs(
@@ -153,6 +193,7 @@ class Group:
             iterations=self.spec.iterations,
             forward=self._logits,
             follow=lambda maps: followed(changes, maps, self.size),
+            tokens=tokens,
             generator=self.generator,
             kept=self.kept,
         )
@@ -196,7 +237,7 @@ class Group:
     @torch.no_grad()
     def _prior_pictures(self, name: str, loss: AttentionPriorLoss) -> tuple[Tensor, Tensor, int]:
         images = self.state.images
-        with record_attention(self.teacher.module, loss.needs) as record, self.runtime.autocast():
+        with self._recording(loss.needs) as record:
             logits = self.teacher.module(images).float()
         return prior_pictures(loss, self._inputs(images, logits, record, self.spec.iterations - 1).scoped(name))
 

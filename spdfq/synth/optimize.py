@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from attrs import define, field, validators
 
+from spdfq.attention import record_attention
 from spdfq.errors import RecipeError
 from spdfq.models import Teacher
 from spdfq.registry import losses as registered
@@ -15,7 +16,9 @@ from spdfq.structure import component, component_list, components
 from spdfq.synth.base import Source, SyntheticImages
 from spdfq.synth.loop import OWN_COLUMNS, Group
 from spdfq.synth.optimizers import Adam, WarmupCosine
+from spdfq.synth.pruning import TokenPruning, find_layout
 from spdfq.synth.samplers import MultiSemanticSampler, WholeImageSampler
+from spdfq.synth.sources import noise
 from spdfq.synth.targets import NoTarget, OneHotTarget, SoftLabelTarget
 
 _RESERVED = {*OWN_COLUMNS, "steps"}
@@ -36,6 +39,7 @@ class OptimizedImages(Source):
         augmentations: applied in order to the whole images in every iteration (crops stay as they are).
         optimizer: of the pixels.
         schedule: of the learning rate.
+        pruning: leaves patches out of the forward passes as the run goes on; none where the section is missing.
     """
 
     group: int = field(default=32, validator=validators.ge(1))
@@ -46,6 +50,7 @@ class OptimizedImages(Source):
     augmentations: tuple[Any, ...] = component_list("augmentation")
     optimizer: Any = component("optimizer", default=Adam)
     schedule: Any = component("schedule", default=WarmupCosine)
+    pruning: TokenPruning | None = None
 
     def __attrs_post_init__(self) -> None:
         if not self.losses:
@@ -70,9 +75,12 @@ class OptimizedImages(Source):
         return []
 
     def check(self, teacher: Teacher) -> None:
-        """Refuse what needs classes where the teacher has none."""
-        if not teacher.headless:
-            return
+        """Refuse what needs classes where the teacher has none, and attention that cannot be recorded or pruned."""
+        if teacher.headless:
+            self._check_labels(teacher)
+        self._check_attention(teacher)
+
+    def _check_labels(self, teacher: Teacher) -> None:
         why = f"but {teacher.name} has no head (num_classes = 0)"
         without = ", ".join(name for name in registered.names() if not registered.get(name).label_loss)
         problems = [
@@ -88,6 +96,14 @@ class OptimizedImages(Source):
             )
         if problems:
             raise RecipeError(problems)
+
+    @torch.no_grad()
+    def _check_attention(self, teacher: Teacher) -> None:
+        image = noise(1, teacher, torch.Generator().manual_seed(0)).to(teacher.device)
+        with teacher.frozen() as module, record_attention(module, self.needs):
+            module(image)
+        if self.pruning:
+            find_layout(teacher)
 
     def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
         """Optimise the groups one after the other; finished and begun ones found in ``folder`` are taken up.
