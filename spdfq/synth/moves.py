@@ -1,10 +1,13 @@
 """What an augmentation does to the images of one iteration, and what maps on the token grid do with it."""
 
+from typing import Literal
+
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from spdfq.errors import SpdfqError
+from spdfq.losses.frequency import frequency_split
 from spdfq.synth.samplers import CropPlan
 
 
@@ -123,20 +126,22 @@ class Crop(Change):
         )
 
 
-@frozen(kw_only=True, eq=False)
+@frozen(kw_only=True)
 class Frequencies(Change):
-    """Frequencies within or beyond a radius taken away.
+    """Only the low or the high frequencies of the images; their mean stays.
 
     Args:
-        keep: ``[h, w//2 + 1]`` factor of each frequency of a real two-dimensional Fourier transform.
+        radius: where the one ends and the other begins, as a share of the highest frequency along an axis.
+        keep: which of them.
     """
 
-    keep: Tensor
+    radius: float
+    keep: Literal["low", "high"]
 
     def apply(self, images: Tensor) -> Tensor:
         """The filtered images."""
-        spectrum = torch.fft.rfft2(images.float()) * self.keep.to(images.device)
-        return torch.fft.irfft2(spectrum, s=images.shape[-2:]).to(images.dtype)
+        low, high = frequency_split(images, self.radius)
+        return (low if self.keep == "low" else high + images.mean((-2, -1), keepdim=True)).to(images.dtype)
 
 
 def followed(changes: tuple[Change, ...], maps: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:

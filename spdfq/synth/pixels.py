@@ -1,8 +1,9 @@
 """Augmentations that change pixel values and move nothing."""
 
+from typing import ClassVar, Literal
+
 import torch
 from attrs import field, frozen, validators
-from torch import Tensor
 
 from spdfq.registry import augmentations
 from spdfq.synth.augmentations import Augmentation
@@ -51,27 +52,15 @@ class ColorJitter(Augmentation):
 
 @frozen(kw_only=True)
 class _Pass(Augmentation):
-    """Base class of frequency filters.
+    keep: ClassVar[Literal["low", "high"]]
 
-    Args:
-        radius: the limit, as a share of the highest frequency along an axis.
-        probability: of filtering in an iteration.
-    """
-
-    radius: float = field(default=0.5, validator=[validators.gt(0.0), validators.lt(2**0.5)])
+    radius: float = field(default=0.5, validator=[validators.gt(0.0), validators.lt(1.0)])
     probability: float = field(default=0.5, validator=[validators.ge(0.0), validators.le(1.0)])
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Change:
         """The filter, or nothing."""
-        if not bool(torch.rand((), generator=generator) < self.probability):
-            return Change()
-        height, width = moment.size[1:]
-        vertical, horizontal = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
-        distance = 2 * (vertical.square() + horizontal.square()).sqrt()  # fftfreq: cycles a pixel, up to 0.5
-        return Frequencies(keep=self._kept(distance).float())
-
-    def _kept(self, distance: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} does not say what it keeps")
+        acts = bool(torch.rand((), generator=generator) < self.probability)
+        return Frequencies(radius=self.radius, keep=self.keep) if acts else Change()
 
 
 @augmentations.register("low_pass")
@@ -84,8 +73,7 @@ class LowPass(_Pass):
         probability: of filtering in an iteration.
     """
 
-    def _kept(self, distance: Tensor) -> Tensor:
-        return distance <= self.radius
+    keep: ClassVar[Literal["low", "high"]] = "low"
 
 
 @augmentations.register("high_pass")
@@ -98,5 +86,4 @@ class HighPass(_Pass):
         probability: of filtering in an iteration.
     """
 
-    def _kept(self, distance: Tensor) -> Tensor:
-        return (distance > self.radius) | (distance == 0)
+    keep: ClassVar[Literal["low", "high"]] = "high"
