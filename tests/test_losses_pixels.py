@@ -304,3 +304,22 @@ def test_a_quantized_student_agrees_better_at_eight_bits_than_at_three():
 def test_shares_must_be_in_order(wrong):
     with pytest.raises(ValueError, match="the second at most the first"):
         MaskedAttentionAlignmentLoss(**wrong)
+
+
+def test_a_weight_for_another_group_pulls_as_hard_on_each_pixel():
+    # the gradient of a 2-norm at a pixel falls with the square root of the number of pixels
+    def pull(side, count, **options):
+        images = torch.arange(side * side).remainder(2).float().view(1, 1, side, side).repeat(count, 1, 1, 1)
+        images.requires_grad_()
+        TotalVariationLoss(**options)(LossInputs(images=images)).backward()
+        return images.grad[0, 0, 4, 4].abs().item()
+
+    group = {"for_group": (2, 1, 17, 17)}
+    assert pull(17, 2, **group) == exactly(pull(17, 2))
+    assert pull(65, 8) < pull(17, 2) / 6
+    assert pull(65, 8, **group) == pytest.approx(pull(17, 2), rel=0.05)  # the border differs
+
+
+def test_a_group_without_pixels_is_refused():
+    with pytest.raises(ValueError, match="four whole numbers from 1 up"):
+        TotalVariationLoss(for_group=(32, 0, 224, 224))

@@ -39,6 +39,11 @@ def _range(_: Any, __: Any, value: tuple[float, float]) -> None:
         raise ValueError(f"expected two numbers of at least 0, the second at least the first, got {list(value)}")
 
 
+def _positive(_: Any, __: Any, value: tuple[int, int, int, int]) -> None:
+    if min(value) < 1:
+        raise ValueError(f"expected four whole numbers from 1 up, got {list(value)}")
+
+
 @losses.register("total_variation", paper="arXiv:2203.02250")
 @define(kw_only=True)
 class TotalVariationLoss(Loss):
@@ -54,15 +59,21 @@ class TotalVariationLoss(Loss):
             own pixels by the square root of their number; the loss is then the distance from the target.
         faithful: take the target as it is whatever the size, as the public code does.
         augmented: of the images as the teacher saw them, or before they were augmented.
+        for_group: ``[B, C, h, w]`` of the group that ``weight`` is for; on another the loss is scaled by the square
+            root of the ratio of their pixels, so that it pulls as hard on a pixel. Left out, it is not scaled.
     """
 
     diagonal: float = field(default=1.0, validator=[validators.ge(0.0), validators.lt(math.inf)])
     target: tuple[float, float] | None = field(default=None, validator=validators.optional(_range))
     faithful: bool = False
     augmented: bool = True
+    for_group: tuple[int, int, int, int] | None = field(default=None, validator=validators.optional(_positive))
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
+        return self._distance(inputs) * self._pull(inputs.images)
+
+    def _distance(self, inputs: LossInputs) -> Tensor:
         images = inputs.images if self.augmented or inputs.originals is None else inputs.originals
         variation = total_variation(images, self.diagonal)
         return variation if self.target is None else (variation - self._target(inputs)).abs()
@@ -73,3 +84,6 @@ class TotalVariationLoss(Loss):
         share = inputs.keep("target", lambda: torch.rand((), generator=inputs.generator("target")).item())
         scale = 1 if self.faithful else math.sqrt(inputs.images.numel() / _PUBLISHED_PIXELS)
         return scale * (low + (high - low) * share)
+
+    def _pull(self, images: Tensor) -> float:
+        return math.sqrt(images.numel() / math.prod(self.for_group)) if self.for_group else 1.0
