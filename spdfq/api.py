@@ -8,9 +8,11 @@ from torch import Tensor
 
 from spdfq.backends import QuantizedModel
 from spdfq.backends import quantize as run_backend
+from spdfq.backends.student import student_factory
 from spdfq.models import Teacher
 from spdfq.recipe import Recipe, load_recipe
-from spdfq.runtime import make_runtime
+from spdfq.runtime import Runtime, make_runtime
+from spdfq.synth import SyntheticImages
 
 AnyRecipe = Recipe | str | Path | dict[str, Any]
 
@@ -32,7 +34,21 @@ def synthesize(
     checked = load_recipe(recipe, overrides, seed)
     runtime = make_runtime(checked.runtime, checked.seed)
     teacher.module.to(runtime.device)
-    images: Tensor = checked.synthesis.synthesize(teacher, runtime).images
+    return make_images(checked, teacher, runtime).images
+
+
+def make_images(recipe: Recipe, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
+    """A recipe's images, and how they came about; a source that wants a student gets that of the recipe's back-end.
+
+    Args:
+        recipe: whose synthesis and, for a student, quantization sections are used.
+        teacher: on the runtime's device.
+        runtime: device, precision and seed streams.
+        folder: where unfinished work is kept and taken up again.
+    """
+    source: Any = recipe.synthesis
+    options = {"student": student_factory(teacher, recipe.quantization, runtime)} if source.needs_student else {}
+    images: SyntheticImages = source.synthesize(teacher, runtime, folder, **options)
     return images
 
 

@@ -13,6 +13,7 @@ from attrs import asdict, define, field, frozen
 from torch import Tensor
 
 from spdfq import evaluate, features
+from spdfq.api import make_images
 from spdfq.backends import quantize
 from spdfq.backends.place import place
 from spdfq.checkpoint import load_checkpoint, save_quantized
@@ -229,7 +230,15 @@ class _Run:
     def _images_key(self) -> str:
         spec = self.recipe.synthesis
         data, precision = data_fingerprints(spec), self.runtime.precision
-        return self._key(unstructure(spec, "source"), data, self.recipe.seed, precision, source_digest(spec))
+        parts = (unstructure(spec, "source"), data, self.recipe.seed, precision, source_digest(spec))
+        return self._key(*parts, *self._student_parts())
+
+    def _student_parts(self) -> tuple[Any, ...]:
+        """What images depend on that a quantized student helped to make."""
+        spec = self.recipe.quantization
+        if not self.recipe.synthesis.needs_student:
+            return ()
+        return unstructure(spec), source_digest(spec, "spdfq.backends.student")
 
     def _quantized_key(self, images: str) -> str:
         spec, precision = self.recipe.quantization, self.runtime.precision
@@ -248,7 +257,7 @@ class _Run:
             found.save(folder / "reference.safetensors")
 
     def _make_images(self, folder: Path) -> None:
-        images = self.recipe.synthesis.synthesize(self.teacher, self.runtime, folder / STATE)
+        images = make_images(self.recipe, self.teacher, self.runtime, folder / STATE)
         if self.runtime.ranks.leads:
             images.save(folder / "synthetic.safetensors")
 

@@ -41,7 +41,7 @@ PUBLIC = {
     "spdfq.synth": {"Adam", "AdamW", "Augmentation", "Change", "ChannelOffset", "ColorJitter", "Constant", "CropPlan"}
     | {"Flip", "GaussianNoise", "HighPass", "Jitter", "LowPass", "Moment", "Move", "MultiSemanticSampler", "NoTarget"}
     | {"OneHotTarget", "OptimizedImages", "RandomResizedCrop", "RealImages", "Schedule", "SoftLabelTarget", "Source"}
-    | {"SyntheticImages", "WarmupCosine", "WholeImageSampler"},
+    | {"StudentTraining", "SyntheticImages", "TokenPruning", "WarmupCosine", "WholeImageSampler"},
     "spdfq.quantizers": {"GridMseObserver", "Log2Quantizer", "MinMaxObserver", "Observer", "PercentileMseObserver"}
     | {"Quantizer", "UniformQuantizer"},
     "spdfq.backends": {

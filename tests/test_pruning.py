@@ -65,20 +65,22 @@ def test_patches_of_the_lowest_class_attention_in_the_last_block_leave():
         with record_attention(module) as record:
             module(group.state.images)
         order = record.class_attention[-1].mean(1).argsort(1)
-        group._prune(group.pruner, 2)
-        assert [row.nonzero().flatten().tolist() for row in group.pruner.alive] == order[:, 4:].sort().values.tolist()
-        before = group.pruner.alive.clone()
-        group._prune(group.pruner, 4)
-    assert group.pruner.alive.sum(1).tolist() == [9, 9]
-    assert (before | group.pruner.alive).equal(before)  # none comes back
+        group.passes.prune(group.state.images, 2)
+        assert [row.nonzero().flatten().tolist() for row in group.passes.pruner.alive] == order[
+            :, 4:
+        ].sort().values.tolist()
+        before = group.passes.pruner.alive.clone()
+        group.passes.prune(group.state.images, 4)
+    assert group.passes.pruner.alive.sum(1).tolist() == [9, 9]
+    assert (before | group.passes.pruner.alive).equal(before)  # none comes back
 
 
 def test_images_have_patches_of_their_own():
     teacher = tiny_teacher()
     with teacher.frozen():
         group = Group(pruned(), teacher, RUNTIME, 0, 3)
-        group._prune(group.pruner, 2)
-    assert len(group.pruner.alive.unique(dim=0)) == 3
+        group.passes.prune(group.state.images, 2)
+    assert len(group.passes.pruner.alive.unique(dim=0)) == 3
 
 
 # really gone
@@ -121,11 +123,11 @@ def test_no_loss_of_the_model_reaches_the_pixels_of_a_patch_that_left():
     teacher = tiny_teacher()
     with teacher.frozen():
         group = Group(spec, teacher, RUNTIME, 0, 2)
-        group._prune(group.pruner, 2)
+        group.passes.prune(group.state.images, 2)
         logits = group._forward(2).logits
     (gradient,) = torch.autograd.grad(logits.square().sum(), group.state.images)
     reached = gradient.abs().amax(1).unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).amax((-2, -1)).flatten(1) > 0
-    assert torch.equal(reached, group.pruner.alive)
+    assert torch.equal(reached, group.passes.pruner.alive)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +139,9 @@ def test_the_patches_move_along_with_the_images(augmentations, shift):
     teacher = tiny_teacher()
     with teacher.frozen():
         group = Group(pruned(augmentations=augmentations), teacher, RUNTIME, 0, 2)
-        group._prune(group.pruner, 2)
+        group.passes.prune(group.state.images, 2)
         tokens = group._forward(2).tokens
-    alive = group.pruner.alive.view(2, *GRID)
+    alive = group.passes.pruner.alive.view(2, *GRID)
     expected = alive.flip(-1) if shift is None else alive.roll(shift, (1, 2))
     assert torch.equal(torch.zeros(2, 16, dtype=torch.bool).scatter(1, tokens, True), expected.flatten(1))
     assert (tokens.diff() > 0).all()
@@ -151,7 +153,7 @@ def test_a_prior_covers_the_patches_that_are_left_and_sums_to_one_over_them():
     with teacher.frozen():
         group = Group(pruned(losses=losses, augmentations=(PatchRoll(),)), teacher, RUNTIME, 0, 2)
         whole = losses["prior"].maps(group._forward(0).scoped("prior"), 0)
-        group._prune(group.pruner, 2)
+        group.passes.prune(group.state.images, 2)
         inputs = group._forward(2).scoped("prior")
         maps = losses["prior"].maps(inputs, 0)
         assert losses["prior"](inputs).isfinite()

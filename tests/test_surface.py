@@ -32,7 +32,7 @@ PUBLIC = {
     "spdfq.synth": """
         Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter
         LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages RandomResizedCrop RealImages
-        Schedule SoftLabelTarget Source SyntheticImages WarmupCosine WholeImageSampler
+        Schedule SoftLabelTarget Source StudentTraining SyntheticImages TokenPruning WarmupCosine WholeImageSampler
     """,
 }
 

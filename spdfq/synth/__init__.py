@@ -6,8 +6,10 @@ from spdfq.synth.moves import Change, Moment, Move
 from spdfq.synth.optimize import OptimizedImages
 from spdfq.synth.optimizers import Adam, AdamW, Constant, Schedule, WarmupCosine
 from spdfq.synth.pixels import ChannelOffset, ColorJitter, HighPass, LowPass
+from spdfq.synth.pruning import TokenPruning
 from spdfq.synth.samplers import CropPlan, MultiSemanticSampler, WholeImageSampler
 from spdfq.synth.sources import GaussianNoise, RealImages
+from spdfq.synth.student import StudentTraining
 from spdfq.synth.targets import NoTarget, OneHotTarget, SoftLabelTarget
 
 __all__ = [
@@ -35,7 +37,9 @@ __all__ = [
     "Schedule",
     "SoftLabelTarget",
     "Source",
+    "StudentTraining",
     "SyntheticImages",
+    "TokenPruning",
     "WarmupCosine",
     "WholeImageSampler",
 ]

@@ -74,6 +74,11 @@ class Source:
 
     images: int = field(default=32, validator=validators.ge(1))
 
+    @property
+    def needs_student(self) -> bool:
+        """Whether `synthesize` takes ``student``, which makes a quantized model by the recipe's own back-end."""
+        return False
+
     def check(self, teacher: Teacher) -> None:
         """Refuse a teacher that these images cannot be made from, before anything is computed.
 

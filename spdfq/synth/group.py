@@ -82,13 +82,14 @@ class GroupState:
     balance: Balance
     curve: Tensor
     iteration: int = 0
-    others: dict[str, Kept] = field(factory=dict)
+    others: dict[str, Kept | None] = field(factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the state so that a crash leaves either the old file or the new one."""
         state = self.optimizer.state[self.images].items()
         moments = {f"{_MOMENTS}{name}": value for name, value in state if isinstance(value, Tensor)}
-        others = {f"{name}.{key}": value for name, kept in self.others.items() for key, value in kept.tensors().items()}
+        kept = {name: other.tensors() for name, other in self.others.items() if other}
+        others = {f"{name}.{key}": value for name, tensors in kept.items() for key, value in tensors.items()}
         write_tensors(path, {**self._tensors(), **moments, **others}, {"iteration": str(self.iteration)})
 
     def restore(self, path: Path) -> None:
@@ -106,11 +107,12 @@ class GroupState:
                 own.copy_(tensors[name])
         self.optimizer.state[self.images] = {
             name: value if name == "step" else value.to(self.images.device)
-            for name, value in _under(_MOMENTS, tensors).items()
+            for name, value in under(_MOMENTS, tensors).items()
         }
-        for name, kept in self.others.items():
+        for name, other in self.others.items():
             try:
-                kept.restore(_under(f"{name}.", tensors))
+                if other:
+                    other.restore(under(f"{name}.", tensors))
             except DataError as error:
                 raise DataError(f"{path}: {error}; {_REMEDY}") from None
 
@@ -129,5 +131,6 @@ class GroupState:
                 raise DataError(f"{path}: {name} is {found}, expected {list(own.shape)}; {_REMEDY}")
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored below a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,33 +1,34 @@
 """The optimisation loop of one group of images: forward, losses, balance, step, clamp; checked, saved and resumable."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from spdfq.attention import CLASS_ATTENTION, AttentionRecord, record_attention
+from spdfq.attention import AttentionRecord
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.losses.attention_prior import AttentionPriorLoss
 from spdfq.losses.base import Loss, LossInputs
 from spdfq.models import Teacher
 from spdfq.runtime import Advance, Runtime
 from spdfq.synth.base import SyntheticImages
+from spdfq.synth.forward import Passes, new_pruner
 from spdfq.synth.group import Balance, GroupState
 from spdfq.synth.moves import Change, Moment, applied, followed
 from spdfq.synth.pictures import prior_pictures
-from spdfq.synth.pruning import Pruner, find_layout
 from spdfq.synth.samplers import CropPlan
 from spdfq.synth.sources import noise
+from spdfq.synth.student import Rival, Student, StudentFactory
 
 if TYPE_CHECKING:
     from spdfq.synth.optimize import OptimizedImages
 
 CHECK_EVERY = 10
 SAVE_SECONDS = 5.0
+# a student is stored with its moments: three times the teacher's weights
+SAVE_SECONDS_STUDENT = 60.0
 OWN_COLUMNS = ("total", "gradient")
 
 
@@ -38,7 +39,15 @@ class Group:
     be stored.
     """
 
-    def __init__(self, spec: "OptimizedImages", teacher: Teacher, runtime: Runtime, index: int, count: int) -> None:
+    def __init__(
+        self,
+        spec: "OptimizedImages",
+        teacher: Teacher,
+        runtime: Runtime,
+        index: int,
+        count: int,
+        student: StudentFactory | None = None,
+    ) -> None:
         self.spec, self.teacher, self.runtime, self.index, self.count = spec, teacher, runtime, index, count
         self.size: tuple[int, int] = teacher.input_size[1:]
         self.columns = (*spec.losses, *OWN_COLUMNS)
@@ -50,7 +59,9 @@ class Group:
             self.labels, self.targets = self._labels_and_targets()
         self.view_weights = self._view_weights()
         self.state = self._begin()
-        self.pruner = self._pruner()
+        self.passes = Passes(teacher, runtime, count, new_pruner(spec.pruning, teacher, count))
+        self.rival = Rival(spec.student, _given(student)) if spec.student else None
+        self.state.others = {"pruning": self.passes.pruner, "student": self.rival}
         self.low, self.high = teacher.pixel_range(self.state.images)
 
     def generator(self, *purpose: str | int) -> torch.Generator:
@@ -69,11 +80,12 @@ class Group:
         if path and path.exists():
             state.restore(path)
             advance(state.iteration)
+        pause = SAVE_SECONDS_STUDENT if self.rival else SAVE_SECONDS
         checked, saved = state.iteration, time.monotonic()
         while state.iteration < iterations:
             self.step(state.iteration)
             state.iteration += 1
-            to_save = state.iteration == iterations or time.monotonic() - saved >= SAVE_SECONDS
+            to_save = state.iteration == iterations or time.monotonic() - saved >= pause
             if to_save or state.iteration % CHECK_EVERY == 0:
                 self._check(checked)
                 if to_save and path:
@@ -85,8 +97,7 @@ class Group:
     def step(self, iteration: int) -> None:
         """One iteration; on an accelerator it queues its work without waiting for it."""
         state = self.state
-        if self.pruner and self.pruner.due(iteration):
-            self._prune(self.pruner, iteration)
+        self.passes.prune(state.images, iteration)
         inputs = self._forward(iteration)
         terms = {name: _evaluated(name, loss, inputs) for name, loss in self.spec.losses.items()}
         state.balance.observe(terms, state.images, iteration)
@@ -101,6 +112,8 @@ class Group:
         state.optimizer.step()
         with torch.no_grad():
             state.images.clamp_(self.low, self.high)
+        if self.rival and self.rival.due(iteration):
+            self._teach(self.rival, iteration)
 
     def _begin(self) -> GroupState:
         images = noise(self.count, self.teacher, self.generator("noise")).to(self.runtime.device).requires_grad_()
@@ -123,53 +136,34 @@ class Group:
         crops = torch.bincount(self.plan.owners, minlength=self.count)[self.plan.owners]
         return (torch.cat([torch.ones(self.count), 1 / crops]) / self.count).to(self.runtime.device)
 
-    def _pruner(self) -> Pruner | None:
-        if self.spec.pruning is None:
-            return None
-        layout = find_layout(self.teacher)
-        patches = layout.grid[0] * layout.grid[1]
-        alive = torch.ones(self.count, patches, dtype=torch.bool, device=self.state.images.device)
-        pruner = Pruner(self.spec.pruning, layout, alive)
-        self.state.others["pruning"] = pruner
-        return pruner
-
-    @torch.no_grad()
-    def _prune(self, pruner: Pruner, iteration: int) -> None:
-        """Rank the patches of the images as they are, without augmentation."""
-        tokens = pruner.tokens(iteration - 1, (), self.size)
-        with self._recording(frozenset({CLASS_ATTENTION}), tokens) as record:
-            self.teacher.module(self.state.images)
-        pruner.prune(pruner.layout.scores(record), iteration)
-
     def _forward(self, iteration: int) -> LossInputs:
-        """A pass of the teacher over the augmented images and, where they are due, the crops."""
-        changes, state = self._changes(iteration), self.state
-        images = applied(changes, state.images)
-        tokens = self.pruner.tokens(iteration, changes, self.size) if self.pruner else None
-        crops = [self.plan.views(state.images, self.size)] if self.plan.due(iteration) else []
-        # whole crops beside images without some of their patches take a pass of their own
-        together = crops if tokens is None else []
-        with self._recording(self.spec.needs, tokens) as record:
-            logits = [self.teacher.module(torch.cat([images, *together])).float()]
-        if tokens is not None and crops:
-            logits.append(self._logits(*crops))
-        return self._inputs(images, torch.cat(logits), record, iteration, changes, tokens)
+        """A pass of the teacher over the augmented images and, where they are due, the crops; and of the student."""
+        images, changes, tokens = self._seen(iteration)
+        crops = self.plan.views(self.state.images, self.size) if self.plan.due(iteration) else None
+        logits, record = self.passes.recorded(images, crops, self.spec.needs, tokens)
+        inputs = self._inputs(images, logits, record, iteration, changes, tokens)
+        if self.rival:
+            student = self.rival.ready(self.state.images, iteration)
+            inputs.student_logits, inputs.student_attention = self._answer(student, images, tokens)
+        return inputs
 
-    @contextmanager
-    def _recording(self, needs: frozenset[str], tokens: Tensor | None = None) -> Iterator[AttentionRecord]:
-        """Inside, the teacher's attention to the images is recorded; it sees these patch tokens of theirs alone."""
-        module, layout = self.teacher.module, self.pruner.layout if self.pruner and tokens is not None else None
-        with (
-            layout.only(module, tokens) if layout else nullcontext(),
-            record_attention(module, needs, rows=self.count, grid=layout.grid if layout else None) as record,
-            self.runtime.autocast(),
-        ):
-            yield record
+    def _seen(self, iteration: int) -> tuple[Tensor, tuple[Change, ...], Tensor | None]:
+        """The images as they are, augmented for an iteration, how, and the patch tokens that take part."""
+        changes, pruner = self._changes(iteration), self.passes.pruner
+        tokens = pruner.tokens(iteration, changes, self.size) if pruner else None
+        return applied(changes, self.state.images), changes, tokens
 
-    def _logits(self, views: Tensor) -> Tensor:
-        """The teacher's answer to views that a loss makes itself."""
-        with self.runtime.autocast():
-            return self.teacher.module(views).float()
+    def _answer(self, student: Student, images: Tensor, tokens: Tensor | None) -> tuple[Tensor, AttentionRecord]:
+        needs = self.spec.student_needs
+        with self.passes.recording(student.module, needs, tokens, student.network) as record:
+            return student.module(images).float(), record
+
+    def _teach(self, rival: Rival, iteration: int) -> None:
+        """The student's turn, on the images as they have just become."""
+        with torch.no_grad():
+            images, _, tokens = self._seen(iteration)
+            teacher, _ = self.passes.recorded(images, None, frozenset(), tokens)
+        rival.learn(lambda: self._answer(rival.student, images, tokens)[0], teacher)
 
     def _inputs(
         self,
@@ -191,7 +185,7 @@ class Group:
             originals=self.state.images,
             iteration=iteration,
             iterations=self.spec.iterations,
-            forward=self._logits,
+            forward=self.passes.logits,
             follow=lambda maps: followed(changes, maps, self.size),
             tokens=tokens,
             generator=self.generator,
@@ -237,8 +231,7 @@ class Group:
     @torch.no_grad()
     def _prior_pictures(self, name: str, loss: AttentionPriorLoss) -> tuple[Tensor, Tensor, int]:
         images = self.state.images
-        with self._recording(loss.needs) as record:
-            logits = self.teacher.module(images).float()
+        logits, record = self.passes.recorded(images, None, loss.needs, None)
         return prior_pictures(loss, self._inputs(images, logits, record, self.spec.iterations - 1).scoped(name))
 
 
@@ -248,3 +241,11 @@ def _evaluated(name: str, loss: Loss, inputs: LossInputs) -> Tensor:
         found = f"a tensor {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
         raise SpdfqError(f"synthesis.losses.{name}: must return a scalar with a gradient to the images, not {found}")
     return term.float()
+
+
+def _given(student: StudentFactory | None) -> StudentFactory:
+    if student is None:
+        raise SpdfqError(
+            "synthesis.student: nothing here makes a student; run the whole recipe, or give synthesize(..., student=)"
+        )
+    return student

@@ -19,6 +19,7 @@ from spdfq.synth.optimizers import Adam, WarmupCosine
 from spdfq.synth.pruning import TokenPruning, find_layout
 from spdfq.synth.samplers import MultiSemanticSampler, WholeImageSampler
 from spdfq.synth.sources import noise
+from spdfq.synth.student import StudentFactory, StudentTraining
 from spdfq.synth.targets import NoTarget, OneHotTarget, SoftLabelTarget
 
 _RESERVED = {*OWN_COLUMNS, "steps"}
@@ -40,6 +41,8 @@ class OptimizedImages(Source):
         optimizer: of the pixels.
         schedule: of the learning rate.
         pruning: leaves patches out of the forward passes as the run goes on; none where the section is missing.
+        student: a quantized model that learns beside the images, for losses that compare the teacher with it; none
+            where the section is missing.
     """
 
     group: int = field(default=32, validator=validators.ge(1))
@@ -51,6 +54,7 @@ class OptimizedImages(Source):
     optimizer: Any = component("optimizer", default=Adam)
     schedule: Any = component("schedule", default=WarmupCosine)
     pruning: TokenPruning | None = None
+    student: StudentTraining | None = None
 
     def __attrs_post_init__(self) -> None:
         if not self.losses:
@@ -63,6 +67,11 @@ class OptimizedImages(Source):
             raise ValueError(f"losses.{wrong[0]}: a label loss is what 'auto' balances against; give it a number")
         if label_weights and isinstance(self.target, NoTarget):
             raise ValueError(f"losses.{min(label_weights)}: needs labels, but target is 'none'; set target = 'one_hot'")
+        comparing = [name for name, loss in self.losses.items() if loss.needs_student]
+        if comparing and not self.student:
+            raise ValueError(f"losses.{comparing[0]}: compares with a student; add an empty [synthesis.student]")
+        if self.student and not comparing:
+            raise ValueError("student: no loss compares with it; add teacher_student_discrepancy, or leave it out")
         if automatic and not any(weight > 0 for weight in label_weights.values()):
             raise ValueError("weight = 'auto' balances against a label loss; add soft_cross_entropy or cross_entropy")
 
@@ -105,10 +114,12 @@ class OptimizedImages(Source):
         if self.pruning:
             find_layout(teacher)
 
-    def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
+    def synthesize(
+        self, teacher: Teacher, runtime: Runtime, folder: Path | None = None, student: StudentFactory | None = None
+    ) -> SyntheticImages:
         """Optimise the groups one after the other; finished and begun ones found in ``folder`` are taken up.
 
-        Several ranks share the groups, and hand their results over in ``folder``.
+        Each group has a student of its own. Several ranks share the groups, and hand their results over in ``folder``.
         """
         self.check(teacher)
         starts, ranks = range(0, self.images, self.group), runtime.ranks
@@ -117,7 +128,7 @@ class OptimizedImages(Source):
 
         def run(index: int, advance: Advance) -> SyntheticImages:
             count = min(self.group, self.images - starts[index])
-            return Group(self, teacher, runtime, index, count).run(advance, folder)
+            return Group(self, teacher, runtime, index, count, student).run(advance, folder)
 
         own = ranks.share(range(len(starts)))
         with teacher.frozen(), runtime.progress("synthesising", len(own) * self.iterations) as advance:
@@ -131,6 +142,16 @@ class OptimizedImages(Source):
     def needs(self) -> frozenset[str]:
         """What the losses need to be recorded."""
         return frozenset().union(*(loss.needs for loss in self.losses.values()))
+
+    @property
+    def student_needs(self) -> frozenset[str]:
+        """What they need to be recorded of the student."""
+        return frozenset().union(*(loss.needs for loss in self.losses.values() if loss.needs_student))
+
+    @property
+    def needs_student(self) -> bool:
+        """Whether a quantized student learns beside the images."""
+        return self.student is not None
 
 
 def _joined(parts: list[SyntheticImages]) -> SyntheticImages:
