@@ -50,9 +50,10 @@ def summary(cls: type) -> str:
 
 
 def body(cls: type) -> str:
-    """A class's docstring without its first line and its ``Args:``."""
+    """A class's docstring without its first line and its ``Args:``, and a quantizer's word on integer runtimes."""
     before, _, after = inspect.cleandoc(cls.__doc__ or "").partition("\n")[2].partition("Args:\n")
-    return plain("\n\n".join(part.strip() for part in (before, after.partition("\n\n")[2]) if part.strip()))
+    integers = f"Integer runtime: {cls.integers}." if hasattr(cls, "integers") else ""
+    return plain("\n\n".join(part.strip() for part in (before, after.partition("\n\n")[2], integers) if part.strip()))
 
 
 def recipe_summary(name: str) -> str:

@@ -42,8 +42,10 @@ PUBLIC = {
     | {"Flip", "GaussianNoise", "HighPass", "Jitter", "LowPass", "Moment", "Move", "MultiSemanticSampler", "NoTarget"}
     | {"OneHotTarget", "OptimizedImages", "RandomResizedCrop", "RealImages", "Schedule", "SoftLabelTarget", "Source"}
     | {"StudentTraining", "SyntheticImages", "TokenPruning", "WarmupCosine", "WholeImageSampler"},
-    "spdfq.quantizers": {"GridMseObserver", "Log2Quantizer", "MinMaxObserver", "Observer", "PercentileMseObserver"}
-    | {"Quantizer", "UniformQuantizer"},
+    "spdfq.quantizers": {"AdaptiveLogQuantizer", "DualUniformQuantizer", "GridMseObserver", "Log2Quantizer"}
+    | {"LogSqrt2Quantizer", "MinMaxObserver", "Observer", "PercentileMseObserver", "PowerOfTwoFactorQuantizer"}
+    | {"Product", "ProgressiveObserver", "Quantizer", "RunningMinMaxObserver", "ShiftUniformLog2Quantizer"}
+    | {"TwinUniformQuantizer", "UniformQuantizer", "learned_scales"},
     "spdfq.backends": {
         "Blockwise",
         "Calibrate",

@@ -9,7 +9,7 @@ from attrs import Attribute, define, field
 from torch import Tensor, nn
 
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
-from spdfq.quantizers.observers import MinMaxObserver, Observer, Statistics
+from spdfq.quantizers.observers import MinMaxObserver, Observer, Product, Statistics
 
 Parameters = dict[str, Tensor]
 
@@ -37,20 +37,23 @@ class Quantizer(nn.Module, ABC):
     """Maps a tensor to one of ``2**bits`` values, with a straight-through gradient on the rounding alone.
 
     `observe` data, `freeze` the range, then call it. A child says in ``stores`` what a frozen one consists of, in
-    ``signed`` whether it takes negative values, and gives three pure functions: `fitted`, `encode`, `reconstruct`.
+    ``largest`` where a stored byte may not exceed another number than the last code, in ``integers`` whether an integer
+    runtime can run it (``yes`` or ``with tables``), and gives three pure functions: `fitted`, `encode`, `reconstruct`.
 
     Args:
         bits: width of a code in bits, 2 to 8.
     """
 
     stores: ClassVar[dict[str, torch.dtype]] = {"scale": torch.float32}
-    signed: ClassVar[bool] = True
+    largest: ClassVar[dict[str, int]] = {}
+    integers: ClassVar[str]
 
     bits: int = field(default=4, validator=check_bits)
 
     def __attrs_pre_init__(self) -> None:
         super().__init__()
         self._statistics: Statistics | None = None
+        self._product: Product | None = None
         for name in self.stores:
             self.register_buffer(name, None)
 
@@ -72,9 +75,18 @@ class Quantizer(nn.Module, ABC):
         return 2**self.bits
 
     @property
+    def signed(self) -> bool:
+        """Whether it takes negative values."""
+        return True
+
+    @property
     def channel_axis(self) -> int | None:
-        """The axis along which each index has its own parameters; None where the whole tensor shares them."""
+        """The axis along which each index has its own range; None where the whole tensor shares one."""
         return None
+
+    def axis_of(self, name: str) -> int | None:
+        """The axis along which each index has its own value of a stored tensor; None where all share one."""
+        return self.channel_axis
 
     @property
     def frozen(self) -> bool:
@@ -100,8 +112,12 @@ class Quantizer(nn.Module, ABC):
         self._statistics.add(rows, low, high)
 
     @torch.no_grad()
-    def freeze(self, observer: Observer | None = None) -> None:
+    def freeze(self, observer: Observer | None = None, product: Product | None = None) -> None:
         """Fixes the parameters by the range that ``observer`` (default: `MinMaxObserver`) chooses; drops the samples.
+
+        Args:
+            observer: chooses the range.
+            product: judges candidates by the error of its output instead of that of the values.
 
         Raises:
             SpdfqError: nothing was observed since the last `freeze`.
@@ -109,10 +125,28 @@ class Quantizer(nn.Module, ABC):
         seen = self._statistics
         if seen is None:
             raise SpdfqError(f"{self} has observed nothing: call observe(x) with calibration data before freeze()")
-        low, high = (observer or MinMaxObserver()).choose(seen.samples, seen.low, seen.high, self)
-        parameters = self.fitted(low, high)
-        self._fix(parameters if self.channel_axis is not None else {name: p[0] for name, p in parameters.items()})
+        self._product = product
+        try:
+            parameters = self.fit(seen, observer or MinMaxObserver())
+        finally:
+            self._product = None
+        self._fix({name: p if self.axis_of(name) is not None else p[0] for name, p in parameters.items()})
         self._statistics = None
+
+    def fit(self, seen: Statistics, observer: Observer) -> Parameters:
+        """The parameters for what was observed, ``[C]`` each (``[1]`` where all share one)."""
+        return self.fitted(*observer.range_of(seen, self))
+
+    def error(self, samples: Tensor, parameters: Parameters) -> Tensor:
+        """How far `fitted` parameters ``[C]`` are off, ``[C]``: what observers and `fit` minimise.
+
+        The mean squared error of ``samples`` float32 ``[C, n]``, or of the output of the product that `freeze` was
+        given.
+        """
+        if self._product is None:
+            return (self.quantize_with(samples, parameters) - samples).square().mean(dim=1)
+        quantized = self.dequantized(self._product.operand.float(), self._laid(self._product.operand, parameters))
+        return self._product.error(quantized, len(samples) if self.channel_axis == 0 else None).expand(len(samples))
 
     def forward(self, x: Tensor) -> Tensor:
         """The dequantized ``x``, same shape and dtype; computed in float32 under any autocast.
@@ -120,7 +154,7 @@ class Quantizer(nn.Module, ABC):
         Raises:
             SpdfqError: the quantizer is not frozen.
         """
-        return self.dequantized(x.float(), self._along(x)).to(x.dtype)
+        return self.dequantized(x.float(), self._laid(x, self.tensors())).to(x.dtype)
 
     def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
         """``reconstruct(encode(x))`` with its gradient; a child may do the same in fewer passes over memory."""
@@ -131,12 +165,12 @@ class Quantizer(nn.Module, ABC):
         """The integers of ``x``: uint8 of its shape, 0 .. levels - 1; NaN raises NonFiniteError."""
         if missing := int(x.isnan().sum()):
             raise NonFiniteError(f"{missing} of {x.numel()} values are NaN and have no code; check the weights")
-        return self.encode(x.float(), self._along(x)).to(torch.uint8)
+        return self.encode(x.float(), self._laid(x, self.tensors())).to(torch.uint8)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """The float32 values of integer ``codes``, bitwise those `forward` gives."""
-        return self.reconstruct(codes.float(), self._along(codes))
+        return self.reconstruct(codes.float(), self._laid(codes, self.tensors()))
 
     def quantize_with(self, values: Tensor, parameters: Parameters) -> Tensor:
         """Dequantized ``values`` float32 ``[C, n]`` under `fitted` parameters ``[C]``, frozen or not."""
@@ -144,7 +178,7 @@ class Quantizer(nn.Module, ABC):
         return self.dequantized(values, columns)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What must be stored to rebuild this frozen quantizer: the tensors of ``stores``, ``[C]`` or ``[]`` each."""
+        """What must be stored to rebuild this frozen quantizer: the tensors of ``stores``, ``[n]`` or ``[]`` each."""
         fixed = {name: tensor for name in self.stores if (tensor := self._buffers[name]) is not None}
         if len(fixed) < len(self.stores):
             raise SpdfqError(f"{self} is not frozen: call observe(x) and freeze(), or restore(tensors), first")
@@ -154,23 +188,25 @@ class Quantizer(nn.Module, ABC):
         """Freezes this quantizer with what `tensors` gave; anything else raises DataError."""
         if set(tensors) != set(self.stores):
             raise DataError(f"{self} is stored as {sorted(self.stores)}, not {sorted(tensors)}")
-        if len({tensor.shape for tensor in tensors.values()}) > 1:
-            raise DataError(f"{sorted(tensors)} must have one shape; the file is damaged or of another quantizer")
         for name, tensor in tensors.items():
             self._check_stored(name, tensor)
+        shapes = {(self.axis_of(name), tensor.shape) for name, tensor in tensors.items()}
+        if len(shapes) > len({axis for axis, _ in shapes}):
+            raise DataError(f"{sorted(tensors)} differ in length; the file is damaged or of another quantizer")
         self._fix(tensors)
         self._statistics = None
 
     def _check_stored(self, name: str, tensor: Tensor) -> None:
-        rank = 0 if self.channel_axis is None else 1
+        rank = 0 if self.axis_of(name) is None else 1
         if tensor.dtype != self.stores[name] or tensor.dim() != rank:
             raise DataError(
                 f"stored {name} must be {self.stores[name]} of {rank} dimensions, not {tensor.dtype} of {tensor.dim()}"
             )
-        if name == "scale" and not bool((tensor.isfinite() & (tensor > 0)).all()):
-            raise DataError("stored scale must be finite and above 0; the file is damaged")
-        if tensor.dtype == torch.uint8 and bool((tensor > self.levels - 1).any()):
-            raise DataError(f"stored {name} exceeds {self.levels - 1}, the last code of {self.bits} bits")
+        if tensor.is_floating_point() and not bool((tensor.isfinite() & (tensor > 0)).all()):
+            raise DataError(f"stored {name} must be finite and above 0; the file is damaged")
+        largest = self.largest.get(name, self.levels - 1)
+        if tensor.dtype == torch.uint8 and bool((tensor > largest).any()):
+            raise DataError(f"stored {name} exceeds {largest}, the most there is at {self.bits} bits")
 
     def _fix(self, parameters: Parameters) -> None:
         # not `self.scale = ...`: the __setattr__ that attrs writes bypasses nn.Module's
@@ -180,24 +216,24 @@ class Quantizer(nn.Module, ABC):
     def _rows(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             raise DataError(f"cannot observe an empty tensor of shape {tuple(x.shape)}")
-        axis = self._axis_of(x)
-        return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+        if self.channel_axis is None:
+            return x.reshape(1, -1)
+        axis = self._axis(x, self.channel_axis)
+        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
 
-    def _along(self, x: Tensor) -> Parameters:
-        parameters, axis = self.tensors(), self._axis_of(x)
+    def _laid(self, x: Tensor, parameters: Parameters) -> Parameters:
+        """Stored or `fitted` parameters in a shape that broadcasts against ``x``."""
+        return {name: self._spread(parameter, x, self.axis_of(name)) for name, parameter in parameters.items()}
+
+    def _spread(self, parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
         if axis is None:
-            return parameters
-        return {name: self._spread(parameter, x, axis) for name, parameter in parameters.items()}
-
-    def _spread(self, parameter: Tensor, x: Tensor, axis: int) -> Tensor:
+            return parameter.reshape(())
+        axis = self._axis(x, axis)
         if x.shape[axis] != len(parameter):
             raise DataError(f"{self} was frozen for {len(parameter)} channels, not for shape {tuple(x.shape)}")
         return parameter.reshape([-1 if index == axis else 1 for index in range(x.dim())])
 
-    def _axis_of(self, x: Tensor) -> int | None:
-        axis = self.channel_axis
-        if axis is None:
-            return None
+    def _axis(self, x: Tensor, axis: int) -> int:
         if not -x.dim() <= axis < x.dim():
             raise DataError(f"{self} has its channels on an axis that shape {tuple(x.shape)} lacks; set another axis")
         return axis % x.dim()

@@ -1,39 +1,24 @@
-"""Powers of two, for probabilities."""
+"""Powers of two, and of its square root, for probabilities."""
 
 from typing import ClassVar
 
 import torch
 from attrs import define
-from torch import Tensor
 
-from spdfq.quantizers.base import Parameters, Quantizer, bounded, straight_through
+from spdfq.quantizers.base import Parameters
+from spdfq.quantizers.logarithm import Grid, LogarithmicQuantizer, even_grid, fractions
 from spdfq.registry import quantizers
-
-# keeps every value a normal float32 number, which no device flushes to zero
-LAST_EXPONENT = 63
-SMALLEST_SCALE = 2.0**-LAST_EXPONENT
-# the largest float32 number below the square root of 1/2; as float32 has no number in between, comparing is exact
-ROOT_HALF = 11863283 / 2**24
-
-
-def nearest_exponent(ratio: Tensor) -> Tensor:
-    """``round(-log2(ratio))`` for float32 ``ratio`` in (0, 1], exact whatever log2's last bit."""
-    # log2 is off by an ulp here and there, so a value near a boundary could get a larger code than its left
-    # neighbour; multiplying by a power of two is exact and settles it
-    guess = (-ratio.log2()).round()
-    rest = ratio * torch.exp2(guess)
-    return guess + (rest <= ROOT_HALF).to(ratio.dtype) - (rest > 2 * ROOT_HALF).to(ratio.dtype)
 
 
 @quantizers.register("log2", paper="arXiv:2111.13824")
 @define(eq=False, slots=False, kw_only=True)
-class Log2Quantizer(Quantizer):
+class Log2Quantizer(LogarithmicQuantizer):
     """Powers of two below the range's top, and zero: for softmax outputs.
 
     With ``n = 2**bits`` and the scale d = the top of the range, code q in 0 .. n - 2 is ``d * 2**-q``,
     ``q = round(-log2(x / d))``, and code n - 1 is exactly zero; values too small for exponent n - 2 are zero too. So
     there are n values, as many as the bits hold: the public FQ-ViT and RepQ-ViT codes keep n powers and zero besides,
-    which is one value more. At 7 and 8 bits exponents end at 63, for float32's sake, and the codes between stay unused.
+    which is one value more. At 7 and 8 bits exponents end at 63, for float32's sake, and the codes after are zero too.
 
     Stores ``scale`` (float32 ``[]``). Values must be 0 or above when observed; a negative one given later is zero, one
     above the range is clamped to d. An all-zero range (or one below 2**-63) gets scale 1. The gradient to x is
@@ -45,19 +30,29 @@ class Log2Quantizer(Quantizer):
         bits: width of a code in bits, 2 to 8.
     """
 
-    signed: ClassVar[bool] = False
+    integers: ClassVar[str] = "yes"
+    parts: ClassVar[int] = 1
 
-    def fitted(self, low: Tensor, high: Tensor) -> Parameters:
-        """Scale for ranges that end at ``high``, float32 ``[C]``; ``low`` plays no part."""
-        return {"scale": torch.where(high < SMALLEST_SCALE, 1.0, high)}
+    def grid(self, parameters: Parameters) -> Grid:
+        """Powers of two below 1, and zero."""
+        device = parameters["scale"].device
+        return even_grid(self.levels, torch.ones((), dtype=torch.int64, device=device), fractions(self.parts, device))
 
-    def encode(self, x: Tensor, parameters: Parameters) -> Tensor:
-        """Codes of float32 ``x``: ``round(-log2(x / d))``, or n - 1 for zero and what is nearest to it."""
-        last = min(self.levels - 2, LAST_EXPONENT)
-        ratio = bounded(x / parameters["scale"], 2.0 ** -(last + 1), 1.0)
-        exponent = straight_through(-ratio.log2(), nearest_exponent(ratio))
-        return torch.where(exponent > last, float(self.levels - 1), exponent)
 
-    def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        """Values of float32 ``codes``: ``d * 2**-codes``, and 0 for the last code."""
-        return torch.where(codes == self.levels - 1, 0.0, parameters["scale"] * torch.exp2(-codes))
+@quantizers.register("log_sqrt2", paper="arXiv:2212.08254")
+@define(eq=False, slots=False, kw_only=True)
+class LogSqrt2Quantizer(Log2Quantizer):
+    """Powers of the square root of two below the range's top, and zero: for softmax outputs.
+
+    As ``log2`` with twice as many steps: code q in 0 .. n - 2 is ``d * 2**-ceil(q / 2)``, times the square root of two
+    for odd q, ``q = round(-2 * log2(x / d))``; code n - 1 is exactly zero (RepQ-ViT keeps n powers and zero besides).
+    The gradient to x is ``value / x`` (between 0.84 and 1.19), and 0 where clamped or zero.
+
+    Paper: RepQ-ViT, arXiv:2212.08254, section 3.3.
+
+    Args:
+        bits: width of a code in bits, 2 to 8.
+    """
+
+    integers: ClassVar[str] = "with tables"
+    parts: ClassVar[int] = 2

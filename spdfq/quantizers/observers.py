@@ -1,12 +1,14 @@
 """What is kept of observed values, and the observers that choose a range by it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
 from itertools import count
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from attrs import Attribute, field, frozen
+from attrs import Attribute, define, field, frozen
 from torch import Tensor
 
 from spdfq.errors import DataError
@@ -23,8 +25,9 @@ Range = tuple[Tensor, Tensor]
 class Statistics:
     """The exact extremes of every row, and an even sub-sample of about 2**20 values (at least 2**10 of each row).
 
-    The batches of a row form one stream of which every ``stride``-th value is kept; the stride grows by a constant
-    factor whenever the sample is full. So the sample is deterministic and weighs all batches alike.
+    ``low``, ``high`` are float32 ``[C]``, ``samples`` ``[C, n]``; ``batches`` has the extremes of each batch. The
+    batches of a row form one stream of which every ``stride``-th value is kept; the stride grows by a constant factor
+    whenever the sample is full. So the sample is deterministic and weighs all batches alike.
 
     Args:
         rows: the first batch, ``[C, n]``; it is not added.
@@ -34,6 +37,7 @@ class Statistics:
         channels, length = rows.shape
         self.low = rows.new_full([channels], torch.inf)
         self.high = rows.new_full([channels], -torch.inf)
+        self.batches: list[Range] = []
         self.samples = rows.new_empty([channels, 0])
         self._limit = max(KEPT_VALUES // channels, KEPT_PER_ROW)
         self._seen, self._stride = 0, 1
@@ -45,6 +49,7 @@ class Statistics:
         if len(rows) != len(self.low):
             raise DataError(f"observed {len(self.low)} channels before and {len(rows)} now; check the channel axis")
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self.batches.append((low, high))
         self._make_room(self._seen + rows.shape[1])
         start = -self._seen % self._stride
         self.samples = torch.cat([self.samples, rows[:, start :: self._stride]], dim=1)
@@ -56,8 +61,44 @@ class Statistics:
             self.samples = self.samples[:, :: self._factor]
 
 
+@define(eq=False, slots=False)
+class Product:
+    """What an observed tensor is multiplied into, for judging quantizers by its output.
+
+    Args:
+        operand: the tensor, of any shape.
+        output: the output as a function of it.
+        channels: axis of the output that belongs to the operand's first one, where there is such an axis.
+    """
+
+    operand: Tensor
+    output: Callable[[Tensor], Tensor]
+    channels: int | None = None
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """The output of the operand as it is, float32."""
+        return self.output(self.operand).float()
+
+    def error(self, quantized: Tensor, channels: int | None) -> Tensor:
+        """Mean squared error of the output, ``[1]``; ``[channels]`` where asked for and the output has such an axis."""
+        square = (self.output(quantized.to(self.operand.dtype)).float() - self.expected).square()
+        if channels is None or self.channels is None or square.shape[self.channels] != channels:
+            return square.mean()[None]
+        return square.movedim(self.channels, 0).flatten(1).mean(dim=1)
+
+
 class Observer(ABC):
-    """Chooses the range a quantizer works in from what was observed."""
+    """Chooses the range a quantizer works in from what was observed.
+
+    ``by_batch`` says that the choice depends on how the values came in batches.
+    """
+
+    by_batch: ClassVar[bool] = False
+
+    def range_of(self, seen: Statistics, quantizer: "Quantizer") -> Range:
+        """The range ``low``, ``high`` ``[C]`` for all that was observed."""
+        return self.choose(seen.samples, seen.low, seen.high, quantizer)
 
     @abstractmethod
     def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
@@ -67,7 +108,7 @@ class Observer(ABC):
             samples: float32 ``[C, n]``, a sub-sample of the observed values; C = 1 per tensor.
             low: float32 ``[C]``, the exact minimum of each row.
             high: float32 ``[C]``, the exact maximum of each row.
-            quantizer: scores a candidate by ``quantizer.quantize_with(samples, quantizer.fitted(low, high))``.
+            quantizer: scores a candidate by ``quantizer.error(samples, quantizer.fitted(low, high))``.
 
         Returns:
             New ``low`` and ``high``, float32 ``[C]`` each.
@@ -75,11 +116,8 @@ class Observer(ABC):
 
 
 def least_error(candidates: list[Range], samples: Tensor, quantizer: "Quantizer") -> Range:
-    """Of ranges ``[C]`` each, row by row the one of least mean squared error on ``samples`` ``[C, n]``."""
-    errors = [
-        (quantizer.quantize_with(samples, quantizer.fitted(low, high)) - samples).square().mean(dim=1)
-        for low, high in candidates
-    ]
+    """Of ranges ``[C]`` each, row by row the one of least `Quantizer.error` on ``samples`` ``[C, n]``."""
+    errors = [quantizer.error(samples, quantizer.fitted(low, high)) for low, high in candidates]
     best = torch.stack(errors).argmin(dim=0, keepdim=True)
     lows, highs = (torch.stack(side).gather(0, best)[0] for side in zip(*candidates, strict=True))
     return lows, highs
@@ -101,6 +139,41 @@ class MinMaxObserver(Observer):
 
     def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
         """``low`` and ``high`` unchanged."""
+        return low, high
+
+
+def check_momentum(_: Any, attribute: "Attribute[float]", value: float) -> None:
+    """Attrs validator: the weight of what came before."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{attribute.name} must be at least 0 and below 1, such as 0.9, not {value!r}")
+
+
+@observers.register("running_minmax", paper="arXiv:1712.05877")
+@frozen(kw_only=True)
+class RunningMinMaxObserver(Observer):
+    """The moving average of each batch's range: outliers of single batches count little.
+
+    Batches are what `calibrate` passes forward at once; with all images in one batch it is ``minmax``.
+
+    Paper: Jacob et al., arXiv:1712.05877, section 3.1.
+
+    Args:
+        momentum: the weight of the batches before, at least 0 and below 1; the new batch has the rest.
+    """
+
+    by_batch: ClassVar[bool] = True
+
+    momentum: float = field(default=0.9, validator=check_momentum)
+
+    def range_of(self, seen: Statistics, quantizer: "Quantizer") -> Range:
+        """The averages ``[C]``, beginning with the first batch."""
+        (low, high), *later = seen.batches
+        for next_low, next_high in later:
+            low, high = next_low.lerp(low, self.momentum), next_high.lerp(high, self.momentum)
+        return low, high
+
+    def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
+        """``low`` and ``high`` unchanged: those of a single batch."""
         return low, high
 
 

@@ -14,6 +14,12 @@ FLOAT = torch.finfo(torch.float32)
 LARGEST = FLOAT.max / 4
 
 
+def usable(scale: Tensor) -> Tensor:
+    """The scale, or 1 where it is no normal number."""
+    # subnormal numbers are flushed to zero on some devices, and x / 0 is no code
+    return torch.where(scale < FLOAT.tiny, 1.0, scale)
+
+
 def check_granularity(_: Any, attribute: "Attribute[str]", value: str) -> None:
     """Attrs validator for what shares one scale."""
     if value not in ("tensor", "channel"):
@@ -32,9 +38,48 @@ def check_axis(_: Any, attribute: "Attribute[int]", value: int) -> None:
         raise ValueError(f"{attribute.name} must be a whole number such as 0 or -1, not {value!r}")
 
 
+@define(eq=False, slots=False, kw_only=True)
+class AffineQuantizer(Quantizer):
+    """Base class: evenly spaced values, ``s * (clamp(round(x / s) + z, 0, n - 1) - z)``.
+
+    A child says in `step` what s and z are. The gradient to x is 1 where the rounded value has a code and 0 where it is
+    clamped; where s wants a gradient, it gets that of LSQ (arXiv:1902.08153).
+
+    Args:
+        bits: width of a code in bits, 2 to 8.
+    """
+
+    stores: ClassVar[dict[str, torch.dtype]] = {"scale": torch.float32, "zero_point": torch.uint8}
+    integers: ClassVar[str] = "yes"
+
+    def step(self, parameters: Parameters) -> Parameters:
+        """Scale and zero point of each value; here the stored ones."""
+        return parameters
+
+    def encode(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """Codes of float32 ``x``: ``clamp(round(x / s) + z, 0, n - 1)``."""
+        step = self.step(parameters)
+        # x / s may overflow; whatever exceeds n steps is clamped below anyway, with the same zero gradient
+        steps = (x / step["scale"]).clamp(-self.levels, self.levels)
+        return bounded(straight_through(steps, steps.round()) + step["zero_point"], 0, self.levels - 1)
+
+    def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        """Values of float32 ``codes``: ``(codes - z) * s``."""
+        step = self.step(parameters)
+        return (codes - step["zero_point"]) * step["scale"]
+
+    def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """``reconstruct(encode(x))``, to the bit, in place on one temporary tensor: reconstruction lives in here."""
+        step = self.step(parameters)
+        if step["scale"].requires_grad:
+            return super().dequantized(x, parameters)
+        result: Tensor = _FakeQuantize.apply(x, step["scale"], step["zero_point"], self.levels)
+        return result
+
+
 @quantizers.register("uniform", paper="arXiv:1712.05877")
 @define(eq=False, slots=False, kw_only=True)
-class UniformQuantizer(Quantizer):
+class UniformQuantizer(AffineQuantizer):
     """Evenly spaced values: ``s * (clamp(round(x / s) + z, 0, n - 1) - z)`` with ``n = 2**bits``.
 
     Stores ``scale`` (s, float32) and ``zero_point`` (z, uint8), ``[]`` per tensor or ``[C]`` per channel. Zero is
@@ -54,8 +99,6 @@ class UniformQuantizer(Quantizer):
         axis: the channel axis where granularity is "channel", 0 for the output channels of weights.
     """
 
-    stores: ClassVar[dict[str, torch.dtype]] = {"scale": torch.float32, "zero_point": torch.uint8}
-
     symmetric: bool = field(default=False, validator=check_flag)
     granularity: Literal["tensor", "channel"] = field(default="tensor", validator=check_granularity)
     axis: int = field(default=0, validator=check_axis)
@@ -70,32 +113,12 @@ class UniformQuantizer(Quantizer):
         low, high = low.clamp(-LARGEST, 0.0), high.clamp(0.0, LARGEST)
         if self.symmetric:
             half = self.levels // 2
-            scale = self._usable(torch.maximum(-low, high) / (half - 1))
+            scale = usable(torch.maximum(-low, high) / (half - 1))
             zero_point = torch.full_like(scale, half)
         else:
-            scale = self._usable((high - low) / (self.levels - 1))
+            scale = usable((high - low) / (self.levels - 1))
             zero_point = (-low / scale).round().clamp(0, self.levels - 1)
         return {"scale": scale, "zero_point": zero_point.to(torch.uint8)}
-
-    @staticmethod
-    def _usable(scale: Tensor) -> Tensor:
-        # subnormal numbers are flushed to zero on some devices, and x / 0 is no code
-        return torch.where(scale < FLOAT.tiny, 1.0, scale)
-
-    def encode(self, x: Tensor, parameters: Parameters) -> Tensor:
-        """Codes of float32 ``x``: ``clamp(round(x / s) + z, 0, n - 1)``."""
-        # x / s may overflow; whatever exceeds n steps is clamped below anyway, with the same zero gradient
-        steps = (x / parameters["scale"]).clamp(-self.levels, self.levels)
-        return bounded(straight_through(steps, steps.round()) + parameters["zero_point"], 0, self.levels - 1)
-
-    def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        """Values of float32 ``codes``: ``(codes - z) * s``."""
-        return (codes - parameters["zero_point"]) * parameters["scale"]
-
-    def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
-        """``reconstruct(encode(x))``, to the bit, in place on one temporary tensor: reconstruction lives in here."""
-        result: Tensor = _FakeQuantize.apply(x, parameters["scale"], parameters["zero_point"], self.levels)
-        return result
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -1,0 +1,416 @@
+"""Closed forms of the quantizers beyond uniform and log2, on vectors computed by hand."""
+
+import math
+
+import attrs
+import pytest
+import torch
+from test_quantizers import FRESH, OBSERVERS, QUANTIZERS, allowed, bitwise_equal, data, frozen_on, tensor
+
+from spdfq.errors import DataError, NonFiniteError
+from spdfq.quantizers import (
+    AdaptiveLogQuantizer,
+    DualUniformQuantizer,
+    GridMseObserver,
+    Log2Quantizer,
+    LogSqrt2Quantizer,
+    MinMaxObserver,
+    PercentileMseObserver,
+    PowerOfTwoFactorQuantizer,
+    Product,
+    ProgressiveObserver,
+    RunningMinMaxObserver,
+    ShiftUniformLog2Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+    learned_scales,
+)
+
+
+def byte(number):
+    return torch.tensor(number, dtype=torch.uint8)
+
+
+def restored(quantizer, **tensors):
+    quantizer.restore(tensors)
+    return quantizer
+
+
+def gradient(quantizer, numbers):
+    x = tensor(numbers).requires_grad_()
+    quantizer(x).sum().backward()
+    return x.grad.tolist()
+
+
+def squares(x, quantizer):
+    return float((quantizer(x) - x).square().mean())
+
+
+# what an integer runtime needs
+
+
+def test_each_quantizer_says_whether_integers_can_run_it():
+    assert {name: kind.integers for name, kind in QUANTIZERS.items()} == {
+        **dict.fromkeys(["uniform", "log2", "twin_uniform", "dual_uniform", "power_of_two_factor"], "yes"),
+        **dict.fromkeys(["log_sqrt2", "adaptive_log", "shift_uniform_log2"], "with tables"),
+    }
+
+
+@pytest.mark.parametrize("fresh", FRESH)
+def test_the_fast_path_is_the_two_functions_one_after_the_other(fresh):
+    quantizer = frozen_on(data(fresh), fresh)
+    x = torch.cat([data(fresh, seed=1) * 1.5, -data(fresh)[:9]])
+    fast, slow = x.clone().requires_grad_(), x.clone().requires_grad_()
+    laid = quantizer._laid(x, quantizer.tensors())
+    one, other = quantizer(fast), quantizer.reconstruct(quantizer.encode(slow, laid), laid)
+    assert bitwise_equal(one.detach(), other.detach())
+    weights = torch.linspace(-1, 1, x.numel()).view_as(x)
+    (one * weights).sum().backward()
+    (other * weights).sum().backward()
+    torch.testing.assert_close(fast.grad, slow.grad, rtol=1e-4, atol=1e-6)
+
+
+# log_sqrt2
+
+
+def test_log_sqrt2_closed_form():
+    # d = 0.8, n = 8: 0.8 * 2**(-q / 2) for q = 0 .. 6, and zero; boundaries lie at 2**(-(q + 1/2) / 2)
+    quantizer = frozen_on(tensor([0.8, 0.1]), LogSqrt2Quantizer(bits=3))
+    x = 0.8 * tensor([1.0, 2**-0.24, 2**-0.26, 2**-0.5, 2**-3.0, 2**-3.24, 2**-3.26, 0.0, 5.0, -1.0])
+    assert quantizer.codes(x).tolist() == [0, 0, 1, 1, 6, 6, 7, 7, 0, 7]
+    root = 0.8 * math.sqrt(0.5)
+    assert quantizer(x).tolist() == pytest.approx([0.8, 0.8, root, root, 0.1, 0.1, 0.0, 0.0, 0.8, 0.0], rel=1e-6)
+    # value / x: 0.8 -> 0.8, 0.6 -> 0.8 * 2**-0.5
+    assert gradient(quantizer, [0.8, 0.6, 0.0, 1e-6, 2.0]) == pytest.approx([1.0, root / 0.6, 0.0, 0.0, 0.0], rel=1e-5)
+
+
+def test_log_sqrt2_at_even_codes_is_log2():
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    fine = frozen_on(x, LogSqrt2Quantizer(bits=5))
+    powers = frozen_on(x, Log2Quantizer(bits=4))(x)
+    assert bitwise_equal(fine(powers[powers > 0]), powers[powers > 0])
+    assert (fine.codes(powers[powers > 0]) % 2 == 0).all()
+
+
+# adaptive_log
+
+
+def test_adaptive_log_with_base_two_is_log2():
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 4
+    plain = frozen_on(x, Log2Quantizer(bits=4))
+    adaptive = restored(AdaptiveLogQuantizer(bits=4), scale=plain.scale, base=byte(37))
+    assert bitwise_equal(adaptive(x), plain(x))
+    assert torch.equal(adaptive.codes(x), plain.codes(x))
+
+
+def test_adaptive_log_closed_form():
+    # q = 55, n = 8: exponents 55 / 37 = 1 + 18/37 and 110 / 37 = 2 + 36/37; the table has multiples of 1 / 14:
+    # 2**(-18/37) = 0.714 -> 10/14 and 2**(-36/37) = 0.509 -> 7/14
+    quantizer = restored(AdaptiveLogQuantizer(bits=3), scale=tensor(2.0), base=byte(55))
+    assert quantizer.decode(torch.arange(3, dtype=torch.uint8)).tolist() == pytest.approx([2.0, 5 / 7, 0.25])
+    # a value goes to the nearest by its ratio: the middle of 2 and 5/7 is sqrt(10/7) = 1.195
+    assert quantizer.codes(tensor([2.0, 1.2, 1.19, 0.43, 0.42, 0.0, -1.0, 9.0])).tolist() == [0, 0, 1, 1, 2, 7, 7, 0]
+
+
+@pytest.mark.parametrize("base", [10, 20, 61, 138])
+def test_adaptive_log_finds_the_base_of_its_data(base):
+    x = 3.0 * 2 ** (-torch.arange(14.0) * base / 37)
+    quantizer = frozen_on(x.repeat(3), AdaptiveLogQuantizer(bits=4))
+    found = squares(x, quantizer)
+    errors = {
+        q: squares(x, restored(AdaptiveLogQuantizer(bits=4), scale=quantizer.scale, base=byte(q)))
+        for q in range(10, 139)
+    }
+    assert found <= min(errors[q] for q in range(max(base - 5, 10), min(base + 6, 139)))
+    assert abs(int(quantizer.base) - base) <= 3
+
+
+def test_adaptive_log_with_a_shift_takes_gelu_outputs():
+    x = torch.nn.functional.gelu(torch.randn(5000, generator=torch.Generator().manual_seed(0)))
+    quantizer = frozen_on(x, AdaptiveLogQuantizer(bits=4, shift=0.17))
+    unshifted = restored(AdaptiveLogQuantizer(bits=4), **quantizer.tensors())
+    assert bitwise_equal(quantizer(x), unshifted(x + 0.17) - 0.17)
+    assert torch.equal(quantizer.codes(x), unshifted.codes(x + 0.17))
+    torch.testing.assert_close(quantizer.scale, x.max() + 0.17)
+    assert quantizer(tensor([-0.17, -5.0])).tolist() == pytest.approx([-0.17, -0.17])
+    assert squares(x, quantizer) < 0.1 * float(x.var())
+
+
+@pytest.mark.parametrize("shift", [-0.1, 1.0])
+def test_a_shift_out_of_range_is_refused(shift):
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        AdaptiveLogQuantizer(shift=shift)
+
+
+def test_a_base_out_of_range_is_refused():
+    with pytest.raises(DataError, match="stored base exceeds 138"):
+        AdaptiveLogQuantizer().restore({"scale": tensor(1.0), "base": byte(139)})
+
+
+# shift_uniform_log2
+
+
+def test_shift_uniform_log2_closed_form():
+    # e = 1/2, n = 4: the grid of log2(x + e) goes from log2(1.5) = 0.585 to -1 in steps of 0.528: 0.585, 0.057, -0.472,
+    # -1; rounded 1, 0, 0: 2 - 0.5, 1 - 0.5, 1 - 0.5, and zero; boundaries at 2**0.321 - 0.5 = 0.749, 0.366 and 0.1005
+    quantizer = restored(ShiftUniformLog2Quantizer(bits=2), scale=tensor(1.0), shift=tensor(0.5))
+    x = tensor([1.0, 0.76, 0.74, 0.37, 0.36, 0.11, 0.1, 0.0, -3.0, 7.0])
+    assert quantizer.codes(x).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3, 0]
+    assert quantizer(x).tolist() == [1.5, 1.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 1.5]
+    # (value + e) / (x + e)
+    assert gradient(quantizer, [0.74, 0.36, 0.1, 7.0]) == pytest.approx([1 / 1.24, 1 / 0.86, 0.0, 0.0])
+
+
+def test_shift_uniform_log2_takes_the_shift_of_least_error():
+    x = torch.rand(4000, generator=torch.Generator().manual_seed(0)) ** 6
+    quantizer = frozen_on(x, ShiftUniformLog2Quantizer(bits=4))
+    shifts = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)
+    every = [
+        squares(x, restored(ShiftUniformLog2Quantizer(bits=4), scale=quantizer.scale, shift=tensor(shift)))
+        for shift in shifts
+    ]
+    assert squares(x, quantizer) == min(every) < 0.9 * sorted(every)[5]
+
+
+# twin_uniform
+
+
+def test_twin_uniform_by_magnitude_closed_form():
+    # h = 4: 0, 0.1, 0.2, 0.3 and, four times as coarse, 0.4, 0.8, 1.2; between 0.3 and 0.4 the middle decides
+    quantizer = restored(TwinUniformQuantizer(bits=3), scale=tensor(0.1), exponent=byte(2))
+    x = tensor([0.04, 0.06, 0.29, 0.34, 0.36, 0.61, 0.59, 1.5, -1.0])
+    assert quantizer.codes(x).tolist() == [0, 1, 3, 3, 5, 6, 5, 7, 0]
+    assert quantizer(x).tolist() == pytest.approx([0.0, 0.1, 0.3, 0.3, 0.4, 0.8, 0.4, 1.2, 0.0])
+    assert gradient(quantizer, [0.06, 0.36, 0.61, 1.5, -1.0]) == pytest.approx([1.0, 1.0, 1.0, 0.0, 0.0])
+
+
+def test_twin_uniform_by_sign_closed_form():
+    # h = 4: 0, -0.05, -0.1, -0.15 below zero and 0, 0.4, 0.8, 1.2 above; zero is code 4
+    quantizer = restored(TwinUniformQuantizer(bits=3, split="sign"), scale=tensor(0.05), exponent=byte(3))
+    x = tensor([-0.2, -0.06, -0.02, 0.0, 0.19, 0.21, 1.1, 9.0])
+    assert quantizer.codes(x).tolist() == [3, 1, 4, 4, 4, 5, 7, 7]
+    assert quantizer(x).tolist() == pytest.approx([-0.15, -0.05, 0.0, 0.0, 0.0, 0.4, 1.2, 1.2])
+    assert gradient(quantizer, [-0.2, -0.06, 0.21, 9.0]) == pytest.approx([0.0, 1.0, 1.0, 0.0])
+
+
+def test_twin_uniform_aligns_its_grids_by_a_power_of_two_and_ends_at_the_range():
+    softmax = torch.rand(4000, generator=torch.Generator().manual_seed(0)) ** 20
+    quantizer = frozen_on(softmax, TwinUniformQuantizer(bits=4))
+    assert float(quantizer(softmax.max())) == pytest.approx(float(softmax.max()))
+    small = softmax[softmax < 0.05]
+    assert squares(small, quantizer) < 0.5 * squares(small, frozen_on(softmax, UniformQuantizer(bits=4)))
+    gelu = torch.nn.functional.gelu(torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 2)
+    quantizer = frozen_on(gelu, TwinUniformQuantizer(bits=4, split="sign"))
+    assert float(quantizer(gelu.min())) == pytest.approx(float(gelu.min()))
+    below = gelu[gelu < 0]
+    assert squares(below, quantizer) < 0.5 * squares(below, frozen_on(gelu, UniformQuantizer(bits=4)))
+
+
+def test_twin_uniform_refuses_another_split():
+    with pytest.raises(ValueError, match="split"):
+        TwinUniformQuantizer(split="half")
+
+
+# power_of_two_factor
+
+
+def test_power_of_two_factor_closed_form():
+    # all channels: [0, 2.4] in 3 steps, so s = 0.8 / 8 = 0.1; a channel up to 0.3 has factor 1, one up to 0.6 factor 2
+    x = tensor([[0.0, 0.0, 0.0], [0.8, 0.1, 0.2], [1.6, 0.2, 0.4], [2.4, 0.3, 0.6]])
+    quantizer = frozen_on(x, PowerOfTwoFactorQuantizer(bits=2))
+    assert quantizer.exponent.tolist() == [3, 0, 1]
+    assert float(quantizer.scale) == pytest.approx(0.1)
+    assert quantizer.scale.shape == quantizer.zero_point.shape == ()
+    torch.testing.assert_close(quantizer(x), x)
+    assert quantizer.codes(x).tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3]]
+
+
+def test_power_of_two_factor_shares_the_zero_point_of_the_whole_range():
+    # [-3, 12] in 15 steps of 1: z = 3, s = 1/8; the second channel reaches from -3/8 to 12/8 in steps of 1/8
+    x = tensor([[-3.0, -0.375], [12.0, 1.5], [5.0, 0.625]])
+    quantizer = frozen_on(x, PowerOfTwoFactorQuantizer(bits=4))
+    assert (float(quantizer.scale), int(quantizer.zero_point), quantizer.exponent.tolist()) == (0.125, 3, [3, 0])
+    assert torch.equal(quantizer(x), x)
+
+
+def test_power_of_two_factor_beats_one_scale_and_refuses_other_lengths():
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)) * tensor([1, 1, 1, 1, 8, 8, 0.1, 4])
+    quantizer = frozen_on(x, PowerOfTwoFactorQuantizer(bits=4))
+    assert squares(x, quantizer) < 0.7 * squares(x, frozen_on(x, UniformQuantizer(bits=4)))
+    with pytest.raises(DataError, match="frozen for 8 channels"):
+        quantizer(x[:, :5])
+
+
+# dual_uniform
+
+
+def test_dual_uniform_closed_form():
+    # steps of 0.1 (row 0) and 0.2 (row 1), but for column 7 with steps of 3 and 5; 5 % of 20 columns is one
+    weight = tensor([[0.1, -0.3, 0.2, 0.0] * 5, [0.6, 0.2, -0.4, 0.2] * 5])
+    weight[:, 7] = tensor([9.0, -15.0])
+    quantizer = frozen_on(weight, DualUniformQuantizer(bits=3, symmetric=True, granularity="channel"))
+    assert quantizer.outlier.nonzero().flatten().tolist() == [7]
+    assert quantizer.scale.tolist() == pytest.approx([0.1, 0.2])
+    assert quantizer.outlier_scale.tolist() == pytest.approx([3.0, 5.0])
+    torch.testing.assert_close(quantizer(weight), weight)
+    plain = frozen_on(weight, UniformQuantizer(bits=3, symmetric=True, granularity="channel"))
+    assert (plain(weight)[:, :7] == 0).all()
+
+
+def test_dual_uniform_without_outlying_columns_is_uniform():
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    options = {"bits": 4, "symmetric": True, "granularity": "channel"}
+    dual = frozen_on(weight, DualUniformQuantizer(**options), GridMseObserver())
+    assert int(dual.outlier.sum()) == 0
+    assert bitwise_equal(dual(weight), frozen_on(weight, UniformQuantizer(**options), GridMseObserver())(weight))
+
+
+def test_dual_uniform_takes_convolutions():
+    weight = torch.randn(4, 30, 2, 2, generator=torch.Generator().manual_seed(0))
+    weight[:, 11] *= 50
+    quantizer = frozen_on(weight, DualUniformQuantizer(symmetric=True, granularity="channel"))
+    assert quantizer.outlier.nonzero().flatten().tolist() == [11]
+    assert quantizer.scale.shape == quantizer.outlier_scale.shape == (4,)
+    assert bitwise_equal(quantizer.decode(quantizer.codes(weight)), quantizer(weight))
+
+
+def test_dual_uniform_explains_wrong_options():
+    with pytest.raises(DataError, match="on the axis of its columns"):
+        DualUniformQuantizer(granularity="channel", columns=0).observe(torch.rand(3, 4))
+    with pytest.raises(ValueError, match="a share of all columns"):
+        DualUniformQuantizer(share=0.0)
+
+
+# learned scales
+
+
+def test_the_gradient_of_a_learned_scale_is_that_of_lsq():
+    # s = 0.5, z = 3, 8 codes: -1.5 .. 2; inside round(x / s) - x / s, outside the code without the zero point
+    quantizer = restored(UniformQuantizer(bits=3), scale=tensor(0.5), zero_point=byte(3))
+    for x, expected in [(0.6, 1 - 1.2), (-0.9, -2 + 1.8), (1.0, 0.0), (9.0, 4.0), (-9.0, -3.0)]:
+        with learned_scales([quantizer]) as (scale,):
+            value = quantizer(tensor([x]))
+            value.sum().backward()
+            assert float(scale.grad) == pytest.approx(expected, abs=1e-6)
+        plain = quantizer(tensor([x]))
+        assert bitwise_equal(value.detach(), plain)
+        assert not plain.requires_grad
+
+
+def test_learned_scales_come_closer_to_the_data_and_stay():
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    quantizer = frozen_on(x, UniformQuantizer(bits=2))
+    before = squares(x, quantizer)
+    with learned_scales([quantizer]) as scales:
+        optimizer = torch.optim.SGD(scales, lr=0.5)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (quantizer(x) - x).square().mean().backward()
+            optimizer.step()
+    assert squares(x, quantizer) < 0.8 * before
+    assert not quantizer.scale.requires_grad
+    assert quantizer.scale.grad is None
+    assert bitwise_equal(restored(attrs.evolve(quantizer), **quantizer.tensors())(x), quantizer(x))
+
+
+@pytest.mark.parametrize("ruined", [0.0, -1.0, math.nan])
+def test_a_scale_that_learning_ruined_is_told(ruined):
+    quantizer = restored(UniformQuantizer(bits=3), scale=tensor(0.5), zero_point=byte(3))
+    with pytest.raises(NonFiniteError, match="no longer finite and above 0"), learned_scales([quantizer]) as (scale,):
+        scale.data.fill_(ruined)
+
+
+# observers
+
+
+def test_running_minmax_closed_form():
+    # 0.9 of the first batch and 0.1 of the second: low -1 -> -1.2, high 2 -> 2.3
+    quantizer = UniformQuantizer(bits=2)
+    quantizer.observe(tensor([-1.0, 2.0]))
+    quantizer.observe(tensor([-3.0, 5.0]))
+    quantizer.freeze(RunningMinMaxObserver())
+    assert float(quantizer.scale) == pytest.approx((2.3 + 1.2) / 3)
+
+
+def test_running_minmax_of_one_batch_is_minmax_and_of_channels_goes_channel_by_channel():
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    channels = UniformQuantizer(granularity="channel", axis=1)
+    assert bitwise_equal(frozen_on(x, channels, RunningMinMaxObserver())(x), frozen_on(x, channels)(x))
+    for part in x.split(5):
+        channels.observe(part)
+    channels.freeze(RunningMinMaxObserver(momentum=0.5))
+    lows, highs = (torch.stack(side) for side in zip(*(part.aminmax(dim=0) for part in x.split(5)), strict=True))
+    weights = tensor([0.125, 0.125, 0.25, 0.5])
+    torch.testing.assert_close(channels.scale, (weights @ highs - weights @ lows) / 15)
+
+
+@pytest.mark.parametrize("fresh", [UniformQuantizer(bits=3), UniformQuantizer(bits=2, symmetric=True), Log2Quantizer()])
+def test_progressive_comes_close_to_a_full_search_of_both_ends(fresh):
+    x = allowed(torch.randn(3, 500, generator=torch.Generator().manual_seed(4)) ** 3 + 0.3, fresh)
+    low, high = x.aminmax(dim=1)
+    factors = torch.linspace(0.16, 1, 29).tolist()
+    pairs = [(lower, upper) for lower in factors[:: 1 if fresh.signed else 29] for upper in factors]
+    full = torch.stack([fresh.error(x, fresh.fitted(low * lower, high * upper)) for lower, upper in pairs]).amin(0)
+    found = fresh.error(x, fresh.fitted(*ProgressiveObserver().choose(x, low, high, fresh)))
+    assert bool((found <= 1.05 * full).all())
+    assert bool((found < fresh.error(x, fresh.fitted(low, high))).any())
+
+
+def test_a_product_has_candidates_judged_by_its_output():
+    # the second input is never anything but 0, so an output error ignores its large weight
+    weight, inputs = tensor([[0.7, 100.0], [0.7, -0.2]]), tensor([[1.0, 0.0], [-2.0, 0.0]])
+    product = Product(weight, lambda operand: inputs @ operand.T, channels=1)
+    fresh = UniformQuantizer(bits=4, symmetric=True, granularity="channel")
+    observer = GridMseObserver(steps=1000, smallest=0.001)
+    by_value, by_output = frozen_on(weight, fresh, observer), attrs.evolve(fresh)
+    by_output.observe(weight)
+    by_output.freeze(observer, product)
+    assert float(by_value.scale[0]) > 5
+    assert abs(float(by_output(weight)[0, 0]) - 0.7) < 0.01
+    assert by_output.scale.shape == (2,)
+
+
+def test_the_error_of_a_product_closed_form():
+    # steps of 1: [0.4, 2.0] -> [0, 2]; the outputs 2 * 0.4 and 3 * 2.0 become 0 and 6: (0.8**2 + 0) / 2
+    operand = tensor([0.4, 2.0])
+    quantizer = UniformQuantizer(bits=2)
+    quantizer._product = Product(operand, lambda x: x * tensor([2.0, 3.0]))
+    parameters = {"scale": tensor([1.0]), "zero_point": torch.zeros(1, dtype=torch.uint8)}
+    assert quantizer.error(operand[None], parameters).tolist() == pytest.approx([0.32])
+    # per output channel, where the output has one for each row of the operand
+    weight = tensor([[0.4], [2.2]])
+    channels = UniformQuantizer(bits=2, granularity="channel")
+    channels._product = Product(weight, lambda w: tensor([[1.0], [3.0]]) @ w.T, channels=-1)
+    parameters = {"scale": tensor([1.0, 1.0]), "zero_point": torch.zeros(2, dtype=torch.uint8)}
+    # rows are off by 0.4 and 0.2, times 1 and 3: 0.16 * (1 + 9) / 2 and 0.04 * 5
+    assert channels.error(weight, parameters).tolist() == pytest.approx([0.8, 0.2], rel=1e-5)
+
+
+def test_a_product_is_forgotten_after_freezing():
+    x = tensor([[0.0, 3.0]])
+    quantizer = UniformQuantizer(bits=2)
+    quantizer.observe(x)
+    quantizer.freeze(MinMaxObserver(), Product(x, lambda operand: operand))
+    assert quantizer._product is None
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_observers_take_dead_channels(observer):
+    x = torch.zeros(50, 2)
+    quantizer = frozen_on(x, UniformQuantizer(granularity="channel", axis=1), OBSERVERS[observer]())
+    assert quantizer.scale.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: RunningMinMaxObserver(momentum=1.0),
+        lambda: RunningMinMaxObserver(momentum=-0.1),
+        lambda: ProgressiveObserver(steps=1),
+        lambda: ProgressiveObserver(smallest=1.0),
+        lambda: PercentileMseObserver(percentiles=(0.2,)),
+    ],
+)
+def test_observers_explain_wrong_options(build):
+    with pytest.raises(ValueError, match="must "):
+        build()
