@@ -49,6 +49,7 @@ def save_quantized(
         "sites": {name: [site.kind, list(site.shape)] for name, site in model.sites.items()},
         "quantizers": {name: unstructure(quantizer, "quantizer") for name, quantizer in model.quantizers.items()},
         "leftovers": model.leftovers,
+        "biases": model.biases,
         "recipe": recipe or {},
         "tensors_sha256": _file_digest(folder / TENSORS),
     }
@@ -79,8 +80,9 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     teacher = _architecture(config, module)
     sites = {name: Site(name, kind, tuple(shape)) for name, (kind, shape) in config["sites"].items()}
     restored = {name: _quantizer(name, table, folder) for name, table in config["quantizers"].items()}
-    _check_fit(teacher.module, [sites[name] for name in restored], folder)
-    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"])
+    biases = config.get("biases", [])  # files older than the first step that adds one lack it
+    _check_fit(teacher.module, [sites[name] for name in restored], biases, folder)
+    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases)
     _fill(model, tensors, folder)
     return model, teacher, config["recipe"]
 
@@ -88,13 +90,16 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
 _NO_FIT = "{}: {} does not fit this architecture; the file was saved from another one"
 
 
-def _check_fit(module: nn.Module, quantized: list[Site], folder: str | Path) -> None:
+def _check_fit(module: nn.Module, quantized: list[Site], biases: list[str], folder: str | Path) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     modules = {name for name, _ in module.named_modules()}
     for site in quantized:
         owner = site.name.rpartition(".")[0]
         if owner not in modules or (site.kind == WEIGHT and shapes.get(site.name) != site.shape):
             raise ModelError(_NO_FIT.format(folder, site.name))
+    for bias in biases:
+        if not isinstance(dict(module.named_modules()).get(bias.rpartition(".")[0]), nn.Linear):
+            raise ModelError(_NO_FIT.format(folder, bias))
 
 
 def _packed(model: QuantizedModel) -> dict[str, Tensor]:

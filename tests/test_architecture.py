@@ -52,6 +52,7 @@ PUBLIC = {
         "Calibration",
         "MatmulInputs",
         "QuantizedModel",
+        "RepQ",
         "Site",
         "Step",
         "place",

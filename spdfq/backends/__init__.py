@@ -7,6 +7,7 @@ from spdfq.backends.model import QuantizedModel, Site
 from spdfq.backends.place import place
 from spdfq.backends.placements import MatmulInputs
 from spdfq.backends.quantize import quantize
+from spdfq.backends.repq import RepQ
 
 __all__ = [
     "Blockwise",
@@ -14,6 +15,7 @@ __all__ = [
     "Calibration",
     "MatmulInputs",
     "QuantizedModel",
+    "RepQ",
     "Site",
     "Step",
     "place",

@@ -1,6 +1,7 @@
 """Calibration: choose every quantizer's range from one pass over the images."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from attrs import define, field, validators
@@ -10,7 +11,7 @@ from spdfq.backends.base import Calibration, Step
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import WEIGHT
 from spdfq.errors import DataError, ModelError, NonFiniteError
-from spdfq.quantizers import GridMseObserver, PercentileMseObserver
+from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver
 from spdfq.registry import steps
 from spdfq.structure import component
 
@@ -21,11 +22,13 @@ class Calibrate(Step):
     """Choose the ranges: of weights by their values, of activations by one float pass over the images.
 
     Args:
+        sites: which ranges are chosen: those of ``all`` sites, of ``weights`` alone or of ``activations`` alone.
         observer: chooses the ranges of activations.
         weight_observer: chooses the ranges of weights.
         batch: images per forward pass.
     """
 
+    sites: Literal["all", "weights", "activations"] = "all"
     observer: Any = component("observer", default=PercentileMseObserver)
     weight_observer: Any = component("observer", default=GridMseObserver)
     batch: int = field(default=32, validator=validators.ge(1))
@@ -39,9 +42,10 @@ class Calibrate(Step):
             NonFiniteError: a site saw NaN or infinity; the message names it.
             DataError: a site saw values that its quantizer does not take.
         """
-        for name in model.weight_names():
-            _observe(model, name, model.weight(name))
-            model.quantizers[name].freeze(self.weight_observer)
+        if self.sites != "activations":
+            fit_weights(model, self.weight_observer, model.weight_names())
+        if self.sites == "weights":
+            return
         self._observe_activations(model, calibration)
         for name, quantizer in model.quantizers.items():
             if model.sites[name].kind != WEIGHT:
@@ -66,6 +70,13 @@ class Calibrate(Step):
         missing = [name for name in model.quantizers if model.sites[name].kind != WEIGHT and name not in reached]
         if missing:
             raise ModelError(f"calibrate: {missing[0]} took part in no forward pass of the images; leave it in float")
+
+
+def fit_weights(model: QuantizedModel, observer: Observer, names: Iterable[str]) -> None:
+    """Choose the ranges of these weights by their values."""
+    for name in names:
+        _observe(model, name, model.weight(name))
+        model.quantizers[name].freeze(observer)
 
 
 def _observe(model: QuantizedModel, name: str, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """A model whose products are quantized at named sites."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spdfq.backends.products import Visit, products
 from spdfq.errors import SpdfqError
-from spdfq.quantizers import Quantizer
+from spdfq.quantizers import Quantizer, UniformQuantizer
 
 
 @frozen
@@ -40,6 +40,7 @@ class QuantizedModel(nn.Module):
         sites: every site found, also those left in float.
         quantizers: a quantizer for each site that has one.
         leftovers: products whose operands cannot be replaced, and what they are.
+        biases: names of biases that steps added to layers without one.
     """
 
     def __init__(
@@ -48,13 +49,17 @@ class QuantizedModel(nn.Module):
         sites: dict[str, Site],
         quantizers: dict[str, Quantizer],
         leftovers: dict[str, str],
+        biases: Iterable[str] = (),
     ) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.sites, self.quantizers, self.leftovers = sites, quantizers, leftovers
+        self.sites, self.quantizers, self.leftovers = sites, dict(quantizers), leftovers
+        self.biases: list[str] = []
+        self.notes: list[str] = []
         for name, quantizer in quantizers.items():
-            owner, _, leaf = name.rpartition(".")
-            self.network.get_submodule(owner).add_module(f"{leaf}_quantizer", quantizer)
+            self.replace_quantizer(name, quantizer)
+        for name in biases:
+            self.bias(name)
         super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -93,13 +98,40 @@ class QuantizedModel(nn.Module):
         """The float parameter behind a weight site."""
         return self.network.get_parameter(name)
 
+    def bias(self, name: str) -> nn.Parameter:
+        """The bias of a layer; where the layer has none, one of zeros is added and listed in ``biases``."""
+        owner = self.network.get_submodule(name.rpartition(".")[0])
+        if owner.bias is None:
+            weight = self.network.get_parameter(name.removesuffix("bias") + "weight")
+            owner.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
+            self.biases.append(name)
+        return self.network.get_parameter(name)
+
+    def uniform(self, name: str) -> UniformQuantizer:
+        """The quantizer of a site that must be a uniform one; another kind raises SpdfqError."""
+        quantizer = self.quantizers[name]
+        if not isinstance(quantizer, UniformQuantizer):
+            raise SpdfqError(f"{name}: this step needs a uniform quantizer here, not {type(quantizer).__name__}")
+        return quantizer
+
+    def replace_quantizer(self, name: str, quantizer: Quantizer) -> None:
+        """Give a site that has a quantizer another one."""
+        self.quantizers[name] = quantizer
+        owner, _, leaf = name.rpartition(".")
+        self.network.get_submodule(owner).add_module(f"{leaf}_quantizer", quantizer)
+
+    def note(self, step: str, lines: Iterable[str]) -> None:
+        """Keep what a step did not do, and why, for ``sites.json``."""
+        self.notes += [f"{step}: {line}" for line in lines]
+
     def weight_names(self) -> list[str]:
         """Names of the parameters that have a quantizer."""
         return [name for name in self.quantizers if self.sites[name].kind == "weight"]
 
-    def site_table(self) -> dict[str, list[dict[str, Any]]]:
-        """What is quantized and how, and everything that is left in float, as plain data."""
-        return {"quantized": self._quantized_rows(), "float": self._float_rows()}
+    def site_table(self) -> dict[str, list[Any]]:
+        """What is quantized and how, everything that is left in float, and what steps left undone, as plain data."""
+        notes: dict[str, list[Any]] = {"notes": self.notes} if self.notes else {}
+        return {"quantized": self._quantized_rows(), "float": self._float_rows(), **notes}
 
     def _quantized_rows(self) -> list[dict[str, Any]]:
         from spdfq.registry import quantizers

@@ -19,7 +19,7 @@ _BY_WEIGHT = {
     *(F.linear, F.conv1d, F.conv2d, F.conv3d),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
-_BY_ACTIVATION = {
+BY_ACTIVATION = {
     *(torch.matmul, torch.linalg.matmul, Tensor.matmul, Tensor.__matmul__),
     *(torch.bmm, Tensor.bmm, torch.einsum),
 }
@@ -102,7 +102,7 @@ class _ProductMode(AttentionMode):
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func in _BY_WEIGHT:
             return self._by_weight(func, *args, **kwargs)
-        if func in _BY_ACTIVATION:
+        if func in BY_ACTIVATION:
             return self._by_activation(func, args, kwargs)
         if func in _OTHER_PRODUCTS:
             self._left_over(func)

@@ -3,16 +3,17 @@
 from collections import defaultdict
 from typing import Any
 
-from spdfq.report.markup import folded, section, table
+from spdfq.report.markup import folded, section, table, text
 
 
-def site_tables(sites: dict[str, list[dict[str, Any]]]) -> str:
+def site_tables(sites: dict[str, list[Any]]) -> str:
     """The section of a ``sites.json``: counts first, every site in a list that opens."""
     quantized, left = sites.get("quantized", []), sites.get("float", [])
     return section(
         "Sites",
         _quantized(quantized) if quantized else "",
         _left_in_float(left) if left else "",
+        _notes(sites.get("notes", [])),
     )
 
 
@@ -42,6 +43,11 @@ def _left_in_float(sites: list[dict[str, Any]]) -> str:
     every = table(["site", "what", "parameters#"], names)
     summary = table(["what", "sites#", "parameters#"], rows)
     return f"<h3>Left in float</h3>{summary}{folded(f'All {len(sites)} sites in float', every)}"
+
+
+def _notes(notes: list[str]) -> str:
+    items = "".join(f"<li>{text(note)}</li>" for note in notes)
+    return f"<h3>What the steps left as it was</h3><ul>{items}</ul>" if notes else ""
 
 
 def _grouped(number: int | None) -> str:
