@@ -62,8 +62,11 @@ def evaluate(folder: Path, overrides: tuple[str, ...], device: str | None, quiet
     With --set on other images, for example --set evaluation.dataset.root='"val"'.
     """
     from spdfq import pipeline
+    from spdfq.ranks import join
 
     metrics = pipeline.evaluate_run(folder, overrides=overrides, device=device, progress=options.progress(quiet))
+    if not join().leads:
+        return
     if as_json:
         options.print_json({"folder": str(folder), "metrics": metrics})
     else:
@@ -97,13 +100,17 @@ def summary(record: dict[str, Any], folder: Path) -> list[str]:
 
 def accuracy(metrics: dict[str, Any]) -> list[str]:
     """The accuracy before and after."""
+    from spdfq.evaluate import left_out
+
     before, after = metrics["fp"]["top1"], metrics["quantized"]["top1"]
     simulated = " (simulated)" if metrics.get("simulated") else ""
     by, close = metrics.get("measure", "top-1"), metrics.get("similarity")
+    damaged = metrics.get("damaged")
     return [
         f"{by:<10} {before:.2f} % FP -> {after:.2f} % quantized{simulated}, {metrics['images']} images",
         f"agreement  {metrics['agreement']:.2f} % of the images get the same first class",
         *([] if close is None else [f"similarity {close:.4f} mean cosine of quantized to full-precision features"]),
+        *([f"damaged    {left_out(damaged)}"] if damaged else []),
     ]
 
 

@@ -1,58 +1,79 @@
 """Accuracy on labelled images, and agreement with the teacher."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from spdfq.data.base import shortened
 from spdfq.errors import DataError, NonFiniteError
-from spdfq.files import write_tensors
 from spdfq.models import Teacher, evaluation_mode
+from spdfq.predictions import Finished, Predictions
 from spdfq.runtime import Runtime
+
+Reference = Predictions
 
 
 @torch.no_grad()
-def logits_over(model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, label: str) -> tuple[Tensor, Tensor]:
-    """Logits ``[n, K]`` and labels ``[n]`` on the CPU, in float32, over the whole dataset of an evaluation spec.
+def logits_over(
+    model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, label: str, folder: Path | None = None
+) -> Predictions:
+    """What a model says about the whole dataset of an evaluation spec; it is in evaluation mode meanwhile.
 
-    The model is in evaluation mode meanwhile.
+    Args:
+        model: takes what the teacher takes.
+        teacher: says how images are prepared, and which classes there are.
+        spec: the recipe's evaluation section.
+        runtime: the device, the progress bar, and the ranks that share the batches.
+        label: what the progress bar and errors call the model.
+        folder: where finished batches are kept, so that a killed call can be taken up again.
 
     Raises:
-        DataError: there are no images, or their classes are not the model's.
+        DataError: there are no images, none can be read, or their classes are not the model's.
         NonFiniteError: a logit is NaN or infinite.
     """
-    _check_classes(spec.dataset.classes, teacher)
+    if not teacher.headless:
+        spec.dataset.check_classes(teacher)
     if not (count := len(spec.dataset)):
         raise DataError("evaluation.dataset: holds no images")
-    own = runtime.ranks.share([range(start, min(start + spec.batch, count)) for start in range(0, count, spec.batch)])
-    indices = [index for batch in own for index in batch]
-    found = []
-    with evaluation_mode(model), runtime.progress(label, len(indices)) as advance:
-        for images, target in spec.dataset.batches(teacher, spec.batch, indices) if indices else ():
-            found.append((model(images.to(runtime.device)).float().cpu(), target))
-            advance(len(target))
-    logits, labels = _in_order(runtime.ranks.gathered((indices, found)))
-    if wrong := int((~logits.isfinite()).any(1).sum()):
-        raise NonFiniteError(f"{label}: the logits of {wrong} of {len(logits)} images are NaN or infinite")
-    return logits, labels
+    ranks = runtime.ranks
+    batches = {start: range(start, min(start + spec.batch, count)) for start in range(0, count, spec.batch)}
+    finished = Finished.found(folder) if ranks.leads else Finished(folder)
+    known = ranks.first(lambda: list(finished.batches))
+    own = {start: batches[start] for start in ranks.share([start for start in batches if start not in known])}
+    taken_up = sum(len(batches[start]) for start in finished.batches)
+    with evaluation_mode(model), runtime.progress(label, taken_up + sum(map(len, own.values()))) as advance:
+        if taken_up:
+            advance(taken_up)
+        for start, found in _batch_by_batch(model, teacher, spec, runtime.device, own):
+            finished.add(start, found)
+            advance(len(batches[start]))
+    if ranks.count > 1:
+        finished.save()  # the others may take long, and this process may be killed while it waits for them
+    everything = {start: part for share in ranks.gathered(finished.batches) for start, part in share.items()}
+    return _checked(Predictions.joined(everything[start] for start in batches), label, count)
 
 
-def _in_order(shares: list[tuple[list[int], list[tuple[Tensor, Tensor]]]]) -> tuple[Tensor, Tensor]:
-    """The ranks' logits and labels, in the dataset's order."""
-    order = torch.tensor([index for indices, _ in shares for index in indices]).argsort()
-    pairs = [pair for _, found in shares for pair in found]
-    return torch.cat([logits for logits, _ in pairs])[order], torch.cat([labels for _, labels in pairs])[order]
+def _batch_by_batch(
+    model: nn.Module, teacher: Teacher, spec: Any, device: torch.device, own: dict[int, range]
+) -> Iterator[tuple[int, Predictions]]:
+    """The batches of this process, each with the position of its first image."""
+    indices = [index for batch in own.values() for index in batch]
+    found = spec.dataset.batches(teacher, spec.batch, indices) if indices else ()
+    for start, (images, labels, damaged) in zip(own, found, strict=True):
+        # not every model takes a batch of none
+        logits = model(images.to(device)).float().cpu() if len(images) else torch.zeros(0, teacher.num_classes)
+        yield start, Predictions(logits, labels, damaged)
 
 
-def _check_classes(classes: int, teacher: Teacher) -> None:
-    if not teacher.headless and classes != teacher.num_classes:
-        raise DataError(
-            f"evaluation.dataset: has {classes} classes, {teacher.name} knows {teacher.num_classes}; labels are "
-            "positions in the list of classes, so both must have the same ones"
-        )
+def _checked(found: Predictions, label: str, count: int) -> Predictions:
+    if not len(found.labels):
+        raise DataError(f"evaluation.dataset: none of the {count} images can be read, the first is {found.damaged[0]}")
+    if wrong := int((~found.logits.isfinite()).any(1).sum()):
+        raise NonFiniteError(f"{label}: the logits of {wrong} of {len(found.labels)} images are NaN or infinite")
+    return found
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -72,40 +93,43 @@ def _percent(hits: Tensor) -> float:
     return 100 * int(hits.sum()) / len(hits)
 
 
-@frozen(eq=False)
-class Reference:
-    """What the teacher says about the evaluation images.
+def reference(teacher: Teacher, spec: Any, runtime: Runtime, folder: Path | None = None) -> Predictions:
+    """What the full-precision model says about an evaluation spec's dataset; ``folder`` as in `logits_over`."""
+    return logits_over(teacher.module, teacher, spec, runtime, "full precision", folder)
 
-    Args:
-        logits: float32 ``[n, K]``.
-        labels: ``[n]``.
+
+def measure(
+    model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, fp: Predictions, folder: Path | None = None
+) -> dict[str, Any]:
+    """Accuracy of a quantized model beside the teacher's, in percent; simulated, since it was computed in float.
+
+    Both are measured on the same images: those that can be read.
+
+    Raises:
+        DataError: other images can be read now than when the teacher was measured.
     """
-
-    logits: Tensor
-    labels: Tensor
-
-    def save(self, path: Path) -> None:
-        """Write one safetensors file."""
-        write_tensors(path, {"logits": self.logits, "labels": self.labels})
-
-    @classmethod
-    def load(cls, path: Path) -> "Reference":
-        """Read what `save` wrote."""
-        return cls(**load_file(path))
-
-
-def reference(teacher: Teacher, spec: Any, runtime: Runtime) -> Reference:
-    """The full-precision model's answers over an evaluation spec's dataset."""
-    return Reference(*logits_over(teacher.module, teacher, spec, runtime, "full precision"))
-
-
-def measure(model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, fp: Reference) -> dict[str, Any]:
-    """Accuracy of a quantized model beside the teacher's, in percent; simulated, since it was computed in float."""
-    logits, labels = logits_over(model, teacher, spec, runtime, "quantized")
+    found = logits_over(model, teacher, spec, runtime, "quantized", folder)
+    refuse_changed(found.damaged, fp.damaged)
     return {
-        "images": len(labels),
+        "images": len(found.labels),
+        "damaged": list(found.damaged),
         "fp": accuracy(fp.logits, fp.labels),
-        "quantized": accuracy(logits, labels),
-        "agreement": agreement(logits, fp.logits),
+        "quantized": accuracy(found.logits, found.labels),
+        "agreement": agreement(found.logits, fp.logits),
         "simulated": True,
     }
+
+
+def refuse_changed(damaged: tuple[str, ...], before: tuple[str, ...]) -> None:
+    """Raise a `DataError` where other images can be read now than before: the two could not be compared."""
+    if changed := sorted(set(damaged) ^ set(before)):
+        raise DataError(
+            f"evaluation.dataset: {shortened(changed)} could be read for one of the two models and not for the other; "
+            "look after the disk and measure both again, a run with --fresh"
+        )
+
+
+def left_out(damaged: tuple[str, ...]) -> str:
+    """One line on images that cannot be read."""
+    images, are = ("1 image", "is") if len(damaged) == 1 else (f"{len(damaged):,} images", "are")
+    return f"{images} cannot be read and {are} left out: {shortened(damaged)}"

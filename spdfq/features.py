@@ -3,6 +3,7 @@
 The counterpart of `spdfq.evaluate`, with the same functions.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ import attrs
 import torch
 import torch.nn.functional as F
 from attrs import frozen
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spdfq.errors import DataError, ModelError, RecipeError
-from spdfq.evaluate import accuracy, agreement, logits_over
-from spdfq.files import write_tensors
+from spdfq.evaluate import accuracy, agreement, logits_over, refuse_changed
+from spdfq.files import read_tensors, write_tensors
 from spdfq.models import Teacher
 from spdfq.runtime import Runtime
 
@@ -58,20 +58,28 @@ class Reference:
         features: float32 ``[n, D]``.
         logits: votes of their nearest neighbours, ``[n, K]``.
         labels: ``[n]``.
+        damaged: names of the images that cannot be read; they are not among the ``n``.
     """
 
     features: Tensor
     logits: Tensor
     labels: Tensor
+    damaged: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
-        write_tensors(path, attrs.asdict(self))
+        tensors = {"features": self.features, "logits": self.logits, "labels": self.labels}
+        write_tensors(path, tensors, {"damaged": json.dumps(self.damaged)})
 
     @classmethod
     def load(cls, path: Path) -> "Reference":
-        """Read what `save` wrote."""
-        return cls(**load_file(path))
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: the file is damaged or missing.
+        """
+        tensors, metadata = read_tensors(path, "delete it, or use --fresh")
+        return cls(**tensors, damaged=tuple(json.loads(metadata["damaged"])))
 
 
 def check(spec: Any, teacher: Teacher) -> None:
@@ -95,20 +103,27 @@ def check(spec: Any, teacher: Teacher) -> None:
         )
 
 
-def reference(teacher: Teacher, spec: Any, runtime: Runtime) -> Reference:
-    """The full-precision model's features over an evaluation spec's dataset, and their neighbours in its bank."""
-    return _answers(teacher.module, teacher, spec, runtime, "full precision")
+def reference(teacher: Teacher, spec: Any, runtime: Runtime, folder: Path | None = None) -> Reference:
+    """The full-precision model's features over an evaluation spec's dataset, and their neighbours in its bank.
+
+    Finished batches are kept in ``folder``, so that a killed call can be taken up again.
+    """
+    return _answers(teacher.module, teacher, spec, runtime, "full precision", folder)
 
 
-def measure(model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, fp: Reference) -> dict[str, Any]:
+def measure(
+    model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, fp: Reference, folder: Path | None = None
+) -> dict[str, Any]:
     """k-NN accuracy of a quantized model beside the teacher's, in percent, each with a bank of its own features.
 
     ``similarity`` is the mean cosine of its features to the teacher's. Simulated, since it was computed in float.
     """
-    found = _answers(model, teacher, spec, runtime, "quantized")
+    found = _answers(model, teacher, spec, runtime, "quantized", folder)
+    refuse_changed(found.damaged, fp.damaged)
     return {
         "measure": "k-NN top-1",
         "images": len(found.labels),
+        "damaged": list(found.damaged),
         "bank": len(spec.bank),
         "fp": {"top1": accuracy(fp.logits, fp.labels)["top1"]},
         "quantized": {"top1": accuracy(found.logits, found.labels)["top1"]},
@@ -118,17 +133,23 @@ def measure(model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, fp:
     }
 
 
-def _answers(model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, label: str) -> Reference:
+def _answers(
+    model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, label: str, folder: Path | None
+) -> Reference:
     if spec.bank.classes != spec.dataset.classes:
         raise DataError(
             f"evaluation.bank: has {spec.bank.classes} classes, evaluation.dataset {spec.dataset.classes}; labels are "
             "positions in the list of classes, so both must have the same ones"
         )
-    if len(spec.bank) < NEIGHBOURS:
-        raise DataError(f"evaluation.bank: holds {len(spec.bank)} images; {NEIGHBOURS} neighbours need as many")
     banked = attrs.evolve(spec, dataset=spec.bank)
-    bank, known = logits_over(model, teacher, banked, runtime, f"{label}, bank")
-    features, labels = logits_over(model, teacher, spec, runtime, label)
-    if features.ndim != 2:
-        raise ModelError(f"{teacher.name}: gives features {list(features.shape)} instead of [n, D]; pool them inside")
-    return Reference(features, nearest_neighbours(features, bank, known, spec.dataset.classes), labels)
+    bank = logits_over(model, teacher, banked, runtime, f"{label}, bank", folder and folder / "bank")
+    if len(bank.labels) < NEIGHBOURS:
+        raise DataError(f"evaluation.bank: holds {len(bank.labels)} images; {NEIGHBOURS} neighbours need as many")
+    found = logits_over(model, teacher, spec, runtime, label, folder and folder / "images")
+    if found.logits.ndim != 2:
+        raise ModelError(
+            f"{teacher.name}: gives features {list(found.logits.shape)} instead of [n, D]; pool them inside"
+        )
+    classes = spec.dataset.classes or 1 + max(int(bank.labels.max()), int(found.labels.max()))
+    votes = nearest_neighbours(found.logits, bank.logits, bank.labels, classes)
+    return Reference(found.logits, votes, found.labels, found.damaged)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import asdict, define, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 from torch import Tensor
 
 from spdfq import evaluate, features
@@ -18,13 +18,13 @@ from spdfq.backends import quantize
 from spdfq.backends.place import place
 from spdfq.checkpoint import load_checkpoint, save_quantized
 from spdfq.errors import RecipeError
-from spdfq.evaluate import accuracy
+from spdfq.evaluate import accuracy, left_out
 from spdfq.files import write_text
 from spdfq.models import Teacher, load_teacher
 from spdfq.provenance import data_fingerprints, device_name, git_commit, source_digest, versions
 from spdfq.published import check_full_precision, compare
 from spdfq.ranks import join
-from spdfq.recipe import Recipe, digest, load_recipe, to_toml
+from spdfq.recipe import Evaluation, Recipe, digest, load_recipe, to_toml
 from spdfq.report import write_pictures, write_report
 from spdfq.runtime import Advance, Runtime, make_runtime, silent
 from spdfq.store import STATE, StageRecord, Store, lock_folder, store_beside
@@ -45,8 +45,9 @@ class RunResult:
     Args:
         folder: the run folder.
         recipe: as it was run.
-        metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher, in percent; for a
-            model without a head k-NN top-1, and ``similarity``, the mean cosine of its features to the teacher's.
+        metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher in percent, the
+            number of ``images`` that could be read, and the names of the ``damaged`` ones that could not; for a model
+            without a head k-NN top-1, and ``similarity``, the mean cosine of its features to the teacher's.
         stages: seconds, key, and whether it was reused, for each stage.
     """
 
@@ -113,6 +114,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure the saved model of a run again, on the run's own evaluation section or an overridden one.
 
+    What a killed call had finished is taken up again.
+
     Args:
         folder: of a finished run.
         overrides: ``evaluation.key=value`` (or ``runtime.``) pairs; the model itself is what it is.
@@ -132,14 +135,20 @@ def evaluate_run(
     if not path.is_file():
         raise RecipeError([f"{folder}: not a run folder (it holds no recipe.toml); give the folder a run printed"])
     recipe = load_recipe(str(path), overrides)
+    spec, ranks = recipe.evaluation, join()
     model, _, _ = load_checkpoint(Path(folder) / "quantized")
-    runtime = make_runtime(recipe.runtime, recipe.seed, device, progress)
+    runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
     teacher = load_teacher(recipe.model)
+    saved = (path.parent / "quantized" / "config.json").read_text(encoding="utf-8")
+    key = _key(teacher.fingerprint(), saved, _evaluation_key(spec, _judge(teacher)), runtime.device.type)
     teacher.module.to(runtime.device)
-    features.check(recipe.evaluation, teacher)
+    features.check(spec, teacher)
     judge = _judge(teacher)
-    fp = judge.reference(teacher, recipe.evaluation, runtime)
-    metrics: dict[str, Any] = judge.measure(model.to(runtime.device), teacher, recipe.evaluation, runtime, fp)
+    with store_beside(Path(folder), ranks=ranks).unfinished("again", key) as state:
+        fp = judge.reference(teacher, spec, runtime, state / "fp")
+        metrics: dict[str, Any] = judge.measure(
+            model.to(runtime.device), teacher, spec, runtime, fp, state / "quantized"
+        )
     return metrics
 
 
@@ -182,6 +191,16 @@ def _judge(teacher: Teacher) -> Any:
     return features if teacher.headless else evaluate
 
 
+def _evaluation_key(spec: Evaluation, judge: Any) -> str:
+    if hasattr(spec.dataset, "workers"):  # they decode faster, and change nothing
+        spec = evolve(spec, dataset=evolve(spec.dataset, workers=0))
+    return digest(unstructure(spec), data_fingerprints(spec), source_digest(spec, judge.__name__))
+
+
+def _key(fingerprint: str, *parts: Any) -> str:
+    return digest(fingerprint, versions()["torch"], versions()["timm"], *parts)
+
+
 @define
 class _Run:
     recipe: Recipe
@@ -192,19 +211,24 @@ class _Run:
     announce: Announce
     started: str = field(factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"), init=False)
     fingerprint: str = field(default="", init=False)
+    warnings: list[str] = field(factory=list, init=False)
 
     def result(self) -> RunResult:
-        for warning in self.recipe.warnings():
-            self.announce(f"warning: {warning}")
+        for line in self.recipe.warnings():
+            self._warn(line)
         self.fingerprint = self.teacher.fingerprint()
         self.teacher.module.to(self.runtime.device)
         fp = self._stage("teacher", self._teacher_key(), self._make_reference, self._load_reference)
         by = "k-NN " if self.teacher.headless else ""
         self.announce(f"full precision: {by}top-1 {accuracy(fp.logits, fp.labels)['top1']:.2f} %")
+        if fp.damaged:
+            self._warn(f"evaluation.dataset: {left_out(fp.damaged)}")
         if checked := check_full_precision(self.recipe, self.teacher, fp.logits, fp.labels):
             self.announce(checked)
         images_key = self._images_key()
         images = self._stage("images", images_key, self._make_images, _load_images)
+        if images.damaged:
+            self._warn(f"synthesis.dataset: {left_out(images.damaged)}")
         quantized_key = self._quantized_key(images_key)
         stored = self._stage("quantize", quantized_key, self._make_quantized(images.images), _checkpoint_folder)
         metrics = self._stage(
@@ -223,9 +247,12 @@ class _Run:
         self.announce(f"{name}: {how}")
         return result
 
+    def _warn(self, line: str) -> None:
+        self.warnings.append(line)
+        self.announce(f"warning: {line}")
+
     def _teacher_key(self) -> str:
-        spec = self.recipe.evaluation
-        return self._key(unstructure(spec), data_fingerprints(spec), source_digest(spec, _judge(self.teacher).__name__))
+        return self._key(_evaluation_key(self.recipe.evaluation, _judge(self.teacher)))
 
     def _images_key(self) -> str:
         spec = self.recipe.synthesis
@@ -249,10 +276,10 @@ class _Run:
         return self._key(quantized, self._teacher_key())
 
     def _key(self, *parts: Any) -> str:
-        return digest(self.fingerprint, versions()["torch"], versions()["timm"], *parts)
+        return _key(self.fingerprint, *parts)
 
     def _make_reference(self, folder: Path) -> None:
-        found = _judge(self.teacher).reference(self.teacher, self.recipe.evaluation, self.runtime)
+        found = _judge(self.teacher).reference(self.teacher, self.recipe.evaluation, self.runtime, folder / STATE)
         if self.runtime.ranks.leads:
             found.save(folder / "reference.safetensors")
 
@@ -281,7 +308,8 @@ class _Run:
     def _make_metrics(self, stored: Path, fp: Any) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
             model = load_checkpoint(stored / "quantized", self._blank())[0].to(self.runtime.device)
-            metrics = _judge(self.teacher).measure(model, self.teacher, self.recipe.evaluation, self.runtime, fp)
+            judge, spec = _judge(self.teacher), self.recipe.evaluation
+            metrics = judge.measure(model, self.teacher, spec, self.runtime, fp, folder / STATE)
             if self.runtime.ranks.leads:
                 write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
 
@@ -322,12 +350,16 @@ class _Run:
                 "mean": list(teacher.mean),
                 "std": list(teacher.std),
             },
-            "images": {"type": unstructure(recipe.synthesis, "source")["type"], "count": len(images.images)},
+            "images": {
+                "type": unstructure(recipe.synthesis, "source")["type"],
+                "count": len(images.images),
+                "damaged": list(images.damaged),
+            },
             "backend": _backend(recipe),
             "metrics": metrics,
             "published": compare(recipe, metrics),
             "stages": {name: asdict(record) for name, record in self.store.records.items()},
-            "warnings": recipe.warnings(),
+            "warnings": self.warnings,
         }
 
 

@@ -3,8 +3,8 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,6 +69,24 @@ class Store:
         result = _loaded(folder, load)
         self.records[name] = StageRecord(round(time.monotonic() - start, 3), reused, key)
         return result
+
+    @contextmanager
+    def unfinished(self, name: str, key: str) -> Iterator[Path]:
+        """A folder for the state of work whose result is not kept: it survives a killed run, and nothing else.
+
+        A second run that wants the same folder waits for the first.
+        """
+        folder = self.root / f"{name}-{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")) if self.ranks.leads else nullcontext():
+            try:
+                yield folder
+                self.ranks.wait()
+            except SpdfqError:  # what is wrong may be in the state: after the remedy, begin anew
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            if self.ranks.leads:
+                shutil.rmtree(folder)
 
     def _found(self, folder: Path) -> bool:
         """Whether the stage is finished; where it is not, its folder is made ready."""

@@ -17,7 +17,7 @@ CLI = ROOT.parent / "cli"
 # bottom first; a room imports from its own layer and those below
 LAYERS = [
     {"errors", "toml", "files", "ranks", "registry", "structure", "recipefile", "recipe", "runtime", "attention"},
-    {"zoo", "architectures", "models", "data", "losses", "quantizers"},
+    {"zoo", "architectures", "models", "data", "predictions", "losses", "quantizers"},
     {"synth", "backends", "evaluate", "features", "export"},
     {"checkpoint", "store", "provenance", "published", "report"},
     {"pipeline", "api"},
@@ -65,7 +65,8 @@ PUBLIC = {
 ALSO_PUBLIC = {
     "spdfq.attention": {"record_attention", "AttentionRecord", "CLASS_ATTENTION", "ATTENTION_OUTPUTS"}
     | {"QUERIES_AND_KEYS"},
-    "spdfq.data": {"FashionMnist", "ImageFolder"},
+    "spdfq.data": {"Batch", "DecodedImages", "FashionMnist", "ImageFolder", "ImageList", "LabelledImages", "Parquet"}
+    | {"WebDataset"},
     "spdfq.errors": {"SpdfqError", "RecipeError", "ModelError", "DataError", "NonFiniteError"},
     "spdfq.evaluate": {"accuracy", "agreement", "logits_over"},
     "spdfq.features": {"nearest_neighbours", "similarity"},

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from spdfq_cli.main import main
+from spdfq_cli.run import accuracy
 
 from spdfq import pipeline, toml
 from spdfq.commented import commented
@@ -158,6 +159,12 @@ def test_run_hands_its_options_to_the_pipeline_and_sums_up_on_standard_output(ca
     assert "top-1      91.25 % FP -> 88.50 % quantized (simulated), 2000 images\n" in result.stdout
     assert "seconds    images 2.0, quantize 0.1 (reused)\n" in result.stdout
     assert f"report     {tmp_path / 'report.html'}\n" in result.stdout
+
+
+def test_damaged_images_are_counted_and_named_beside_the_accuracy():
+    lines = accuracy({**RECORD["metrics"], "damaged": ["a.png", "b.png"]})
+    assert lines[2:] == ["damaged    2 images cannot be read and are left out: a.png, b.png"]
+    assert len(accuracy(RECORD["metrics"])) == 2
 
 
 def test_run_leaves_unsaid_options_to_the_pipeline(calls):

@@ -45,9 +45,9 @@ def own(**changes):
 def test_bundled_models_name_at_least_88_percent_of_the_bundled_test_images_right(name):
     teacher = load_teacher(ModelSpec(name=f"bundled:{name}"))
     dataset = FashionMnist()
-    logits, labels = logits_over(teacher.module, teacher, Evaluation(dataset=dataset), Runtime(), "test")
-    assert (len(logits), labels.bincount().tolist()) == (2000, [200] * 10)
-    assert accuracy(logits, labels)["top1"] >= 88.0
+    found = logits_over(teacher.module, teacher, Evaluation(dataset=dataset), Runtime(), "test")
+    assert (len(found.logits), found.labels.bincount().tolist()) == (2000, [200] * 10)
+    assert accuracy(found.logits, found.labels)["top1"] >= 88.0
     assert teacher.parameters <= 1_200_000
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_teacher import tiny_teacher
 
 import spdfq
-from spdfq import provenance
+from spdfq import evaluate, predictions, provenance
 from spdfq.checkpoint import save_quantized
 from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.pipeline import check, evaluate_run, run
@@ -115,7 +115,7 @@ def test_run_json_says_what_was_run_and_what_came_of_it(finished, recipe):
         **{"name": "bundled:vit_fmnist", "parameters": 678_730, "input_size": [1, 28, 28], "num_classes": 10},
         **{"mean": [0.286], "std": [0.353]},
     }
-    assert record["images"] == {"type": "optimize", "count": IMAGES}
+    assert record["images"] == {"type": "optimize", "count": IMAGES, "damaged": []}
     steps = ["calibrate", "blockwise"]
     assert record["backend"] == {"label": "W4A4", "placement": "matmul_inputs", "steps": steps}
     assert (record["device"], record["precision"], record["threads"], record["seed"]) == ("cpu", "float32", 1, 0)
@@ -127,7 +127,7 @@ def test_the_metrics_are_those_of_the_saved_model(finished, photos):
     teacher = spdfq.load_teacher("bundled:vit_fmnist")
     batches = list(finished.recipe.evaluation.dataset.batches(teacher, 10))
     assert len(batches) == 1
-    pixels, labels = batches[0]
+    pixels, labels, _ = batches[0]
     with torch.no_grad():
         ours, theirs = model(pixels).argmax(1), teacher.module(pixels).argmax(1)
     assert finished.metrics["images"] == 10
@@ -182,6 +182,8 @@ def test_a_second_run_reuses_every_stage_and_says_so(finished, recipe):
     ("override", "kept"),
     [
         ("evaluation.batch=10", ["images", "quantize"]),
+        ("evaluation.dataset.workers=3", STAGES),
+        ("evaluation.dataset.limit=5", ["images", "quantize"]),
         ("quantization.weights.bits=3", ["teacher", "images"]),
         ("quantization.steps.1.lr=2e-3", ["teacher", "images"]),
         ("synthesis.losses.total_variation.weight=0.1", ["teacher"]),
@@ -285,6 +287,41 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(finished, recipe, t
     assert torch.equal(images_of(result).curves, images_of(finished).curves)
     assert result.metrics == finished.metrics
     assert not list((out.parent / ".store").glob("*/state"))
+
+
+def interrupt_after(monkeypatch, batches):
+    """Ctrl-C before an evaluation's next batch; gives the list of the batches that are computed, by their start."""
+    computed, predict = [], evaluate._batch_by_batch
+
+    def watched(*arguments):
+        for start, found in predict(*arguments):
+            if len(computed) == batches:
+                raise KeyboardInterrupt
+            computed.append(start)
+            yield start, found
+
+    monkeypatch.setattr(evaluate, "_batch_by_batch", watched)
+    monkeypatch.setattr(predictions, "SAVE_SECONDS", 0.0)
+    return computed
+
+
+# batches of 4, 4 and 2 images, first for the teacher and then for the quantized model
+@pytest.mark.parametrize(("batches", "rest", "kept"), [(2, [8, 0, 4, 8], []), (4, [4, 8], STAGES[:3])])
+def test_an_interrupted_evaluation_goes_on_with_the_next_batch(
+    finished, recipe, tmp_path, monkeypatch, batches, rest, kept
+):
+    store = shutil.copytree(finished.folder.parent / ".store", tmp_path / "store")
+    again = {"out": tmp_path / "runs/x", "store": store, "overrides": ["evaluation.batch=4"]}
+    interrupt_after(monkeypatch, batches)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, **again)
+    monkeypatch.undo()
+    computed = interrupt_after(monkeypatch, None)
+    result = run(recipe, **again)
+    assert computed == rest
+    assert reused(result) == (kept or STAGES[1:3])
+    assert result.metrics == finished.metrics
+    assert not list(store.glob("*/state"))
 
 
 def test_a_folder_that_is_being_written_is_refused_and_free_again_afterwards(finished, recipe, tmp_path):
@@ -391,6 +428,64 @@ def test_a_run_can_be_evaluated_on_other_images(finished, photos, tmp_path):
     for label in "012":
         (copied / label / "0.png").unlink()
     assert evaluate_run(str(finished.folder), overrides=[f"evaluation.dataset.root='{copied}'"])["images"] == 7
+
+
+@pytest.mark.parametrize(("batches", "rest"), [(1, [5, 0, 5]), (3, [5])])
+def test_evaluating_a_run_again_goes_on_where_it_was_interrupted(finished, monkeypatch, batches, rest):
+    store = finished.folder.parent / ".store"
+    before = {path for path in store.rglob("*") if path.suffix != ".lock"}
+    interrupt_after(monkeypatch, batches)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(finished.folder)
+    monkeypatch.undo()
+    computed = interrupt_after(monkeypatch, None)
+    assert evaluate_run(finished.folder) == finished.metrics
+    assert computed == rest
+    assert {path for path in store.rglob("*") if path.suffix != ".lock"} == before, "no state is left"
+
+
+# damaged images
+
+
+@pytest.fixture
+def damaged(photos, tmp_path):
+    """The folder of photos with one that is cut off, as a recipe's dataset."""
+    copied = shutil.copytree(photos, tmp_path / "photos")
+    photo = copied / "3" / "0.png"
+    photo.write_bytes(photo.read_bytes()[:200])
+    return {"type": "image_folder", "root": str(copied)}
+
+
+def test_damaged_images_are_left_out_and_named_in_the_record_and_in_a_warning(finished, recipe, damaged):
+    said = []
+    changed = {**recipe, "evaluation": {"dataset": damaged}}
+    result = again(finished, changed, "damaged", announce=said.append)
+    assert (result.metrics["images"], result.metrics["damaged"]) == (9, ["3/0.png"])
+    record = json.loads((result.folder / "run.json").read_text())
+    assert record["metrics"] == result.metrics
+    line = "evaluation.dataset: 1 image cannot be read and is left out: 3/0.png"
+    assert record["warnings"] == [line]
+    assert f"warning: {line}" in said
+    assert line in (result.folder / "report.html").read_text()
+    assert again(finished, changed, "damaged", announce=said.append).metrics == result.metrics
+    assert said.count(f"warning: {line}") == 2, "also where the stage is reused"
+
+
+def test_damaged_images_stop_a_run_that_refuses_them(finished, recipe, damaged):
+    refusing = {**recipe, "evaluation": {"dataset": {**damaged, "damaged": "refuse"}}}
+    with pytest.raises(
+        DataError, match=r"^image_folder: 3/0.png: not a readable image \(.*; replace it, or set damaged"
+    ):
+        again(finished, refusing, "refused")
+
+
+def test_damaged_images_among_real_ones_for_calibration_are_named(finished, recipe, damaged):
+    real = {"synthesis": {"type": "real", "images": 9, "dataset": damaged}}
+    base = {**recipe, "extends": [name for name in recipe["extends"] if not name.startswith("images/")]}
+    result = again(finished, {**base, **real, "quantization": {"steps": STEPS[:1]}}, "real")
+    record = json.loads((result.folder / "run.json").read_text())
+    assert record["images"] == {"type": "real", "count": 9, "damaged": ["3/0.png"]}
+    assert record["warnings"] == ["synthesis.dataset: 1 image cannot be read and is left out: 3/0.png"]
 
 
 def test_a_finished_run_is_not_changed_by_evaluating_it(finished):

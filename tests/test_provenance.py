@@ -113,7 +113,7 @@ def test_reading_recipes_and_writing_files_is_no_part_of_a_result():
     recipe = load_recipe("quickstart")
     for module in ("spdfq", "spdfq.recipe", "spdfq.registry", "spdfq.structure", "spdfq.files", "spdfq.pipeline"):
         assert not belongs(module, recipe)
-    assert belongs("spdfq.data", recipe)
+    assert belongs("spdfq.data.fashion_mnist", recipe)
 
 
 def test_components_of_a_script_and_of_an_interpreter_have_a_digest(tmp_path, monkeypatch):

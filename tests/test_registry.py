@@ -18,6 +18,9 @@ EVERYTHING = [
 
 REQUIRED = {
     "image_folder": {"root": "val"},
+    "image_list": {"root": "val", "labels": "val.txt"},
+    "parquet": {"files": "val-*.parquet"},
+    "webdataset": {"files": "val-*.tar"},
     "real": {"dataset": "fashion_mnist"},
     "optimize": {"losses": {"total_variation": {}}},
 }
@@ -177,7 +180,8 @@ print(r.datasets.entry("fashion_mnist").module, r.plugin_failures["greedy"].part
 
 def test_plugins_come_after_the_built_in_components_of_every_kind():
     done = subprocess.run([sys.executable, "-c", GREEDY], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.startswith("spdfq.data SpdfqError: dataset 'fashion_mnist' is already registered by spdfq.data:")
+    taken = "dataset 'fashion_mnist' is already registered by spdfq.data.fashion_mnist:"
+    assert done.stdout.startswith(f"spdfq.data.fashion_mnist SpdfqError: {taken}")
 
 
 # contracts: everything registered

@@ -5,6 +5,7 @@ import torch
 from attrs import evolve
 from tiny_teacher import RUNTIME, SIDE, recipe, tiny_teacher
 
+from spdfq.data import Batch
 from spdfq.errors import DataError
 from spdfq.runtime import Runtime
 from spdfq.synth import GaussianNoise, RealImages, SyntheticImages
@@ -51,7 +52,7 @@ class Numbered:
     def batches(self, teacher, batch, indices):
         pixels = torch.tensor(indices).float().view(-1, 1, 1, 1).expand(-1, *teacher.input_size)
         for images in pixels.split(batch):
-            yield images, torch.zeros(len(images), dtype=torch.long)
+            yield Batch(images, torch.zeros(len(images), dtype=torch.long))
 
 
 def test_real_images_are_drawn_without_repeats_over_the_whole_set():
@@ -66,3 +67,33 @@ def test_real_images_are_drawn_without_repeats_over_the_whole_set():
 def test_more_real_images_than_there_are_is_one_clear_error():
     with pytest.raises(DataError, match=r"synthesis\.images: 200 asked for, but the dataset holds 150"):
         RealImages(images=200, dataset=Numbered()).synthesize(tiny_teacher(), RUNTIME)
+
+
+class Holed(Numbered):
+    """Every third image is damaged."""
+
+    def batches(self, teacher, batch, indices):
+        for start in range(0, len(indices), batch):
+            part = indices[start : start + batch]
+            good = [index for index in part if index % 3]
+            (found,) = super().batches(teacher, batch, good) if good else (Batch(torch.empty(0, 3, SIDE, SIDE), None),)
+            yield found._replace(damaged=tuple(str(index) for index in part if not index % 3))
+
+
+def test_the_next_of_the_draw_stands_in_for_a_damaged_image_which_is_named(tmp_path):
+    drawn = RealImages(images=70, dataset=Holed()).synthesize(tiny_teacher(), RUNTIME)
+    numbers = [int(number) for number in drawn.images[:, 0, 0, 0]]
+    order = torch.randperm(150, generator=RUNTIME.generator("real")).tolist()
+    assert numbers == [index for index in order if index % 3][:70]
+    assert list(map(int, drawn.damaged)) == [index for index in order[: order.index(numbers[-1])] if not index % 3]
+    drawn.save(tmp_path / "synthetic.safetensors")
+    assert SyntheticImages.load(tmp_path / "synthetic.safetensors").damaged == drawn.damaged != ()
+
+
+def test_fewer_readable_images_than_are_asked_for_are_one_clear_error():
+    assert len(RealImages(images=100, dataset=Holed()).synthesize(tiny_teacher(), RUNTIME).images) == 100
+    with pytest.raises(
+        DataError,
+        match=r"synthesis\.images: 101 asked for, but only 100 of the dataset's 150 images can be read; the first that",
+    ):
+        RealImages(images=101, dataset=Holed()).synthesize(tiny_teacher(), RUNTIME)

@@ -98,6 +98,26 @@ def test_the_store_lies_beside_the_run_folder_or_where_the_environment_says(tmp_
     assert store_beside(tmp_path / "runs/quickstart").root == tmp_path / "elsewhere"
 
 
+def test_state_of_work_that_is_not_kept_survives_what_kills_it_alone(tmp_path):
+    store, seen = Store(tmp_path), []
+
+    def work(error=None):
+        with store.unfinished("again", "abc") as folder:
+            seen.append([path.name for path in folder.iterdir()])
+            (folder / "half").touch()
+            if error:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        work(KeyboardInterrupt())
+    with pytest.raises(SpdfqError):
+        work(SpdfqError("mend it"))
+    work()
+    work()
+    assert seen == [[], ["half"], [], []]
+    assert not (tmp_path / "again-abc").exists()
+
+
 HOLD = """
 import sys
 from filelock import FileLock

@@ -30,6 +30,7 @@ class SyntheticImages:
         prior: ``[m, blocks, h, w]`` attention priors of the first images' first head; empty where there are none.
         reached: likewise, the attention that was reached.
         first_block: number of the first block of ``prior``.
+        damaged: names of real images that were drawn and could not be read.
     """
 
     images: Tensor
@@ -41,12 +42,14 @@ class SyntheticImages:
     prior: Tensor = field(factory=lambda: torch.zeros(0))
     reached: Tensor = field(factory=lambda: torch.zeros(0))
     first_block: int = 0
+    damaged: tuple[str, ...] = ()
 
     _TENSORS: ClassVar = ("images", "boxes", "owners", "labels", "curves", "prior", "reached")
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; a crash leaves none or the one that was there."""
         metadata = {"columns": json.dumps(self.columns), "first_block": str(self.first_block)}
+        metadata |= {"damaged": json.dumps(self.damaged)} if self.damaged else {}
         write_tensors(path, {name: getattr(self, name) for name in self._TENSORS}, metadata)
 
     @classmethod
@@ -58,8 +61,12 @@ class SyntheticImages:
         """
         tensors, metadata = read_tensors(path, _REMEDY)
         try:
-            columns, first_block = tuple(json.loads(metadata["columns"])), int(metadata["first_block"])
-            return cls(**{name: tensors[name] for name in cls._TENSORS}, columns=columns, first_block=first_block)
+            return cls(
+                **{name: tensors[name] for name in cls._TENSORS},
+                columns=tuple(json.loads(metadata["columns"])),
+                first_block=int(metadata["first_block"]),
+                damaged=tuple(json.loads(metadata.get("damaged", "[]"))),
+            )
         except (KeyError, ValueError) as error:
             raise DataError(f"{path}: not synthetic images of spdfq ({error}); {_REMEDY}") from None
 

@@ -46,10 +46,21 @@ class RealImages(Source):
     dataset: Any = component("dataset")
 
     def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
-        """Draw the images."""
+        """Draw the images; for one that cannot be read, the next of the draw."""
         available = len(self.dataset)
         if available < self.images:
             raise DataError(f"synthesis.images: {self.images} asked for, but the dataset holds {available}")
-        chosen = torch.randperm(available, generator=runtime.generator("real"))[: self.images]
-        found = [images for images, _ in self.dataset.batches(teacher, 64, chosen.tolist())]
-        return SyntheticImages(images=torch.cat(found))
+        order = torch.randperm(available, generator=runtime.generator("real")).tolist()
+        found: list[torch.Tensor] = []
+        damaged: list[str] = []
+        while missing := self.images - sum(map(len, found)):
+            seen = self.images - missing + len(damaged)
+            if seen == available:
+                raise DataError(
+                    f"synthesis.images: {self.images} asked for, but only {self.images - missing} of the dataset's "
+                    f"{available} images can be read; the first that cannot is {damaged[0]}"
+                )
+            for batch in self.dataset.batches(teacher, 64, order[seen : seen + missing]):
+                found.append(batch.images)
+                damaged.extend(batch.damaged)
+        return SyntheticImages(images=torch.cat(found), damaged=tuple(damaged))

@@ -1,0 +1,100 @@
+"""Files that list images and their classes: ``name class`` lines, and the solution file of Kaggle's ImageNet."""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from attrs import frozen
+
+from spdfq.data.imagenet import synsets
+from spdfq.errors import DataError
+
+_KAGGLE = "ImageId,PredictionString"
+_SYNSET = re.compile(r"n\d{8}")
+_CLASSES = "the classes of a file are numbers from 0 on, or all of them synsets of ImageNet-1k (n01751748)"
+_WANTED = "expected 'name class' on each line, or Kaggle's LOC_val_solution.csv"
+
+
+@frozen
+class Labels:
+    """Images and their classes.
+
+    Args:
+        items: name and label of each image, in the file's order.
+        classes: how many there are; ``None`` where the file has bare numbers.
+    """
+
+    items: tuple[tuple[str, int], ...]
+    classes: int | None
+
+
+def read_labels(path: Path) -> Labels:
+    """Read a file of labels.
+
+    Raises:
+        DataError: it is missing or something else; the message names the first line that does not fit.
+    """
+    lines = _lines(path)
+    numbers: bool | None = None
+    items: dict[str, int] = {}
+    for line, name, label in _kaggle(path, lines) if lines[0] == _KAGGLE else _plain(path, lines):
+        if name in items:
+            raise _wrong(path, line, f"{name} is listed twice")
+        numbers = label.isdecimal() if numbers is None else numbers
+        items[name] = _number(path, line, label) if numbers else _position(path, line, label)
+    return Labels(tuple(items.items()), None if numbers else len(synsets()))
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise DataError(f"image_list: {path}: no such file; give labels = 'path/to/labels.txt'")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"image_list: {path}: not a text file; {_WANTED}") from None
+    if not any(map(str.strip, lines)):
+        raise DataError(f"image_list: {path}: is empty; {_WANTED}")
+    return lines
+
+
+def _plain(path: Path, lines: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Line number, name and class."""
+    for number, line in enumerate(lines, 1):
+        found = line.rsplit(maxsplit=1)
+        if len(found) == 2:
+            yield number, found[0], found[1]
+        elif line.strip().isdecimal():
+            raise _wrong(
+                path,
+                number,
+                f"{line.strip()!r} names no image (the ground truth of ILSVRC's development kit numbers the classes in "
+                f"an order of its own); {_WANTED}",
+            )
+        elif found:
+            raise _wrong(path, number, f"{line!r} is no name and class; {_WANTED}")
+
+
+def _kaggle(path: Path, lines: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Line number, name and class: that of the first object, as all objects of an image are of one class."""
+    for number, row in enumerate(csv.reader(lines[1:]), 2):
+        if len(row) != 2 or not row[1].split():
+            raise _wrong(path, number, f"{','.join(row)!r} is no image id and prediction string")
+        yield number, f"{row[0]}.JPEG", row[1].split()[0]
+
+
+def _number(path: Path, line: int, label: str) -> int:
+    if not label.isdecimal():
+        raise _wrong(path, line, f"{label!r} is no number; {_CLASSES}")
+    return int(label)
+
+
+def _position(path: Path, line: int, label: str) -> int:
+    if label not in synsets():
+        kind = "class of ImageNet-1k" if _SYNSET.fullmatch(label) else "synset"
+        raise _wrong(path, line, f"{label!r} is no {kind}; {_CLASSES}")
+    return synsets()[label]
+
+
+def _wrong(path: Path, line: int, what: str) -> DataError:
+    return DataError(f"image_list: {path}, line {line}: {what}")

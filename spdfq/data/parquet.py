@@ -1,0 +1,137 @@
+"""Parquet shards as Hugging Face writes them, by pyarrow, which is an extra."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from spdfq.data.decoded import DecodedImages, Entry
+from spdfq.data.shards import matching, stamp
+from spdfq.errors import DataError
+from spdfq.registry import datasets
+
+_IMAGE, _LABEL = "image", "label"
+
+
+@datasets.register("parquet")
+@frozen(kw_only=True)
+class Parquet(DecodedImages):
+    """Parquet shards as Hugging Face stores images: a column ``image`` of ``{bytes, path}``, and a column ``label``.
+
+    Needs pyarrow: ``pip install 'spdfq[shards]'``. Images come file by file in alphabetical order, and are resized,
+    cropped and normalised as timm evaluates the model.
+
+    Args:
+        files: the shards, for example ``"imagenet-1k/data/validation-*.parquet"``.
+        workers: processes that decode images.
+        damaged: what becomes of an image that cannot be read: ``skip`` leaves it out of the result, which names it;
+            ``refuse`` stops there.
+        limit: how many images are used; all where it is left out.
+        subset_seed: which ones: a random draw of this seed, kept in the dataset's order.
+    """
+
+    files: str
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the labels count; ``None`` where the shards do not say it."""
+        found = {shard.classes for shard in self._shards()}
+        if len(found) > 1:
+            raise DataError(f"parquet: {self.files}: the shards are of several datasets; give a narrower pattern")
+        return found.pop()
+
+    def entries(self) -> list[Entry]:
+        """Every row of every shard."""
+        return [
+            Entry(f"{shard.path.name} row {row}", label, place)
+            for shard in self._shards()
+            for row, (label, place) in enumerate(zip(shard.labels, shard.places(), strict=True))
+        ]
+
+    def reader(self) -> Callable[[Any], Path | BytesIO]:
+        """Reads a row's image; the row group that the last one was in is kept."""
+        return _Rows()
+
+    def size(self, entry: Entry) -> int:
+        """Of the shard."""
+        return entry.place[0].stat().st_size
+
+    def _shards(self) -> list["_Shard"]:
+        return [_shard(path, stamp(path)) for path in matching("parquet", self.files)]
+
+
+@frozen
+class _Shard:
+    path: Path
+    labels: list[int]
+    groups: list[int]
+    classes: int | None
+
+    def places(self) -> list[tuple[Path, int, int]]:
+        """File, row group, and row in the group, of each row."""
+        return [(self.path, group, row) for group, rows in enumerate(self.groups) for row in range(rows)]
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError("parquet: needs pyarrow, which is not installed: pip install 'spdfq[shards]'") from None
+    return pyarrow
+
+
+@cache
+def _shard(path: Path, stamp: Any) -> _Shard:
+    pyarrow = _pyarrow()
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check(path, file.schema_arrow, pyarrow)
+            labels = file.read([_LABEL], use_threads=False).column(_LABEL).to_pylist()
+            groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+            classes = _classes(file.schema_arrow.metadata or {})
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"parquet: {path}: damaged, or not a Parquet file ({error}); fetch it again") from None
+    if any(label is None or label < 0 for label in labels):
+        raise DataError(f"parquet: {path}: has rows without a label, as test splits do; give another split")
+    return _Shard(path, labels, groups, classes)
+
+
+def _check(path: Path, schema: Any, pyarrow: Any) -> None:
+    types: dict[str, Any] = dict(zip(schema.names, schema.types, strict=True))
+    image, label = types.get(_IMAGE), types.get(_LABEL)
+    parts = {part.name: part.type for part in image} if image is not None and pyarrow.types.is_struct(image) else {}
+    encoded = parts.get("bytes") in (pyarrow.binary(), pyarrow.large_binary())
+    if not (encoded and label is not None and pyarrow.types.is_integer(label)):
+        columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        raise DataError(
+            f"parquet: {path}: needs a column image of {{bytes, path}} and a column label of whole numbers; it has "
+            f"{columns}"
+        )
+
+
+def _classes(metadata: dict[bytes, bytes]) -> int | None:
+    """The number of class names that Hugging Face wrote beside the schema."""
+    try:
+        return len(json.loads(metadata[b"huggingface"])["info"]["features"][_LABEL]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+@frozen
+class _Rows:
+    """Opens its files in the process that reads them, without threads: it may be a fork."""
+
+    kept: dict[tuple[Path, int], Any] = field(factory=dict)
+
+    def __call__(self, place: tuple[Path, int, int]) -> BytesIO:
+        path, group, row = place
+        if (path, group) not in self.kept:
+            self.kept.clear()
+            with _pyarrow().parquet.ParquetFile(path) as file:
+                table = file.read_row_group(group, [f"{_IMAGE}.bytes"], use_threads=False)
+            self.kept[path, group] = table.column(_IMAGE)
+        return BytesIO(self.kept[path, group][row]["bytes"].as_py())
