@@ -150,8 +150,9 @@ def test_every_page_is_in_the_table_of_contents():
 
 def test_the_recipes_in_the_documentation_load():
     """A part is completed by the quickstart; what extends something or states its schema is whole by itself."""
-    found = [tomllib.loads(code) for page in ("recipes.md", "own-model.md") for code in blocks(DOCS / page, "toml")]
-    assert len(found) == 6
+    pages = ("recipes.md", "own-model.md", "data.md")
+    found = [tomllib.loads(code) for page in pages for code in blocks(DOCS / page, "toml")]
+    assert len(found) == 9
     for data in found:
         load_recipe(data if {"extends", "schema"} & data.keys() else {"extends": ["quickstart"], **data})
 
