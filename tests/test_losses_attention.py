@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spdfq.attention import ATTENTION_OUTPUTS, QUERIES_AND_KEYS, AttentionRecord, record_attention
 from spdfq.errors import SpdfqError
@@ -71,6 +72,36 @@ def test_chunks_cover_every_row_once_and_keep_to_the_limit(rows, elements):
     assert [row for chunk in found for row in range(rows)[chunk]] == list(range(rows))
     longest = max(len(range(rows)[chunk]) for chunk in found)
     assert longest == 1 or longest * elements <= 2**18
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor any operator returned, in elements."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("loss", [HeadSimilarityLoss, PatchSimilarityEntropyLoss])
+@pytest.mark.parametrize("limit", [2**11, 2**20])
+def test_no_tensor_of_the_size_of_all_pairs_is_ever_there(loss, limit, monkeypatch):
+    monkeypatch.setattr(chunks, "_ELEMENTS_CPU", limit)
+    images, heads, tokens, dim = 2, 4, 64, 6
+    given = [random(images, heads, tokens, dim, seed=seed).requires_grad_() for seed in range(3)]
+    record = AttentionRecord(queries=given[:1], keys=given[1:2], attention_outputs=given[2:])
+    with Largest() as largest:
+        value = loss()(LossInputs(images=torch.zeros(images, 1, 8, 8), attention=record))
+        torch.autograd.grad(value, given, allow_unused=True)
+    pairs = images * tokens**2
+    if limit < pairs:
+        assert largest.numel <= max(2 * limit, given[0].numel()) < pairs
+    else:
+        assert largest.numel >= pairs, "the watcher must see them where they are allowed"
 
 
 # patch similarity entropy

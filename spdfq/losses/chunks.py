@@ -9,8 +9,13 @@ _ELEMENTS_CPU = 2**18
 _ELEMENTS = 2**24
 
 
+def chunk_length(elements: int, device: torch.device) -> int:
+    """How many rows of so many elements suit the device at a time; at least one."""
+    limit = _ELEMENTS_CPU if device.type == "cpu" else _ELEMENTS
+    return max(1, limit // max(1, elements))
+
+
 def row_chunks(rows: int, elements: int, device: torch.device) -> Iterator[slice]:
     """Slices that cover ``rows`` rows of ``elements`` elements each, as many at a time as suit the device."""
-    limit = _ELEMENTS_CPU if device.type == "cpu" else _ELEMENTS
-    step = max(1, limit // max(1, elements))
+    step = chunk_length(elements, device)
     yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))

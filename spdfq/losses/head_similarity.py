@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from spdfq.attention import QUERIES_AND_KEYS, AttentionRecord
 from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
-from spdfq.losses.chunks import row_chunks
+from spdfq.losses.chunks import chunk_length
 from spdfq.registry import losses
 
 _C1, _C2 = 0.01**2, 0.03**2
@@ -90,17 +90,21 @@ def recorded_head_similarity(record: AttentionRecord) -> Tensor:
 
 def _over_chunks(query: Tensor, key: Tensor) -> Tensor:
     windows, heads, queries, _ = query.shape
-    chunks = row_chunks(queries, windows * heads * key.shape[-2], query.device)
+    row = heads * key.shape[-2]
+    together, rows = chunk_length(row * queries, query.device), chunk_length(row, query.device)
+    # split, whose gradient is one concatenation: that of a slice is as large as the whole, for each slice
     parts = [
-        checkpoint(_summed, query[:, :, rows], key, use_reentrant=False, preserve_rng_state=False) for rows in chunks
+        checkpoint(_summed, some, keys, use_reentrant=False, preserve_rng_state=False)
+        for image, keys in zip(query.split(together), key.split(together), strict=True)
+        for some in image.split(rows, dim=-2)
     ]
-    return torch.stack(parts).sum() / queries
+    return torch.stack(parts).sum() / (windows * queries)
 
 
 def _summed(query: Tensor, key: Tensor) -> Tensor:
-    """The similarity times the number of queries."""
+    """The similarity times the number of queries and images."""
     scores = at_least_float32(query) @ at_least_float32(key).mT
-    return head_similarity(scores) * query.shape[-2]
+    return head_similarity(scores) * (len(query) * query.shape[-2])
 
 
 @losses.register("head_similarity", paper="arXiv:2407.20021")
