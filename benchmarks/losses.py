@@ -1,0 +1,205 @@
+"""Memory and time of two losses over pairs, beside their direct formulations, forward and backward.
+
+At the size of ViT-S with 256 patches, for a group of 32 images and 12 blocks: patch similarity entropy beside a
+broadcast cosine and the whole kernel density tensor, and head similarity beside a broadcast of all pairs of maps. Time:
+the two ways take turns block by block in one process, so that a busy machine slows both. Memory (on Linux): each way
+runs all blocks in a process of its own; what counts is by how much its peak exceeds what was there before. Where the
+direct way would not fit into memory, its peak follows from those of one and two blocks, since each block adds the same.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spdfq.attention import AttentionRecord
+from spdfq.losses.functional import patch_similarity_entropy
+from spdfq.losses.head_similarity import recorded_head_similarity
+from spdfq.provenance import device_name, git_commit, versions
+
+IMAGES, TOKENS, HEADS, DIM, BLOCKS = 32, 256, 6, 64, 12
+TARGETS = {"memory": 1 / 10, "time": 1 / 3, "value": 1e-4}
+Operands = list[Tensor]
+
+
+def entropy(operands: Operands) -> Tensor:
+    return patch_similarity_entropy(operands[0])
+
+
+def direct_entropy(operands: Operands) -> Tensor:
+    (features,) = operands
+    similarity = F.cosine_similarity(features.unsqueeze(1), features.unsqueeze(2), dim=-1).flatten(1)
+    low, high = (end.item() for end in similarity.detach().aminmax())
+    points = torch.linspace(low, high, 10, device=features.device)
+    distance = (points.view(1, -1, 1) - similarity.unsqueeze(1)) / 0.01
+    density = (-0.5 * distance.square()).exp().mean(-1) / (0.01 * math.sqrt(2 * math.pi)) + 1e-4
+    return torch.trapezoid(-density * density.log(), points, dim=-1).mean()
+
+
+def similarity(operands: Operands) -> Tensor:
+    query, key = operands
+    return recorded_head_similarity(AttentionRecord(queries=[query], keys=[key])).mean()
+
+
+def direct_similarity(operands: Operands) -> Tensor:
+    query, key = operands
+    scores = (query @ key.mT).transpose(1, 2)
+    low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+    maps = (scores - low) / (high - low)
+    mean, power = maps.mean(-1), maps.square().mean(-1)
+    variance = power - mean.square()
+    product = mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    covariance = (maps.unsqueeze(2) * maps.unsqueeze(3)).mean(-1) - product
+    above = (2 * product + 1e-4) * (2 * covariance + 9e-4)
+    squares, variances = (x.unsqueeze(-1) + x.unsqueeze(-2) for x in (mean.square(), variance))
+    ssim = above / ((squares + 1e-4) * (variances + 9e-4))
+    others = ~torch.eye(HEADS, dtype=torch.bool, device=query.device)
+    return ssim[..., others].square().mean()
+
+
+LOSSES: dict[str, dict[str, Callable[[Operands], Tensor]]] = {
+    "patch_similarity_entropy": {"ours": entropy, "direct": direct_entropy},
+    "head_similarity": {"ours": similarity, "direct": direct_similarity},
+}
+
+
+def operands(loss: str, block: int, device: str) -> Operands:
+    """What a block hands to a loss; tokens have something in common, so that similarities spread."""
+    generator = torch.Generator().manual_seed(block)
+    shapes = {
+        "patch_similarity_entropy": [(IMAGES, TOKENS, DIM)],
+        "head_similarity": 2 * [(IMAGES, HEADS, TOKENS, DIM)],
+    }
+    made = []
+    for shape in shapes[loss]:
+        common = torch.randn(*shape[:-2], 1, shape[-1], generator=generator)
+        made.append((common + torch.randn(shape, generator=generator)).to(device).requires_grad_())
+    return made
+
+
+def work(function: Callable[[Operands], Tensor], blocks: list[Operands]) -> float:
+    """All blocks alive until the gradient of their sum, as in a synthesis."""
+    total = torch.stack([function(block) for block in blocks]).sum()
+    torch.autograd.grad(total, [tensor for block in blocks for tensor in block])
+    return total.item()
+
+
+def peak_in_this_process(loss: str, way: str, blocks: int, device: str) -> dict[str, float]:
+    """Mebibytes by which the peak exceeds what was there before, and the value."""
+    work(LOSSES[loss][way], [[tensor[:1] for tensor in operands(loss, 0, device)]])
+    ready = [operands(loss, block, device) for block in range(blocks)]
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        value = work(LOSSES[loss][way], ready)
+        return {"mib": (torch.cuda.max_memory_allocated() - before) / 2**20, "value": value}
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident_mib("VmRSS")
+    value = work(LOSSES[loss][way], ready)
+    return {"mib": resident_mib("VmHWM") - before, "value": value}
+
+
+def resident_mib(which: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 2**10
+
+
+def peak(loss: str, way: str, blocks: int, device: str) -> dict[str, float]:
+    """`peak_in_this_process` in a process of its own."""
+    command = [sys.executable, __file__, "--peak-of", loss, way, "--blocks", str(blocks), "--device", device]
+    command += ["--threads", str(torch.get_num_threads())]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def memory(loss: str, blocks: int, device: str) -> dict[str, Any]:
+    ours, one = peak(loss, "ours", blocks, device), peak(loss, "direct", 1, device)
+    fits = one["mib"] * blocks < 0.8 * available_mib(device)
+    if fits:
+        direct = peak(loss, "direct", blocks, device)["mib"]
+    else:
+        direct = one["mib"] + (blocks - 1) * (peak(loss, "direct", 2, device)["mib"] - one["mib"])
+    return {
+        "ours_mib": round(ours["mib"], 1),
+        "direct_mib": round(direct, 1),
+        "direct_extrapolated_from_two_blocks": not fits,
+        "ratio": round(ours["mib"] / direct, 4),
+    }
+
+
+def available_mib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] / 2**20
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def duration(loss: str, blocks: int, rounds: int, device: str) -> dict[str, Any]:
+    """Seconds of all blocks, one after the other; of the rounds the fastest."""
+    fastest = dict.fromkeys(LOSSES[loss], math.inf)
+    values: dict[str, float] = {}
+    for _ in range(rounds):
+        taken, values = dict.fromkeys(LOSSES[loss], 0.0), dict.fromkeys(LOSSES[loss], 0.0)
+        for block in range(blocks):
+            ready = [operands(loss, block, device)]
+            for way, function in LOSSES[loss].items():
+                start = time.perf_counter()
+                values[way] += work(function, ready)
+                taken[way] += time.perf_counter() - start
+        fastest = {way: min(fastest[way], taken[way]) for way in fastest}
+    return {
+        **{f"{way}_s": round(seconds, 3) for way, seconds in fastest.items()},
+        "ratio": round(fastest["ours"] / fastest["direct"], 4),
+        "values": values,
+        "relative_difference": abs(values["ours"] - values["direct"]) / abs(values["direct"]),
+    }
+
+
+def measure(loss: str, blocks: int, rounds: int, device: str) -> dict[str, Any]:
+    found = {"memory": memory(loss, blocks, device), "time": duration(loss, blocks, rounds, device)}
+    met = {
+        "memory": found["memory"]["ratio"] <= TARGETS["memory"],
+        "time": found["time"]["ratio"] <= TARGETS["time"],
+        "value": found["time"]["relative_difference"] <= TARGETS["value"],
+    }
+    return {**found, "met": met}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, help="write JSON here, for example benchmarks/results/losses.json")
+    parser.add_argument("--peak-of", nargs=2, metavar=("LOSS", "WAY"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.peak_of:
+        print(json.dumps(peak_in_this_process(*arguments.peak_of, arguments.blocks, arguments.device)))
+        return
+    load = round(os.getloadavg()[0], 2)
+    machine = {"device": device_name(torch.device(arguments.device)), "threads": torch.get_num_threads()}
+    about = {**machine, "load_before": load, "versions": versions(), "commit": git_commit()}
+    size = {"images": IMAGES, "tokens": TOKENS, "heads": HEADS, "head_dim": DIM, "blocks": arguments.blocks}
+    print(json.dumps({**about, **size}, indent=1))
+    result: dict[str, Any] = {"machine": about, "size": size, "targets": TARGETS}
+    for loss in LOSSES:
+        result[loss] = measure(loss, arguments.blocks, arguments.rounds, arguments.device)
+        print(json.dumps({loss: result[loss]}, indent=1), flush=True)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
