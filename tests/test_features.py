@@ -92,7 +92,7 @@ def test_similarity_is_the_mean_cosine():
 def test_a_reference_is_the_teachers_neighbours_among_the_banks_own_features():
     teacher = own()
     found = features.reference(teacher, EVALUATION, Runtime())
-    pixels, labels = next(iter(TEST.batches(teacher, 40)))
+    pixels, labels, _ = next(iter(TEST.batches(teacher, 40)))
     banked, known = next(iter(TRAIN.batches(teacher, 60)))
     with torch.no_grad():
         ours, theirs = teacher.module(pixels), teacher.module(banked)
@@ -324,7 +324,7 @@ def test_the_metrics_are_those_of_the_reloaded_model(finished):
     result, _, _ = finished
     model = spdfq.load_quantized(result.folder / "quantized")
     teacher = load_teacher(result.recipe.model)
-    pixels, _ = next(iter(TEST.batches(teacher, 40)))
+    pixels, *_ = next(iter(TEST.batches(teacher, 40)))
     with torch.no_grad():
         expected = F.cosine_similarity(model(pixels), teacher.module(pixels)).mean()
     assert result.metrics["similarity"] == pytest.approx(float(expected), abs=1e-5)
