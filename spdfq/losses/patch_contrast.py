@@ -108,5 +108,5 @@ class PatchContrastLoss(Loss):
 
 def _unpooled(grid: tuple[int, int], features: Tensor) -> tuple[int, int]:
     """The grid of the queries, where that of the keys is pooled (PVT v2)."""
-    factor = math.isqrt(features.shape[1] // (grid[0] * grid[1]))
+    factor = max(1, math.isqrt(features.shape[1] // (grid[0] * grid[1])))
     return grid[0] * factor, grid[1] * factor
