@@ -26,6 +26,7 @@ from spdfq.published import check_full_precision, compare
 from spdfq.ranks import join
 from spdfq.recipe import Evaluation, Recipe, digest, load_recipe, to_toml
 from spdfq.report import write_pictures, write_report
+from spdfq.report.measures import MEASURES_FILE
 from spdfq.runtime import Advance, Runtime, make_runtime, silent
 from spdfq.store import STATE, StageRecord, Store, lock_folder, store_beside
 from spdfq.structure import unstructure
@@ -128,18 +129,12 @@ def evaluate_run(
     Raises:
         SpdfqError: anything the user can mend; the message says where and how.
     """
-    overrides = tuple(overrides)
-    if fixed := [line for line in overrides if not line.strip().startswith(("evaluation", "runtime"))]:
-        raise RecipeError([f"--set {line}: cannot change a finished run; run its recipe.toml again" for line in fixed])
-    path = Path(folder) / "recipe.toml"
-    if not path.is_file():
-        raise RecipeError([f"{folder}: not a run folder (it holds no recipe.toml); give the folder a run printed"])
-    recipe = load_recipe(str(path), overrides)
+    recipe = finished_recipe(folder, overrides)
     spec, ranks = recipe.evaluation, join()
     model, _, _ = load_checkpoint(Path(folder) / "quantized")
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
     teacher = load_teacher(recipe.model)
-    saved = (path.parent / "quantized" / "config.json").read_text(encoding="utf-8")
+    saved = (Path(folder) / "quantized" / "config.json").read_text(encoding="utf-8")
     key = _key(teacher.fingerprint(), saved, _evaluation_key(spec, _judge(teacher)), runtime.device.type)
     teacher.module.to(runtime.device)
     features.check(spec, teacher)
@@ -150,6 +145,21 @@ def evaluate_run(
             model.to(runtime.device), teacher, spec, runtime, fp, state / "quantized"
         )
     return metrics
+
+
+def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of a finished run, its evaluation or runtime overridden.
+
+    Raises:
+        RecipeError: no run folder, or an override of what a finished run is.
+    """
+    overrides = tuple(overrides)
+    if fixed := [line for line in overrides if not line.strip().startswith(("evaluation", "runtime"))]:
+        raise RecipeError([f"--set {line}: cannot change a finished run; run its recipe.toml again" for line in fixed])
+    path = Path(folder) / "recipe.toml"
+    if not path.is_file():
+        raise RecipeError([f"{folder}: not a run folder (it holds no recipe.toml); give the folder a run printed"])
+    return load_recipe(str(path), overrides)
 
 
 def _unheard(_: str) -> None:
@@ -323,6 +333,7 @@ class _Run:
         write_text(folder / "recipe.toml", to_toml(self.recipe.to_dict()))
         images.save(folder / "synthetic.safetensors")
         write_pictures(folder, images, self.teacher)
+        (folder / MEASURES_FILE).unlink(missing_ok=True)  # of the images that were here before
         shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
         shutil.copy(stored / "sites.json", folder / "sites.json")
         write_text(folder / "run.json", json.dumps(self._facts(images, metrics), indent=1) + "\n")

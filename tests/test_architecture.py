@@ -18,9 +18,9 @@ CLI = ROOT.parent / "cli"
 LAYERS = [
     {"errors", "toml", "files", "ranks", "registry", "structure", "recipefile", "recipe", "runtime", "attention"},
     {"zoo", "architectures", "models", "data", "predictions", "losses", "quantizers"},
-    {"synth", "backends", "evaluate", "features", "export"},
+    {"synth", "backends", "evaluate", "features", "measures", "export"},
     {"checkpoint", "store", "provenance", "published", "report"},
-    {"pipeline", "api"},
+    {"pipeline", "inspection", "api"},
     {"benchfile", "benchtable", "bench", "describe", "commented"},
     {"__init__"},
     {"spdfq_cli"},

@@ -93,7 +93,7 @@ def test_a_reference_is_the_teachers_neighbours_among_the_banks_own_features():
     teacher = own()
     found = features.reference(teacher, EVALUATION, Runtime())
     pixels, labels, _ = next(iter(TEST.batches(teacher, 40)))
-    banked, known = next(iter(TRAIN.batches(teacher, 60)))
+    banked, known, _ = next(iter(TRAIN.batches(teacher, 60)))
     with torch.no_grad():
         ours, theirs = teacher.module(pixels), teacher.module(banked)
     cosine = F.cosine_similarity(ours[:, None], theirs[None], dim=-1)

@@ -95,6 +95,14 @@ def test_a_run_leaves_these_files_and_no_others(finished):
     }
 
 
+def test_measures_of_the_images_that_were_there_before_are_gone_after_a_run(finished, recipe):
+    again(finished, recipe, "measured")
+    measures = finished.folder.parent / "measured" / "measures.json"
+    measures.write_text("{}")
+    again(finished, recipe, "measured")
+    assert not measures.exists()
+
+
 def test_the_losses_are_a_table_of_every_iteration(finished):
     with open(finished.folder / "losses.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))

@@ -28,7 +28,7 @@ PUBLIC = {
     "spdfq.quantizers": """
         GridMseObserver Log2Quantizer MinMaxObserver Observer PercentileMseObserver Quantizer UniformQuantizer
     """,
-    "spdfq.report": "write_pictures write_report",
+    "spdfq.report": "write_pictures write_report write_sheet",
     "spdfq.synth": """
         Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter
         LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages RandomResizedCrop RealImages

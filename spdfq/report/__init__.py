@@ -2,5 +2,6 @@
 
 from spdfq.report.page import write_report
 from spdfq.report.pictures import write_pictures
+from spdfq.report.sheet import write_sheet
 
-__all__ = ["write_pictures", "write_report"]
+__all__ = ["write_pictures", "write_report", "write_sheet"]

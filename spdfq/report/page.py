@@ -8,6 +8,7 @@ from typing import Any
 from spdfq.errors import DataError
 from spdfq.report.curves import curves
 from spdfq.report.markup import facts, percent, picture, seconds, section, text
+from spdfq.report.measures import MEASURES_FILE, measures
 from spdfq.report.pictures import SHOWN
 from spdfq.report.sites import site_tables
 
@@ -50,7 +51,9 @@ def write_report(folder: Path) -> Path:
     try:
         page = _page(folder, run, _read_json(folder / "sites.json") or {})
     except KeyError as error:
-        raise DataError(f"{folder}: run.json or sites.json lacks {error}; run the recipe again with --fresh") from None
+        raise DataError(
+            f"{folder}: run.json, sites.json or {MEASURES_FILE} lacks {error}; run the recipe again with --fresh"
+        ) from None
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -61,6 +64,7 @@ def _page(folder: Path, run: dict[str, Any], sites: dict[str, Any]) -> str:
         _header(run),
         section("Warnings", *(f'<p class="warning">{text(line)}</p>' for line in run.get("warnings", ()))),
         _images(folder, run),
+        measures(_read_json(folder / MEASURES_FILE)),
         _attention(folder),
         _losses(folder),
         _timings(run),

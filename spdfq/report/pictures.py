@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spdfq.models import Teacher
     from spdfq.synth.base import SyntheticImages
 
@@ -21,7 +23,7 @@ _GUTTER = 3
 _GAP = 28
 _LABELS = 76
 _LINE = 26
-_INK = (124, 124, 130, 255)
+INK = (124, 124, 130, 255)
 
 # From deep blue to pale yellow, in steps of 10 to 12 of CIE lightness.
 _HEAT = np.array(
@@ -73,7 +75,11 @@ def heat(values: Array) -> Array:
 
 def _pixels(images: "SyntheticImages", teacher: "Teacher") -> Array:
     """uint8 ``[m, H, W, 1 or 3]`` of the images that are shown."""
-    pixels = teacher.denormalise(images.images[:SHOWN].float())
+    return to_bytes(teacher.denormalise(images.images[:SHOWN].float()))
+
+
+def to_bytes(pixels: "Tensor") -> Array:
+    """uint8 ``[m, H, W, 1 or 3]`` of pixels ``[m, C, H, W]`` in 0..1; other than three channels become grey."""
     if pixels.shape[1] != 3:
         pixels = pixels.mean(1, keepdim=True)
     return (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -116,7 +122,7 @@ def _attention_sheet(pictures: Array, images: "SyntheticImages") -> Image.Image:
     place = _Places(*_enlarged(prior[0, 0]).shape)
     sheet = Image.new("RGBA", place.size(*prior.shape[:2]))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
-    write = partial(draw.text, fill=_INK, font=font)
+    write = partial(draw.text, fill=INK, font=font)
     for column, picture in enumerate(pictures[: len(prior)]):
         left = place.left(column)
         sheet.paste(_fitted(picture, (place.width, place.height)), (left + (place.pair - place.width) // 2, 0))

@@ -1,0 +1,108 @@
+"""Finished runs measured: the quality of their images, written beside them, and all of them side by side."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field
+from torch import Tensor
+
+from spdfq.errors import DataError
+from spdfq.files import write_text
+from spdfq.measures import Centroids, dataset_centroids, measure_images, prior_overlap
+from spdfq.models import Teacher, load_teacher
+from spdfq.pipeline import Progress, finished_recipe
+from spdfq.provenance import data_fingerprints
+from spdfq.recipe import Recipe, digest
+from spdfq.report import write_report, write_sheet
+from spdfq.report.measures import MEASURES_FILE
+from spdfq.runtime import Runtime, make_runtime, silent
+from spdfq.store import lock_folder
+from spdfq.synth import SyntheticImages
+
+
+def measure_runs(
+    folders: Sequence[str | Path],
+    *,
+    overrides: Iterable[str] = (),
+    device: str | None = None,
+    sheet: str | Path | None = None,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Measure the calibration images of finished runs.
+
+    Writes ``measures.json`` into each run folder and its report anew.
+
+    Args:
+        folders: of finished runs.
+        overrides: ``evaluation.key=value`` (or ``runtime.``) pairs, for example for other real images.
+        device: replaces ``runtime.device``.
+        sheet: a PNG file for the first images of each run, a row for each.
+        progress: see `spdfq.runtime`.
+
+    Returns:
+        What was written, a table for each run; see `spdfq.measures.measure_images`.
+
+    Raises:
+        SpdfqError: anything the user can mend; the message says where and how.
+    """
+    overrides = tuple(overrides)
+    runs = [_Run.found(Path(folder), overrides, device, progress) for folder in folders]
+    known: dict[str, tuple[Teacher, Centroids]] = {}
+    rows, pictures = [], []
+    for run in runs:
+        key = digest(run.recipe.to_dict()["model"], run.recipe.to_dict()["evaluation"], *run.fingerprints())
+        if key not in known:
+            known[key] = run.teacher_and_centroids()
+        rows.append(run.measure(*known[key]))
+        pictures.append((run.folder.resolve().name, known[key][0].denormalise(run.images.images.float())))
+        run.write(rows[-1])
+    if sheet:
+        write_sheet(Path(sheet), pictures)
+    return rows
+
+
+@define
+class _Run:
+    folder: Path
+    recipe: Recipe
+    record: dict[str, Any]
+    images: SyntheticImages = field(repr=False)
+    runtime: Runtime
+
+    @classmethod
+    def found(cls, folder: Path, overrides: tuple[str, ...], device: str | None, progress: Progress) -> "_Run":
+        recipe = finished_recipe(folder, overrides)
+        if not (folder / "run.json").is_file():
+            raise DataError(f"{folder}: has no run.json; measure a finished run")
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        images = SyntheticImages.load(folder / "synthetic.safetensors")
+        return cls(folder, recipe, record, images, make_runtime(recipe.runtime, recipe.seed, device, progress))
+
+    def fingerprints(self) -> list[str]:
+        return data_fingerprints(self.recipe.evaluation)
+
+    def teacher_and_centroids(self) -> tuple[Teacher, Centroids]:
+        teacher = load_teacher(self.recipe.model)
+        teacher.module.to(self.runtime.device)
+        return teacher, dataset_centroids(teacher, self.recipe.evaluation, self.runtime)
+
+    def measure(self, teacher: Teacher, centroids: Centroids) -> dict[str, Any]:
+        found = measure_images(self.images.images, teacher, self.runtime, centroids, self.recipe.evaluation.batch)
+        prior: Tensor = self.images.prior
+        return {
+            "name": self.folder.resolve().name,
+            "source": self.record["images"]["type"],
+            "quantized_top1": self.record["metrics"]["quantized"]["top1"],
+            **found,
+            "prior_overlap": prior_overlap(prior, self.images.reached) if prior.numel() else None,
+        }
+
+    def write(self, row: dict[str, Any]) -> None:
+        lock = lock_folder(self.folder)
+        try:
+            write_text(self.folder / MEASURES_FILE, json.dumps(row, indent=1) + "\n")
+            write_report(self.folder)
+        finally:
+            lock.release()

@@ -1,0 +1,65 @@
+"""A contact sheet of several runs: a row of images for each, to compare methods at a glance."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+from spdfq.errors import DataError
+from spdfq.report.pictures import INK, to_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TILE = 96
+_GUTTER = 3
+_MARGIN = 14
+_COUNT = 8
+
+
+def write_sheet(path: Path, rows: Sequence[tuple[str, "Tensor"]], count: int = _COUNT) -> None:
+    """Write a PNG with a row for each run: its name, then its first images.
+
+    The sheet is transparent and its text a middle grey, so it reads on light and on dark pages.
+
+    Args:
+        path: a ``.png`` file.
+        rows: a name, and pixels ``[n, C, h, w]`` in 0..1; grey is shown as grey, three channels as RGB.
+        count: the most images of a row.
+
+    Raises:
+        DataError: another suffix, a folder that is not there, or no rows.
+    """
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise DataError(f"{path}: the sheet is a .png file in a folder that exists")
+    if not rows:
+        raise DataError(f"{path}: there is no run to show")
+    sheet = _sheet([name for name, _ in rows], [_tiles(pixels[:count]) for _, pixels in rows])
+    sheet.save(path, optimize=True)
+
+
+def _sheet(names: list[str], tiles: list[list[Image.Image]]) -> Image.Image:
+    font = ImageFont.load_default(size=16)
+    labels = _MARGIN + max(int(font.getlength(name)) for name in names)
+    step = _TILE + _GUTTER
+    size = (labels + step * max(map(len, tiles)) - _GUTTER, step * len(tiles) - _GUTTER)
+    sheet = Image.new("RGBA", size)
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, pictures) in enumerate(zip(names, tiles, strict=True)):
+        draw.text((0, row * step + _TILE / 2), name, fill=INK, font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            left, top = labels + column * step, row * step
+            sheet.paste(picture, (left + (_TILE - picture.width) // 2, top + (_TILE - picture.height) // 2))
+    return sheet
+
+
+def _tiles(pixels: "Tensor") -> list[Image.Image]:
+    """Images that fit a tile in their own proportions; small ones keep their pixels."""
+    found = []
+    for picture in to_bytes(pixels):
+        image = Image.fromarray(picture.repeat(3 // picture.shape[-1], -1))
+        scale = _TILE / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        found.append(image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS))
+    return found
