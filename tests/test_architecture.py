@@ -53,6 +53,7 @@ PUBLIC = {
         "MatmulInputs",
         "QuantizedModel",
         "RepQ",
+        "Ridge",
         "Site",
         "Step",
         "place",

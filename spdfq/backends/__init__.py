@@ -8,6 +8,7 @@ from spdfq.backends.place import place
 from spdfq.backends.placements import MatmulInputs
 from spdfq.backends.quantize import quantize
 from spdfq.backends.repq import RepQ
+from spdfq.backends.ridge import Ridge
 
 __all__ = [
     "Blockwise",
@@ -16,6 +17,7 @@ __all__ = [
     "MatmulInputs",
     "QuantizedModel",
     "RepQ",
+    "Ridge",
     "Site",
     "Step",
     "place",

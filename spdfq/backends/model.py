@@ -74,15 +74,19 @@ class QuantizedModel(nn.Module):
         Raises:
             SpdfqError: a site was not calibrated.
         """
+        self.check_calibrated()
+        with products(self.network, self.quantized):
+            yield
+
+    def quantized(self, name: str, _: str, tensor: Tensor) -> Tensor:
+        """What is multiplied at a site instead of the tensor there."""
+        quantizer = self.quantizers.get(name)
+        return tensor if quantizer is None else quantizer(tensor)
+
+    def check_calibrated(self) -> None:
+        """Raises SpdfqError where a site was not calibrated."""
         if unfrozen := next((name for name, quantizer in self.quantizers.items() if not quantizer.frozen), None):
             raise SpdfqError(f"{unfrozen} was not calibrated; put {{ type = 'calibrate' }} first in quantization.steps")
-
-        def visit(name: str, _: str, tensor: Tensor) -> Tensor:
-            quantizer = self.quantizers.get(name)
-            return tensor if quantizer is None else quantizer(tensor)
-
-        with products(self.network, visit):
-            yield
 
     @contextmanager
     def visiting(self, visit: Visit) -> Iterator[None]:

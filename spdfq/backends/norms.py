@@ -4,7 +4,7 @@ from attrs import frozen
 from torch import Tensor
 
 from spdfq.backends.model import QuantizedModel
-from spdfq.backends.products import INPUT, WEIGHT
+from spdfq.backends.products import input_site
 from spdfq.backends.wiring import NormCalls, Wiring, wiring
 from spdfq.quantizers import UniformQuantizer
 
@@ -65,9 +65,9 @@ def _group(model: QuantizedModel, wired: Wiring, norm: NormCalls) -> NormGroup:
     biases = {calls.weight: calls.bias(model.network) for calls in linears}
     if fixed := [weight for weight, bias in biases.items() if bias is None]:
         raise _Unfit(f"the bias of {_owner(fixed[0])} is made on the way and cannot be changed")
-    if not (whole := [_input_site(calls.weight) for calls in linears if calls.whole]) or norm.tokens == 1:
+    if not (whole := [input_site(calls.weight) for calls in linears if calls.whole]) or norm.tokens == 1:
         raise _Unfit("what it feeds sees one token of an image, too little for a range of each channel")
-    inputs = [site for calls in linears if (site := _input_site(calls.weight)) in model.quantizers]
+    inputs = [site for calls in linears if (site := input_site(calls.weight)) in model.quantizers]
     if not inputs:
         raise _Unfit("what it feeds is not quantized")
     _check_quantizers(model, inputs)
@@ -84,10 +84,6 @@ def _check_quantizers(model: QuantizedModel, inputs: list[str]) -> None:
 
 def _owner(weight: str) -> str:
     return weight.rpartition(".")[0]
-
-
-def _input_site(weight: str) -> str:
-    return weight.removesuffix(WEIGHT) + INPUT if weight.endswith(WEIGHT) else f"{weight}_{INPUT}"
 
 
 def rescale(model: QuantizedModel, group: NormGroup, factor: Tensor, offset: Tensor) -> None:

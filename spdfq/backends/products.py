@@ -116,8 +116,7 @@ class _ProductMode(AttentionMode):
         if name is None:
             self._left_over(func)
             return func(input, weight, *args, **kwargs)
-        input_name = name.removesuffix("weight") + INPUT if name.endswith("weight") else f"{name}_{INPUT}"
-        return func(self.visit(input_name, INPUT, input), self.visit(name, WEIGHT, weight), *args, **kwargs)
+        return func(self.visit(input_site(name), INPUT, input), self.visit(name, WEIGHT, weight), *args, **kwargs)
 
     def _by_activation(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         equation, operands = (args[:1], args[1:]) if func is torch.einsum else ((), args)
@@ -140,6 +139,11 @@ class _ProductMode(AttentionMode):
 
     def _call(self) -> _Call:
         return self.calls[-1] if self.calls else _Call("")
+
+
+def input_site(weight: str) -> str:
+    """The site of what a weight is multiplied with."""
+    return weight.removesuffix(WEIGHT) + INPUT if weight.endswith(WEIGHT) else f"{weight}_{INPUT}"
 
 
 def _site(module: str, leaf: str) -> str:

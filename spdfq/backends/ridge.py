@@ -1,0 +1,108 @@
+"""ERQ's closed-form repair: weights that undo the error of their inputs, then rounding that repairs itself."""
+
+from typing import Any
+
+import torch
+from attrs import define, field, validators
+from torch import Tensor
+
+from spdfq.backends.base import Calibration, Step
+from spdfq.backends.calibrate import fit_weights
+from spdfq.backends.feed import Feed, Layer, Products
+from spdfq.backends.least_squares import ridge, round_by_halves
+from spdfq.backends.model import QuantizedModel
+from spdfq.backends.products import WEIGHT
+from spdfq.backends.state import Finished
+from spdfq.backends.wiring import wiring
+from spdfq.errors import NonFiniteError
+from spdfq.quantizers import GridMseObserver
+from spdfq.registry import steps
+from spdfq.structure import component
+
+
+@steps.register("ridge", paper="arXiv:2407.06794")
+@define(kw_only=True)
+class Ridge(Step):
+    """Change the weights of one linear layer after the other so that its output comes back to the teacher's.
+
+    First ``ΔW = (AᵀA + λI)⁻¹AᵀY`` for the error of the inputs: A are the layer's quantized inputs (and 1, for the bias)
+    behind everything repaired before, Y is what the output lacks to the teacher's. Then the weight is rounded, half of
+    the columns left at a time: up to ``flips`` roundings of a row are changed where that lowers δᵀE[xxᵀ]δ, and the
+    columns left make good the rest by the same regression (ERQ, arXiv 2407.06794). No gradients; memory is a few
+    matrices of a layer's width squared. Convolutions are rounded as they are; ``sites.json`` names them.
+
+    Args:
+        penalty: λ of the regressions, as published for 32 images of 197 tokens.
+        flips: changed roundings of a row for each half, at most.
+        weight_observer: chooses the range of each changed weight.
+        batch: images per forward pass.
+    """
+
+    penalty: float = field(default=1000.0, validator=validators.gt(0.0))
+    flips: int = field(default=100, validator=validators.ge(0))
+    weight_observer: Any = component("observer", default=GridMseObserver)
+    batch: int = field(default=32, validator=validators.ge(1))
+
+    @torch.no_grad()
+    def run(self, model: QuantizedModel, calibration: Calibration) -> None:
+        """Repair every linear layer; blocks that a killed run finished are taken from its state file.
+
+        Raises:
+            SpdfqError: a site was not calibrated, or a weight's quantizer is no uniform one.
+            NonFiniteError: the inputs or outputs of a layer are.
+        """
+        model.check_calibrated()
+        layers = self._layers(model, calibration.images[:1])
+        finished = Finished.of(model.network, calibration, "ridge")
+        with (
+            calibration.teacher.frozen() as float_network,
+            calibration.runtime.progress("repairing layers", len(layers)) as advance,
+        ):
+            feed = Feed(model, float_network, calibration.images, self.batch)
+            for call, group in feed.by_block(layers):
+                feed.enter(call)
+                names = [name for layer in group for name in _changed(model, layer)]
+                if not finished.restore(names):
+                    for layer in group:
+                        self._repair(model, layer, feed.products(layer, call))
+                        advance()
+                    finished.keep(names)
+                else:
+                    advance(len(group))
+                feed.leave(call)
+
+    def _layers(self, model: QuantizedModel, example: Tensor) -> list[Layer]:
+        linears = wiring(model.network, example).linears
+        weights = [name for name, site in model.sites.items() if site.kind == WEIGHT]
+        model.note("ridge", (f"{name} is rounded as it is" for name in model.weight_names() if name not in linears))
+        layers = [Layer(name, linears[name].bias(model.network)) for name in weights if name in linears]
+        for layer in layers:
+            if layer.weight in model.quantizers:
+                model.uniform(layer.weight)  # refused before anything is changed
+            if layer.bias:
+                model.bias(layer.bias)
+        return layers
+
+    def _repair(self, model: QuantizedModel, layer: Layer, found: Products) -> None:
+        if not bool(found.gram.isfinite().all() and found.gap.isfinite().all()):
+            raise NonFiniteError(f"ridge: {layer.weight}: its inputs or outputs are not finite; check the images")
+        weight = model.weight(layer.weight)
+        biases = [model.bias(layer.bias)] if layer.bias else []
+        wanted = torch.cat([part.double().reshape(len(weight), -1) for part in (weight, *biases)], 1)
+        wanted = wanted + ridge(found.gram, found.gap, self.penalty).T
+        weight.copy_(wanted[:, : weight.shape[1]])
+        result = wanted
+        if layer.weight in model.quantizers:
+            fit_weights(model, self.weight_observer, [layer.weight])
+            quantizer = model.uniform(layer.weight)
+            result = round_by_halves(wanted, found.gram, self.penalty, self.flips, quantizer, len(biases))
+        weight.copy_(result[:, : weight.shape[1]])
+        for bias in biases:
+            bias.copy_(result[:, -1])
+
+
+def _changed(model: QuantizedModel, layer: Layer) -> list[str]:
+    """Names, in the network's state dict, of what the repair of a layer changes."""
+    names = [layer.weight, *([layer.bias] if layer.bias else [])]
+    quantizer = model.quantizers.get(layer.weight)
+    return names + [f"{layer.weight}_quantizer.{name}" for name in (quantizer.stores if quantizer else ())]

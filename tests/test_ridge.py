@@ -1,0 +1,361 @@
+"""Repair by ridge regression: its closed forms, and what it does to a model."""
+
+from contextlib import contextmanager
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+from safetensors.torch import load_file, save_file
+from tiny_backend import RUNTIME, back_end, images, network, quantized, teacher, teacher_of
+from torch import nn
+
+from spdfq.backends import Calibration, Ridge, quantize
+from spdfq.backends.feed import Products
+from spdfq.backends.least_squares import descended, ridge, round_by_halves
+from spdfq.checkpoint import load_quantized, save_quantized
+from spdfq.errors import DataError, NonFiniteError, SpdfqError
+from spdfq.quantizers import Log2Quantizer, MinMaxObserver, UniformQuantizer
+from spdfq.recipe import load_recipe
+
+STEP = Ridge(penalty=1.0, batch=4, weight_observer=MinMaxObserver())
+FLOAT_WEIGHTS = "quantization.overrides=[{sites=['*.weight'], bits=0}]"
+STATE = "step-0-ridge.safetensors"
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rows(count, columns, seed=0):
+    """Correlated inputs that are not centred."""
+    mix = torch.randn(columns, columns, generator=generator(seed + 1)) / columns**0.5
+    return torch.randn(count, columns, generator=generator(seed)) @ mix + 0.5
+
+
+def quantizer_of(weight, bits=3):
+    quantizer = UniformQuantizer(bits=bits, symmetric=True, granularity="channel")
+    quantizer.observe(weight)
+    quantizer.freeze()
+    return quantizer
+
+
+def off(found, wanted, gram):
+    """The squared error of each row's outputs."""
+    difference = (found - wanted).double()
+    return (difference @ gram.double() * difference).sum(1)
+
+
+def repair(model, chosen, step=STEP, count=6, **changes):
+    settings = {"teacher": chosen, "images": images(count), "runtime": RUNTIME, **changes}
+    step.run(model, Calibration(**settings))
+    return model
+
+
+@torch.no_grad()
+def output(module, count=6, seed=0):
+    return module(images(count, seed))
+
+
+def parameters(model):
+    return {name: value.detach().clone() for name, value in model.network.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# closed forms
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1000.0])
+def test_it_is_numpys_least_squares_of_the_augmented_system(penalty):
+    a, y = rows(50, 6).double(), torch.randn(50, 4, generator=generator(7)).double()
+    root = penalty**0.5 * np.eye(6)
+    expected = np.linalg.lstsq(np.vstack([a.numpy(), root]), np.vstack([y.numpy(), np.zeros((6, 4))]), rcond=None)[0]
+    np.testing.assert_allclose(ridge(a.T @ a, a.T @ y, penalty).numpy(), expected, atol=1e-12)
+
+
+def test_known_noise_on_the_inputs_costs_what_the_closed_form_says():
+    """Inputs x of variance 1 and noise of variance t²: the error t²‖W‖² of an output falls to t² / (1 + t²) ‖W‖²."""
+    noise, weight = 0.5, torch.randn(4, 8, generator=generator(1))
+    x = torch.randn(40000, 8, generator=generator(2))
+    noisy = x + noise * torch.randn(40000, 8, generator=generator(3))
+    gap = (x - noisy) @ weight.T
+    found = Products(torch.zeros(8, 8).double(), torch.zeros(8, 4).double())
+    for part in range(0, 40000, 9000):
+        found.add(noisy[part : part + 9000], gap[part : part + 9000])
+    change = ridge(found.gram, found.gap, 1.0)
+    before, after = gap.double().square().sum(), (gap.double() - noisy.double() @ change).square().sum()
+    assert before / 40000 == pytest.approx(noise**2 * weight.square().sum().item(), rel=0.03)
+    assert after / before == pytest.approx(1 / (1 + noise**2), rel=0.03)
+    # the minimum of ‖Y - AX‖² + λ‖X‖² is ‖Y‖² - <AᵀY, X>, to rounding
+    assert after + change.square().sum() == pytest.approx((before - (found.gap * change).sum()).item(), rel=1e-5)
+
+
+def test_one_flip_is_the_best_of_all_single_moves():
+    x = rows(200, 5)
+    weight, gram = torch.randn(3, 5, generator=generator(1)), x.T @ x
+    quantizer = quantizer_of(weight)
+    codes = quantizer.codes(weight)
+    moved = []
+    for column, step in product(range(5), (-1, 0, 1)):
+        other = codes.int()
+        other[:, column] = (other[:, column] + step).clamp(0, 7)
+        moved.append(off(quantizer.decode(other), weight, gram))
+    found = descended(weight, codes, gram, 1, quantizer)
+    torch.testing.assert_close(off(found, weight, gram), torch.stack(moved).min(0).values, rtol=1e-4, atol=1e-4)
+    assert ((quantizer.codes(found).int() - codes.int()).abs().sum(1) <= 1).all()
+
+
+def test_flips_lower_the_error_until_no_move_does():
+    x = rows(200, 12)
+    weight, gram = torch.randn(6, 12, generator=generator(1)), x.T @ x
+    quantizer = quantizer_of(weight)
+    codes = quantizer.codes(weight)
+    errors = [off(descended(weight, codes, gram, flips, quantizer), weight, gram) for flips in range(8)]
+    assert torch.equal(descended(weight, codes, gram, 0, quantizer), quantizer.decode(codes).double())
+    assert all((after <= before * (1 + 1e-5)).all() for before, after in pairwise(errors))
+    assert errors[-1].sum() < 0.6 * errors[0].sum()
+    end = descended(weight, codes, gram, 1000, quantizer)
+    torch.testing.assert_close(descended(weight, quantizer.codes(end), gram, 1, quantizer), end)
+
+
+def test_two_columns_by_hand():
+    gram, penalty = torch.tensor([[4.0, 2.0], [2.0, 3.0]]), 1.0
+    quantizer = UniformQuantizer(bits=3, symmetric=True)
+    quantizer.restore({"scale": torch.tensor(1.0), "zero_point": torch.tensor(4, dtype=torch.uint8)})
+    found = round_by_halves(torch.tensor([[1.4, 0.7, 9.0]]), _with_a_stranger(gram), penalty, 0, quantizer, free=1)
+    # the first is rounded to 1; its error 0.4 times 2 / (3 + 1) makes the second 0.9, which is rounded to 1
+    assert found[0].tolist() == [1.0, 1.0, 9.0]
+    found = round_by_halves(torch.tensor([[1.4, 0.2, 9.0]]), _with_a_stranger(gram), penalty, 0, quantizer, free=1)
+    assert found[0].tolist() == [1.0, 0.0, 9.0]
+
+
+def _with_a_stranger(gram):
+    """One more column that has nothing to do with the others."""
+    return torch.block_diag(gram, torch.ones(1, 1))
+
+
+def test_the_bias_makes_good_what_is_left_and_is_not_rounded():
+    x = torch.cat([rows(300, 8), torch.ones(300, 1)], 1)
+    weight, gram = torch.randn(5, 9, generator=generator(4)), x.T @ x
+    quantizer = quantizer_of(weight[:, :8])
+    found = round_by_halves(weight, gram, 1e-6, 0, quantizer, free=1)
+    assert torch.equal(quantizer(found[:, :8].float()).double(), found[:, :8])
+    assert ((x.double() @ (found - weight).T).mean(0).abs() < 1e-4).all()
+    nearest = torch.cat([quantizer(weight[:, :8]), weight[:, 8:]], 1)
+    assert (off(found, weight, gram) < off(nearest, weight, gram)).all()
+
+
+# on a model
+
+
+def test_a_layers_new_weights_are_the_regression_of_its_quantized_inputs():
+    module = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10))
+    chosen = teacher_of(module.eval())
+    model = quantized(chosen, FLOAT_WEIGHTS)
+    before = model.network[2]
+    x = module[:2](images(60)).double()
+    a = torch.cat([model.quantizers["2.input"](x.float()).double(), torch.ones(60, 1)], 1)
+    y = (x - a[:, :-1]) @ before.weight.double().T
+    root = 3.0**0.5 * np.eye(49)
+    change = np.linalg.lstsq(
+        np.vstack([a.numpy(), root]), np.vstack([y.detach().numpy(), np.zeros((49, 10))]), rcond=None
+    )[0].T
+    expected = {"weight": before.weight.detach() + change[:, :48], "bias": before.bias.detach() + change[:, 48]}
+    repair(model, chosen, evolve(STEP, penalty=3.0), count=60)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(getattr(model.network[2], name).detach().double(), tensor, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "cait", "beit"])
+def test_the_output_comes_nearer_to_the_teachers(name):
+    chosen = teacher(name)
+    uniform = "quantization.softmax={type='uniform', bits=4}"
+    model = quantized(chosen, uniform)
+    before = (output(model) - output(chosen.module)).norm()
+    repair(model, chosen)
+    assert (output(model) - output(chosen.module)).norm() < 0.8 * before
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_each_layer_is_fed_what_the_repaired_model_feeds_it(name, monkeypatch):
+    chosen, seen, solve = teacher(name), {}, Ridge._repair
+
+    def watch(step, model, layer, found):
+        seen[layer.weight] = found.gram
+        solve(step, model, layer, found)
+
+    monkeypatch.setattr(Ridge, "_repair", watch)
+    model = repair(quantized(chosen), chosen)
+    inputs = {}
+
+    def visit(site, kind, tensor):
+        tensor = model.quantized(site, kind, tensor)
+        inputs[site.removesuffix("input") + "weight"] = tensor.flatten(0, -2)
+        return tensor
+
+    with model.visiting(visit), torch.no_grad():
+        model.network(images(6))
+    assert list(seen) == [site for site in model.weight_names() if site in seen]
+    assert len(seen) == len(model.weight_names()) - 1  # all but the patch embedding
+    for site, gram in seen.items():
+        a = torch.cat([inputs[site], torch.ones(len(inputs[site]), 1)], 1).double()
+        torch.testing.assert_close(gram, a.T @ a, rtol=1e-3, atol=1e-2)
+
+
+def test_a_large_penalty_changes_nothing_but_roundings():
+    chosen = teacher("vit")
+    model, plain = quantized(chosen), quantized(chosen)
+    repair(model, chosen, evolve(STEP, penalty=1e12, flips=0))
+    for name in plain.weight_names():
+        torch.testing.assert_close(
+            model.quantized(name, "", model.weight(name)),
+            plain.quantized(name, "", plain.weight(name)),
+            atol=1e-5,
+            rtol=0,
+        )
+
+
+def test_repaired_weights_are_values_of_their_quantizers():
+    chosen = teacher("vit")
+    model = repair(quantized(chosen), chosen)
+    for name in model.weight_names():
+        if name != "patch_embed.proj.weight":
+            assert torch.equal(model.quantizers[name](model.weight(name)), model.weight(name))
+
+
+def test_layers_without_quantizers_are_corrected_alone_and_without_a_bias_of_their_own_too():
+    chosen = teacher("beit")  # the bias of its qkv is made on the way
+    model = quantized(chosen, FLOAT_WEIGHTS)
+    before = parameters(model)
+    repair(model, chosen)
+    changed = {name for name, tensor in parameters(model).items() if not torch.equal(tensor, before[name])}
+    assert "blocks.1.attn.qkv.weight" in changed
+    assert {name for name in changed if name.startswith("blocks.0")} == {
+        "blocks.0.attn.qkv.weight",
+        *(f"blocks.0.{layer}.{leaf}" for layer in ("attn.proj", "mlp.fc1", "mlp.fc2") for leaf in ("weight", "bias")),
+    }
+
+
+def test_what_is_no_linear_layer_is_rounded_as_it_is_and_named():
+    chosen = teacher("vit")
+    model = repair(quantized(chosen), chosen)
+    assert model.notes == ["ridge: patch_embed.proj.weight is rounded as it is"]
+    assert torch.equal(model.network.patch_embed.proj.weight, chosen.module.patch_embed.proj.weight)
+
+
+def test_a_layer_without_a_bias_gets_one_that_is_saved(tmp_path):
+    chosen = teacher("swin")
+    model = repair(quantized(chosen), chosen)
+    assert model.biases == ["layers.1.downsample.reduction.bias"]
+    save_quantized(model, tmp_path, chosen)
+    assert torch.equal(output(load_quantized(tmp_path, network("swin"))), output(model))
+
+
+def test_the_teacher_is_untouched_and_the_size_of_batches_does_not_matter():
+    chosen = teacher("vit")
+    state = {name: value.clone() for name, value in chosen.module.state_dict().items()}
+    one, other = (repair(quantized(chosen), chosen, evolve(STEP, batch=batch)) for batch in (1, 6))
+    assert all(torch.equal(value, state[name]) for name, value in chosen.module.state_dict().items())
+    first = "blocks.0.attn.qkv.weight"  # what follows depends on single roundings
+    torch.testing.assert_close(one.weight(first), other.weight(first))
+    assert not torch.equal(one.weight(first), quantized(chosen).weight(first))
+
+
+def test_progress_counts_layers():
+    seen = []
+
+    @contextmanager
+    def progress(label, total):
+        yield lambda steps=1, **values: seen.append((label, total, steps))
+
+    repair(quantized("vit"), teacher("vit"), runtime=evolve(RUNTIME, progress=progress))
+    assert seen == [("repairing layers", 9, 1)] * 9
+
+
+# what goes wrong
+
+
+def test_a_model_that_was_not_calibrated_is_refused():
+    spec = back_end("quantization.steps=['ridge']")
+    with pytest.raises(SpdfqError, match="was not calibrated"):
+        quantize(teacher("vit"), images(), spec, RUNTIME)
+
+
+def test_a_weight_of_another_quantizer_is_refused_by_name():
+    model = quantized("vit")
+    log = Log2Quantizer()
+    log.observe(torch.ones(1))
+    log.freeze()
+    model.replace_quantizer("blocks.0.attn.proj.weight", log)
+    model.weight("blocks.0.attn.proj.weight").abs_()
+    with pytest.raises(SpdfqError, match=r"^blocks.0.attn.proj.weight: this step needs a uniform quantizer"):
+        repair(model, teacher("vit"), evolve(STEP, penalty=1e9))
+
+
+def test_images_that_are_not_finite_are_refused_with_the_layers_name():
+    model, given = quantized("vit"), images(6)
+    given[0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"ridge: blocks.0.attn.qkv.weight: its inputs or outputs are not finite"):
+        repair(model, teacher("vit"), images=given)
+
+
+# resuming
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("finished", [1, 5, 8])
+def test_an_interrupted_repair_goes_on_to_the_bit(tmp_path, monkeypatch, finished):
+    chosen, solve, done = teacher("vit"), Ridge._repair, []
+    expected = repair(quantized(chosen), chosen)
+
+    def interrupt(step, model, layer, found):
+        if len(done) == finished:
+            raise Interrupted
+        done.append(layer.weight)
+        solve(step, model, layer, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ridge, "_repair", interrupt)
+        with pytest.raises(Interrupted):
+            repair(quantized(chosen), chosen, folder=tmp_path)
+    kept = finished // 4 * 4
+    first = set(done[:kept])
+    model = quantized(chosen)
+    monkeypatch.setattr(
+        Ridge, "_repair", lambda step, model, layer, found: _again(solve, first, step, model, layer, found)
+    )
+    repair(model, chosen, folder=tmp_path)
+    assert same(parameters(model), parameters(expected))
+
+
+def _again(solve, first, step, model, layer, found):
+    assert layer.weight not in first
+    solve(step, model, layer, found)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: save_file({name: value.flatten() for name, value in load_file(path).items()}, path),
+    ],
+    ids=["truncated", "other shapes"],
+)
+def test_a_damaged_state_is_one_clear_error(tmp_path, damage):
+    chosen = teacher("vit")
+    repair(quantized(chosen), chosen, folder=tmp_path)
+    damage(tmp_path / STATE)
+    with pytest.raises(DataError, match=r"delete it, or use --fresh$"):
+        repair(quantized(chosen), chosen, folder=tmp_path)
+
+
+def test_the_shipped_part_is_repq_and_then_this():
+    spec = load_recipe({"extends": ["models/vit_fmnist", "images/gaussian_noise", "backends/ridge"]}).quantization
+    assert [type(step).__name__ for step in spec.steps] == ["Calibrate", "RepQ", "Ridge"]
