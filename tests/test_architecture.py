@@ -47,6 +47,7 @@ PUBLIC = {
     | {"Product", "ProgressiveObserver", "Quantizer", "RunningMinMaxObserver", "ShiftUniformLog2Quantizer"}
     | {"TwinUniformQuantizer", "UniformQuantizer", "learned_scales"},
     "spdfq.backends": {
+        "AdaRound",
         "Blockwise",
         "Calibrate",
         "Calibration",

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from tiny_backend import RUNTIME, back_end, images, network, quantized, teacher, teacher_of
 from torch import nn
 
-from spdfq.backends import Blockwise, Calibration, blockwise
+from spdfq.backends import Blockwise, Calibration
 from spdfq.backends.blocks import BlockCall, block_calls, block_names
+from spdfq.backends.reconstruction import Job
 from spdfq.backends.stream import Stream, rows
 from spdfq.errors import DataError, ModelError, NonFiniteError
 
@@ -60,18 +61,18 @@ def fed(forward, module, names):
 @pytest.fixture
 def watched(monkeypatch):
     """For each block: what entered it, and its error on all images before and after its reconstruction."""
-    seen, optimise = {}, blockwise._Job._optimise
+    seen, optimise = {}, Job._optimise
 
-    def watch(job, module, hidden, target):
+    def watch(job, hidden, entering, target, importance):
         def error():
             with torch.no_grad():
-                return float(blockwise._distance(job.call.run(module, hidden), target))
+                return float(job.spec.distance(job.call.run(job.model.network, hidden), target, None))
 
         before = error()
-        optimise(job, module, hidden, target)
+        optimise(job, hidden, entering, target, importance)
         seen[job.call.name] = (hidden, before, error())
 
-    monkeypatch.setattr(blockwise._Job, "_optimise", watch)
+    monkeypatch.setattr(Job, "_optimise", watch)
     return seen
 
 
@@ -251,7 +252,9 @@ def test_adam_follows_a_cosine_and_the_loss_is_the_2_norm():
     # Adam's first step is the learning rate for every weight that has a gradient
     assert ((moved - 0.01).abs() < 1e-5).float().mean() > 0.9
     one, two = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 12.0]])
-    assert blockwise._distance((one, two), (torch.zeros(1, 2), torch.tensor([[4.0, 12.0]]))).item() == pytest.approx(5)
+    target = (torch.zeros(1, 2), torch.tensor([[4.0, 12.0]]))
+    assert STEP.distance((one, two), target, None).item() == pytest.approx(5)
+    assert STEP.distance((one, two), target, (torch.ones(1, 2), 2 * torch.ones(1, 2))).item() == pytest.approx(41**0.5)
     rates = []
     steps = torch.optim.Adam.step
 
@@ -343,7 +346,7 @@ def test_an_error_that_is_not_finite_names_the_block():
 def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch, finished, inputs):
     chosen, step = teacher("swin"), evolve(STEP, inputs=inputs, biases=True)
     expected = reconstruct(quantized(chosen), chosen, step)
-    done, optimise = [], blockwise._Job._optimise
+    done, optimise = [], Job._optimise
 
     def interrupt(job, *args):
         if len(done) == finished:
@@ -352,7 +355,7 @@ def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch,
         done.append(job.call.name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(blockwise._Job, "_optimise", interrupt)
+        patch.setattr(Job, "_optimise", interrupt)
         with pytest.raises(Interrupted):
             reconstruct(quantized(chosen), chosen, step, folder=tmp_path)
         done.insert(0, "the second attempt does only the rest")

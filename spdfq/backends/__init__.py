@@ -1,5 +1,6 @@
 """Back-ends: where quantizers are placed, and the steps that calibrate and repair a quantized model."""
 
+from spdfq.backends.adaround import AdaRound
 from spdfq.backends.base import Calibration, Step
 from spdfq.backends.blockwise import Blockwise
 from spdfq.backends.calibrate import Calibrate
@@ -11,6 +12,7 @@ from spdfq.backends.repq import RepQ
 from spdfq.backends.ridge import Ridge
 
 __all__ = [
+    "AdaRound",
     "Blockwise",
     "Calibrate",
     "Calibration",

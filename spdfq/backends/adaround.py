@@ -1,0 +1,136 @@
+"""AdaRound: whether each weight is rounded up or down is learned, block by block."""
+
+from typing import ClassVar
+
+import torch
+from attrs import define, field, validators
+from torch import Tensor
+
+from spdfq.backends.blocks import Hidden
+from spdfq.backends.model import QuantizedModel
+from spdfq.backends.reconstruction import Learner, Reconstruction
+from spdfq.quantizers import UniformQuantizer
+from spdfq.registry import steps
+
+# the sigmoid stretched to this range and clamped to 0..1, so that its ends are reached (AdaRound, equation 23)
+LOW, HIGH = -0.1, 1.1
+
+
+@steps.register("adaround", paper="arXiv:2004.10568")
+@define(kw_only=True)
+class AdaRound(Reconstruction):
+    """Learn the rounding of every weight, up or down, so that each block's output comes back to the teacher's.
+
+    Adam on one number of each weight, whose rectified sigmoid h is added to the weight rounded down. The penalty
+    ``weight · Σ 1 - |2h - 1|^β`` drives h to 0 or 1: none in the first fifth of the iterations, then β falls from
+    ``temperature``'s first to its second value. The error is the squared difference, summed over channels. With
+    ``drop`` this is QDrop (arXiv 2203.05740), with ``fisher`` BRECQ (arXiv 2102.05426). The published runs are 20,000
+    iterations long.
+
+    Args:
+        weight: of the penalty.
+        temperature: first and last β.
+        warmup: share of the iterations without the penalty.
+    """
+
+    name: ClassVar[str] = "adaround"
+
+    iterations: int = field(default=2000, validator=validators.ge(1))
+    lr: float = field(default=1e-3, validator=validators.gt(0.0))
+    weight: float = field(default=0.01, validator=validators.ge(0.0))
+    temperature: tuple[float, float] = (20.0, 2.0)
+    warmup: float = field(default=0.2, validator=[validators.ge(0.0), validators.lt(1.0)])
+
+    def learner(self, model: QuantizedModel, block: str) -> Learner:
+        """A number for each weight of the block.
+
+        Raises:
+            SpdfqError: a weight's quantizer is no uniform one.
+        """
+        names = [name for name in model.weight_names() if name.startswith(f"{block}.")]
+        return Rounding(self, model, names)
+
+    def distance(self, output: Hidden, target: Hidden, importance: Hidden | None) -> Tensor:
+        """The squared difference, summed over the last axis and averaged over the others."""
+        errors = [(ours.float() - theirs.float()).square() for ours, theirs in zip(output, target, strict=True)]
+        if importance:
+            errors = [error * weight for error, weight in zip(errors, importance, strict=True)]
+        return torch.stack([error.sum(-1).mean() for error in errors]).sum()
+
+    def rate(self, share: float) -> float:
+        """Constant, as published."""
+        return 1.0
+
+    def beta(self, share: float) -> float | None:
+        """The penalty's exponent; ``None`` where there is no penalty yet."""
+        if share < self.warmup:
+            return None
+        first, last = self.temperature
+        return last + (first - last) * (1 - (share - self.warmup) / (1 - self.warmup))
+
+
+class Rounding(Learner):
+    """Rounding up or down, for the weights of a block.
+
+    Args:
+        spec: the step.
+        model: whose weights.
+        names: of the weights.
+    """
+
+    def __init__(self, spec: AdaRound, model: QuantizedModel, names: list[str]) -> None:
+        self.spec, self.model, self.changes = spec, model, names
+        self.floors: dict[str, Tensor] = {}
+        self.numbers: dict[str, Tensor] = {}
+        for name in names:
+            steps_down, rest = _floored(model.uniform(name), model.weight(name).detach())
+            self.floors[name], self.numbers[name] = steps_down, _inverse(rest)
+        self.parameters = list(self.numbers.values())
+
+    def weight(self, name: str, weight: Tensor) -> Tensor:
+        """The weight rounded down plus h, in the quantizer's range."""
+        number = self.numbers.get(name)
+        return self.model.quantized(name, "", weight) if number is None else self._value(name, rectified(number))
+
+    def _value(self, name: str, up: Tensor) -> Tensor:
+        quantizer = self.model.uniform(name)
+        codes = (self.floors[name] + up).clamp(0, quantizer.levels - 1)
+        return quantizer.reconstruct(codes, _spread(quantizer, codes))
+
+    def penalty(self, share: float) -> Tensor | float:
+        """``weight · Σ 1 - |2h - 1|^β`` over all weights."""
+        beta = self.spec.beta(share)
+        if beta is None or not self.numbers:
+            return 0.0
+        terms = [(1 - (2 * rectified(number) - 1).abs() ** beta).sum() for number in self.parameters]
+        return self.spec.weight * torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Round each weight the way that h is nearer to."""
+        for name, number in self.numbers.items():
+            self.model.weight(name).copy_(self._value(name, (rectified(number) >= 0.5).float()))
+
+
+def rectified(number: Tensor) -> Tensor:
+    """``clamp(sigmoid(v) (ζ - γ) + γ, 0, 1)``."""
+    return (number.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def _inverse(rest: Tensor) -> Tensor:
+    """The v whose rectified sigmoid is ``rest`` in 0..1."""
+    return ((rest - LOW) / (HIGH - LOW)).logit()
+
+
+def _floored(quantizer: UniformQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the weight rounded down, not clamped, and the rest, 0 to 1."""
+    parameters = _spread(quantizer, weight)
+    ratio = weight / parameters["scale"]
+    return ratio.floor() + parameters["zero_point"], ratio - ratio.floor()
+
+
+def _spread(quantizer: UniformQuantizer, like: Tensor) -> dict[str, Tensor]:
+    """The quantizer's tensors, broadcast against a weight."""
+    axis = quantizer.channel_axis
+    shape = [-1 if axis is not None and index == axis % like.ndim else 1 for index in range(like.ndim)]
+    return {name: tensor.reshape(shape) for name, tensor in quantizer.tensors().items()}

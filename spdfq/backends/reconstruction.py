@@ -1,0 +1,196 @@
+"""What block-wise reconstruction is, whatever is learned: one block after the other comes back to the teacher's."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from attrs import define, field, validators
+from torch import Tensor, nn
+
+from spdfq.backends.activations import Activations
+from spdfq.backends.base import Calibration, Step
+from spdfq.backends.blocks import BlockCall, Hidden, block_calls, block_names
+from spdfq.backends.epochs import batch_rows, noise
+from spdfq.backends.fisher import squared_gradients
+from spdfq.backends.model import QuantizedModel
+from spdfq.backends.products import WEIGHT, Visit
+from spdfq.backends.state import Finished
+from spdfq.backends.stream import Stream, rows
+from spdfq.backends.training import learning, take_step
+from spdfq.errors import NonFiniteError
+from spdfq.runtime import Advance
+
+_CHECK_EVERY = 10
+
+
+class Learner:
+    """Base class of what is learned of a block.
+
+    Args:
+        parameters: leaf tensors that get a gradient while the block is reconstructed.
+        changes: names, in the network's state dict, of what `finish` leaves changed.
+    """
+
+    parameters: list[Tensor]
+    changes: list[str]
+
+    def weight(self, name: str, weight: Tensor) -> Tensor:
+        """What is multiplied instead of a weight."""
+        raise TypeError(f"{type(self).__name__} does not define weight")
+
+    def penalty(self, share: float) -> Tensor | float:
+        """What is added to the error when ``share`` (0 to 1) of the iterations are done."""
+        return 0.0
+
+    def finish(self) -> None:
+        """Write what was learned into the network."""
+
+
+@define(kw_only=True)
+class Reconstruction(Step, ABC):
+    """Base of the steps that learn block by block.
+
+    Args:
+        iterations: optimiser steps of each block.
+        lr: of Adam.
+        batch: images in one step; all of them where there are fewer.
+        inputs: what enters the quantized block: the ``quantized`` prefix's output, or the ``teacher``'s (unpublished).
+        drop: share of the activations, and of what enters the block, that each step leaves in float (QDrop,
+            arXiv 2203.05740, with 0.5).
+        fisher: weigh the error at each value by its squared gradient of the KL divergence from the teacher (BRECQ,
+            arXiv 2102.05426).
+        scale_lr: learning rate of the logarithms of the activations' scales (LSQ, arXiv 1902.08153); 0 keeps them.
+    """
+
+    name: ClassVar[str]
+
+    iterations: int = field(default=100, validator=validators.ge(1))
+    lr: float = field(default=4e-5, validator=validators.gt(0.0))
+    batch: int = field(default=32, validator=validators.ge(1))
+    inputs: Literal["quantized", "teacher"] = "quantized"
+    drop: float = field(default=0.0, validator=[validators.ge(0.0), validators.lt(1.0)])
+    fisher: bool = False
+    scale_lr: float = field(default=0.0, validator=validators.ge(0.0))
+
+    @abstractmethod
+    def learner(self, model: QuantizedModel, block: str) -> Learner:
+        """What is learned of a block."""
+
+    @abstractmethod
+    def distance(self, output: Hidden, target: Hidden, importance: Hidden | None) -> Tensor:
+        """The error of a block's output, a scalar; ``importance`` weighs its values."""
+
+    def rate(self, share: float) -> float:
+        """Factor of the learning rate when ``share`` (0 to 1) of the iterations are done: a cosine to zero."""
+        return 0.5 * (1 + math.cos(math.pi * share))
+
+    def deployed(self, model: QuantizedModel) -> Visit:
+        """How the blocks before are quantized."""
+        return model.quantized
+
+    def run(self, model: QuantizedModel, calibration: Calibration) -> None:
+        """Reconstruct every block; blocks that a killed run finished are taken from its state file.
+
+        Raises:
+            ModelError: the model has no blocks that can be called alone.
+            NonFiniteError: the error of a block is not finite.
+            SpdfqError: a site was not calibrated.
+        """
+        model.check_calibrated()
+        finished = Finished.of(model.network, calibration, self.name)
+        with calibration.teacher.frozen() as float_network:
+            calls = block_calls(float_network, block_names(model), calibration.images[:1])
+            teacher = Stream(float_network, calibration.images, self.batch)
+            student = Stream(model.network, calibration.images, self.batch)
+            with calibration.runtime.progress("reconstructing", len(calls) * self.iterations) as advance:
+                for call in calls:
+                    Job(self, call, model, calibration, advance).run(teacher, student, finished)
+
+
+@define(eq=False)
+class Job:
+    """The reconstruction of one block."""
+
+    spec: Reconstruction
+    call: BlockCall
+    model: QuantizedModel
+    calibration: Calibration
+    advance: Advance
+    learner: Learner = field(init=False)
+    activations: Activations = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.learner = self.spec.learner(self.model, self.call.name)
+        learned = f"{self.call.name}." if self.spec.scale_lr else None
+        self.activations = Activations.of(self.model, self.spec.drop, learned)
+
+    def run(self, teacher: Stream, student: Stream, finished: Finished) -> None:
+        """Learn the block, or take it from a killed run.
+
+        Finished blocks are passed through as well: a resumed run computes the same numbers in the same order.
+        """
+        entering = teacher.enter(self.call)
+        target = teacher.leave(self.call, entering)
+        hidden, changes = entering, [*self.learner.changes, *self.activations.changes]
+        if self.spec.inputs == "quantized":
+            with self.model.visiting(self.spec.deployed(self.model)):
+                hidden = student.enter(self.call)
+        if finished.restore(changes):
+            self.advance(self.spec.iterations)
+        else:
+            self._learn(teacher.network, hidden, entering, target)
+            finished.keep(changes)
+        if self.spec.inputs == "quantized":
+            with self.model.visiting(self.spec.deployed(self.model)):
+                student.leave(self.call, hidden)
+
+    def _learn(self, teacher: nn.Module, hidden: Hidden, entering: Hidden, target: Hidden) -> None:
+        importance = None
+        if self.spec.fisher:
+            importance = squared_gradients(
+                teacher, self.model, self.call, self.calibration.images, self.spec.batch, self.spec.deployed(self.model)
+            )
+        learned = [*self.learner.parameters, *self.activations.parameters]
+        with learning(learned), self.model.visiting(self._operand):
+            self._optimise(hidden, entering, target, importance)
+        self.learner.finish()
+        self.activations.finish()
+
+    def _operand(self, name: str, kind: str, tensor: Tensor) -> Tensor:
+        return self.learner.weight(name, tensor) if kind == WEIGHT else self.activations(name, tensor)
+
+    @torch.enable_grad()
+    def _optimise(self, hidden: Hidden, entering: Hidden, target: Hidden, importance: Hidden | None) -> None:
+        optimizer, iterations, images = self._optimizer(), self.spec.iterations, len(self.calibration.images)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for iteration in range(iterations):
+            share = iteration / iterations
+            chosen = batch_rows(self.calibration, self.spec.batch, iteration, *self._purpose)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.spec.rate(share)
+            self.activations.seed(noise(self.calibration, iteration, *self._purpose))
+            given = self.activations.mixed(rows(entering, images, chosen), rows(hidden, images, chosen))
+            with self.calibration.runtime.autocast():
+                output = self.call.run(self.model.network, given)
+            weighed = importance and rows(importance, images, chosen)
+            error = self.spec.distance(output, rows(target, images, chosen), weighed)
+            take_step(optimizer, error + self.learner.penalty(share))
+            if iteration % _CHECK_EVERY == _CHECK_EVERY - 1 or iteration == iterations - 1:
+                self._report(iteration, float(error.detach()))
+
+    @property
+    def _purpose(self) -> tuple[str | int, ...]:
+        return self.spec.name, self.calibration.index, self.call.name
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        learned = ((self.learner.parameters, self.spec.lr), (self.activations.parameters, self.spec.scale_lr))
+        return torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in learned if parameters])
+
+    def _report(self, iteration: int, error: float) -> None:
+        if not math.isfinite(error):
+            raise NonFiniteError(
+                f"{self.spec.name}: the error of {self.call.name} is not finite in iteration {iteration}; try a lower "
+                "lr, or runtime.precision='float32'"
+            )
+        self.advance(iteration % _CHECK_EVERY + 1, error=error)
