@@ -51,6 +51,7 @@ PUBLIC = {
         "Blockwise",
         "Calibrate",
         "Calibration",
+        "Distill",
         "MatmulInputs",
         "QuantizedModel",
         "RepQ",

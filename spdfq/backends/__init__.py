@@ -4,6 +4,7 @@ from spdfq.backends.adaround import AdaRound
 from spdfq.backends.base import Calibration, Step
 from spdfq.backends.blockwise import Blockwise
 from spdfq.backends.calibrate import Calibrate
+from spdfq.backends.distill import Distill
 from spdfq.backends.model import QuantizedModel, Site
 from spdfq.backends.place import place
 from spdfq.backends.placements import MatmulInputs
@@ -16,6 +17,7 @@ __all__ = [
     "Blockwise",
     "Calibrate",
     "Calibration",
+    "Distill",
     "MatmulInputs",
     "QuantizedModel",
     "RepQ",

@@ -1,11 +1,13 @@
 """The blocks of a transformer, and how they are called."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import INPUT, WEIGHT
@@ -79,8 +81,15 @@ class BlockCall:
         given = self.given | dict(zip(self.streams, hidden, strict=True))
         args = [value for key, value in given.items() if isinstance(key, int)]
         kwargs = {key: value for key, value in given.items() if isinstance(key, str)}
-        output = _tensors(network.get_submodule(self.name)(*args, **kwargs))
-        return tuple(output[index] for index in self.returned)
+        return self._of_images(network.get_submodule(self.name)(*args, **kwargs))
+
+    def watch(self, network: nn.Module, told: Callable[[Hidden], object]) -> RemovableHandle:
+        """Tells of the block's output, as far as it belongs to the images, in every forward pass of the network."""
+        return network.get_submodule(self.name).register_forward_hook(lambda *args: told(self._of_images(args[-1])))
+
+    def _of_images(self, output: Any) -> Hidden:
+        tensors = _tensors(output)
+        return tuple(tensors[index] for index in self.returned)
 
 
 def block_calls(network: nn.Module, names: list[str], example: Tensor) -> list[BlockCall]:
