@@ -14,6 +14,7 @@ from spdfq.structure import component, component_list, structure, unstructure
 from spdfq.toml import dumps as to_toml
 
 __all__ = [
+    "Budget",
     "Evaluation",
     "ModelSpec",
     "Override",
@@ -91,6 +92,34 @@ class Override:
 
 
 @frozen(kw_only=True)
+class Budget:
+    """What the bits of all sites may come to; which site gets how many is measured on the images.
+
+    Sites that an override names keep its bits, and count.
+
+    Args:
+        weights: mean bits of a quantized weight (the size of the model); activations keep their bits.
+        operations: mean, over all multiplications of two quantized numbers, of the product of their bits: W4A4 is 16.
+        choices: bit-widths that a site may get.
+        images: how many of the images the sensitivity of the sites is measured on.
+    """
+
+    weights: float | None = field(default=None, validator=validators.optional(validators.gt(0.0)))
+    operations: float | None = field(default=None, validator=validators.optional(validators.gt(0.0)))
+    choices: tuple[int, ...] = field(default=(2, 3, 4, 5, 6, 8))
+    images: int = field(default=16, validator=validators.ge(1))
+
+    @choices.validator
+    def _widths(self, _: Any, value: tuple[int, ...]) -> None:
+        if not value or any(bits not in range(2, 9) for bits in value) or len(set(value)) < len(value):
+            raise ValueError(f"choices must be different whole numbers from 2 to 8, not {list(value)}")
+
+    def __attrs_post_init__(self) -> None:
+        if (self.weights is None) == (self.operations is None):
+            raise ValueError("give one of 'weights' (mean bits) and 'operations' (mean product of bits)")
+
+
+@frozen(kw_only=True)
 class Quantization:
     """What is quantized, how, and the steps that calibrate and repair it.
 
@@ -100,6 +129,7 @@ class Quantization:
         activations: quantizer of every activation that is not a softmax output.
         softmax: quantizer of attention probabilities.
         overrides: other bit-widths for some sites.
+        budget: bit-widths by a budget; without it every site has those of its quantizer.
         steps: calibration, transforms and reconstruction, in order.
     """
 
@@ -108,6 +138,7 @@ class Quantization:
     activations: Any = component("quantizer")
     softmax: Any = component("quantizer")
     overrides: tuple[Override, ...] = ()
+    budget: Budget | None = None
     steps: tuple[Any, ...] = component_list("step")
 
     def __attrs_post_init__(self) -> None:
@@ -116,8 +147,10 @@ class Quantization:
 
     @property
     def label(self) -> str:
-        """The bit-widths in short, as papers give them: ``W4A4``."""
-        return f"W{self.weights.bits}A{self.activations.bits}"
+        """The bits in short: ``W4A4``; ``W4.0A4`` where each weight has its own, ``16.0 BOP`` where activations too."""
+        if self.budget and self.budget.operations:
+            return f"{self.budget.operations} BOP"
+        return f"W{self.budget.weights if self.budget else self.weights.bits}A{self.activations.bits}"
 
 
 @frozen(kw_only=True)

@@ -61,8 +61,8 @@ PUBLIC = {
         "place",
     }
     | {"quantize"},
-    "spdfq.recipe": {"Evaluation", "ModelSpec", "Override", "Quantization", "Recipe", "RuntimeSpec", "assign", "digest"}
-    | {"Published", "PublishedRow"}
+    "spdfq.recipe": {"Budget", "Evaluation", "ModelSpec", "Override", "Published", "PublishedRow", "Quantization"}
+    | {"Recipe", "RuntimeSpec", "assign", "digest"}
     | {"load_recipe", "locate", "merge", "merge_parents", "read", "resolve", "shipped", "to_toml"},
 }
 ALSO_PUBLIC = {

@@ -6,6 +6,7 @@ from typing import Any
 import attrs
 import torch
 
+from spdfq.backends.budget import check_budget
 from spdfq.backends.model import QuantizedModel, Site, find_sites
 from spdfq.backends.products import SOFTMAX, WEIGHT
 from spdfq.errors import RecipeError
@@ -16,21 +17,31 @@ from spdfq.recipe import Override, Quantization
 _ROLES = {"first": "first_conv", "last": "classifier"}
 
 
-def place(teacher: Teacher, spec: Quantization) -> QuantizedModel:
+def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = None) -> QuantizedModel:
     """A copy of the teacher's network with an uncalibrated quantizer at each site of the placement.
 
+    Args:
+        teacher: the float model.
+        spec: the recipe's quantization section.
+        bits: by site, where they are not those of the section's quantizers; overrides come first.
+
     Raises:
-        RecipeError: an override that matches no site; all such at once.
+        RecipeError: an override that matches no site; all such at once. Or a budget that cannot be reached.
     """
+    example = torch.zeros(1, *teacher.input_size, device=teacher.device)
     with teacher.frozen() as network:
-        sites, leftovers = find_sites(network, torch.zeros(1, *teacher.input_size, device=teacher.device))
-    bits = _override_bits(teacher, spec, sites)
+        sites, leftovers = find_sites(network, example)
+    fixed = overridden(teacher, spec, sites)
+    bits = {**(bits or {}), **fixed}
     quantizers = {
         name: quantizer
         for name, site in sites.items()
         if site.kind in spec.placement.kinds and (quantizer := _fresh(spec, site, bits.get(name))) is not None
     }
-    return QuantizedModel(teacher.module, sites, quantizers, leftovers).to(teacher.device)
+    model = QuantizedModel(teacher.module, sites, quantizers, leftovers).to(teacher.device)
+    if spec.budget:
+        check_budget(model, spec.budget, fixed, example)
+    return model
 
 
 def _fresh(spec: Quantization, site: Site, bits: int | None) -> Quantizer | None:
@@ -40,7 +51,12 @@ def _fresh(spec: Quantization, site: Site, bits: int | None) -> Quantizer | None
     return attrs.evolve(template) if bits is None else attrs.evolve(template, bits=bits)
 
 
-def _override_bits(teacher: Teacher, spec: Quantization, sites: dict[str, Site]) -> dict[str, int]:
+def overridden(teacher: Teacher, spec: Quantization, sites: dict[str, Site]) -> dict[str, int]:
+    """Bits of the sites that the section's overrides name.
+
+    Raises:
+        RecipeError: an override that matches no site; all such at once.
+    """
     bits: dict[str, int] = {}
     problems: list[str] = []
     for index, override in enumerate(spec.overrides):

@@ -8,6 +8,7 @@ from torch import Tensor
 from spdfq.backends.base import Calibration
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.place import place
+from spdfq.backends.sensitivity import bits_within
 from spdfq.errors import DataError
 from spdfq.models import Teacher
 from spdfq.recipe import Quantization
@@ -28,7 +29,7 @@ def quantize(
 
     Raises:
         DataError: there are no images, or they do not fit the teacher or are no normalised ones.
-        RecipeError: an override matches no site.
+        RecipeError: an override matches no site, or the budget cannot be reached.
         SpdfqError: what a step raises.
     """
     if images.ndim != 4 or len(images) == 0 or tuple(images.shape[1:]) != teacher.input_size:
@@ -41,8 +42,9 @@ def quantize(
             f"images are {images.dtype}, so they are not normalised; give teacher.normalise(pixels in 0..1)"
         )
     teacher.module.to(runtime.device)
-    model = place(teacher, spec)
     images = images.to(runtime.device, torch.float32)
+    bits = bits_within(spec.budget, teacher, images, spec, runtime, folder) if spec.budget else None
+    model = place(teacher, spec, bits)
     for index, step in enumerate(spec.steps):
         step.run(model, Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index))
     return model

@@ -1,0 +1,146 @@
+"""Mixed precision: a bit-width for each site, within a budget, by what its quantization does to the output."""
+
+from collections.abc import Callable, Iterable
+from itertools import product
+from math import prod
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from spdfq.backends.knapsack import Choice, least_loss
+from spdfq.backends.model import QuantizedModel, Site
+from spdfq.backends.products import KEY, PRODUCT, QUERY, SOFTMAX, VALUE, WEIGHT, input_site
+from spdfq.errors import RecipeError
+from spdfq.recipe import Budget
+
+Sensitivity = dict[tuple[str, int], float]
+"""What quantizing one site alone, to so many bits, does to the output."""
+
+
+@frozen
+class Item:
+    """A product of two sites, or a weight.
+
+    Args:
+        sites: its one or two sites.
+        size: how often its bits, or the product of them, count.
+    """
+
+    sites: tuple[str, ...]
+    size: int
+
+
+def items(model: QuantizedModel, budget: Budget, example: Tensor) -> list[Item]:
+    """What the budget counts: every quantized weight, or every product of two quantized sites.
+
+    Args:
+        model: with its quantizers placed.
+        budget: of ``weights`` or ``operations``.
+        example: one image ``[1, C, H, W]``.
+    """
+    if budget.weights is not None:
+        return [Item((name,), prod(model.sites[name].shape)) for name in model.weight_names()]
+    positions = _positions(model, example)
+    pairs = [(left, right, size) for left, right, size in _multiplied(model.sites, positions)]
+    return [Item((left, right), size) for left, right, size in pairs if {left, right} <= model.quantizers.keys()]
+
+
+def _multiplied(sites: dict[str, Site], positions: dict[str, int]) -> Iterable[tuple[str, str, int]]:
+    """The two sites of each product, and its multiplications for one image."""
+    for name, site in sites.items():
+        owner, _, leaf = name.rpartition(".")
+        dot = f"{owner}." if owner else ""
+        if site.kind == WEIGHT:
+            yield input_site(name), name, positions[name] * prod(site.shape)
+        elif site.kind == QUERY:
+            key = dot + leaf.replace(QUERY, KEY, 1)
+            yield name, key, prod(site.shape) * sites[key].shape[-2]
+        elif site.kind == SOFTMAX and leaf.startswith(SOFTMAX):
+            value = dot + leaf.replace(SOFTMAX, VALUE, 1)
+            yield name, value, prod(site.shape) * sites[value].shape[-1]
+        elif leaf.startswith(PRODUCT) and leaf.endswith("_left"):
+            right = f"{name.removesuffix('left')}right"
+            yield name, right, prod(site.shape) * sites[right].shape[-1]
+
+
+@torch.no_grad()
+def _positions(model: QuantizedModel, example: Tensor) -> dict[str, int]:
+    """How many places of one image each weight is applied at."""
+    found: dict[str, int] = {}
+    handles = []
+    for name, site in model.sites.items():
+        if site.kind != WEIGHT:
+            continue
+        shape = model.sites[input_site(name)].shape
+        found[name] = prod(shape) // site.shape[-1]
+        if len(site.shape) > 2:  # a convolution: its output says it
+            owner = model.network.get_submodule(name.rpartition(".")[0])
+            handles.append(owner.register_forward_hook(_counting(found, name, site.shape[0])))
+    model.network(example)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _counting(found: dict[str, int], name: str, channels: int) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def count(_: nn.Module, __: tuple, output: Tensor) -> None:
+        found[name] = output.numel() // channels
+
+    return count
+
+
+def least(items: list[Item], budget: Budget, fixed: dict[str, int]) -> float:
+    """The smallest value the budget could have; ``fixed`` sites have their bits."""
+    smallest = min(budget.choices)
+    cost = sum(item.size * prod(fixed.get(site, smallest) for site in item.sites) for item in items)
+    return cost / sum(item.size for item in items)
+
+
+def check_budget(model: QuantizedModel, budget: Budget, fixed: dict[str, int], example: Tensor) -> list[Item]:
+    """What the budget counts.
+
+    Raises:
+        RecipeError: nothing can be chosen, or the budget cannot be reached.
+    """
+    found = items(model, budget, example)
+    key = "weights" if budget.weights is not None else "operations"
+    if not any(site not in fixed for item in found for site in item.sites):
+        raise RecipeError([f"quantization.budget: every site that {key} counts is in float or has bits of its own"])
+    if limit(budget) < (low := least(found, budget, fixed)):
+        raise RecipeError(
+            [f"quantization.budget.{key}: {limit(budget)} cannot be reached; the least here is {low:.3f}"]
+        )
+    return found
+
+
+def limit(budget: Budget) -> float:
+    """The budget's number."""
+    value = budget.weights if budget.weights is not None else budget.operations
+    return float(value or 0.0)
+
+
+def allocated(items: list[Item], budget: Budget, fixed: dict[str, int], sensitivity: Sensitivity) -> dict[str, int]:
+    """Bits of the sites that are not ``fixed``, of least total sensitivity within the budget."""
+    options = [list(product(*(_widths(site, budget, fixed) for site in item.sites))) for item in items]
+    choices = [
+        [
+            Choice(
+                item.size * prod(bits), sum(sensitivity.get(pair, 0.0) for pair in zip(item.sites, bits, strict=True))
+            )
+            for bits in widths
+        ]
+        for item, widths in zip(items, options, strict=True)
+    ]
+    chosen = least_loss(choices, int(limit(budget) * sum(item.size for item in items)))
+    assert chosen is not None  # check_budget has seen to it
+    found = {
+        site: bits
+        for item, widths, index in zip(items, options, chosen, strict=True)
+        for site, bits in zip(item.sites, widths[index], strict=True)
+    }
+    return {site: bits for site, bits in found.items() if site not in fixed}
+
+
+def _widths(site: str, budget: Budget, fixed: dict[str, int]) -> tuple[int, ...]:
+    return (fixed[site],) if site in fixed else budget.choices
