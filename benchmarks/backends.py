@@ -1,0 +1,138 @@
+"""What the back-end steps cost, on a network of the size of ViT-S with random weights and 32 random images.
+
+    python benchmarks/backends.py --threads 2 --out benchmarks/results/backends.json
+    python benchmarks/backends.py --model vit_base_patch16_224 --rounds 0    # the memory of ridge on a ViT-B
+
+Closed form: seconds of each step of `backends/ridge` (calibrate, repq, ridge), and the peak memory of the process.
+Block-wise: one iteration of the reconstruction of a block, over the bare forward and backward pass of the same float
+block on the same tokens. The two take turns in one process, so that a busy machine slows both; the ratio is that of the
+medians.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spdfq.backends import Blockwise, Calibration, place
+from spdfq.backends.blocks import block_calls, block_names
+from spdfq.backends.reconstruction import Job
+from spdfq.backends.stream import Stream
+from spdfq.backends.training import learning
+from spdfq.models import Teacher, load_teacher
+from spdfq.provenance import device_name, git_commit, versions
+from spdfq.recipe import ModelSpec, load_recipe
+from spdfq.runtime import Runtime
+from spdfq.structure import unstructure
+
+IMAGES, CLOSED_FORM_TARGET, BLOCKWISE_TARGET = 32, 180.0, 1.3
+PARTS = ["models/vit_fmnist", "images/gaussian_noise"]
+
+
+def images_for(teacher: Teacher) -> torch.Tensor:
+    return torch.randn(IMAGES, *teacher.input_size, generator=torch.Generator().manual_seed(0))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def closed_form(teacher: Teacher) -> dict[str, Any]:
+    spec = load_recipe({"extends": [*PARTS, "backends/ridge"]}).quantization
+    model = place(teacher, spec)
+    calibration = Calibration(teacher=teacher, images=images_for(teacher), runtime=Runtime())
+    taken = {
+        unstructure(step, "step")["type"]: round(seconds(lambda step=step: step.run(model, calibration)), 2)
+        for step in spec.steps
+    }
+    total = round(sum(taken.values()), 2)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    facts = {"seconds": taken, "total_seconds": total, "peak_gib": round(peak, 2)}
+    return {**facts, "target_seconds": CLOSED_FORM_TARGET, "met": total <= CLOSED_FORM_TARGET}
+
+
+def blockwise(teacher: Teacher, rounds: int) -> dict[str, Any]:
+    spec = load_recipe({"extends": [*PARTS, "backends/blockwise"]}).quantization
+    model, images = place(teacher, spec), images_for(teacher)
+    calibration = Calibration(teacher=teacher, images=images, runtime=Runtime())
+    spec.steps[0].run(model, calibration)
+    with teacher.frozen() as network:
+        call = block_calls(network, block_names(model), images[:1])[0]
+        stream = Stream(network, images, IMAGES)
+        hidden = stream.enter(call)
+        target = stream.leave(call, hidden)
+        job = Job(Blockwise(iterations=1), call, model, calibration, lambda *_, **__: None)
+        weights = [network.get_parameter(name) for name in job.learner.changes]
+
+        def bare() -> None:
+            error = (call.run(network, hidden)[0] - target[0]).norm()
+            torch.autograd.grad(error, weights)
+
+        with learning([*job.learner.parameters, *weights]), torch.enable_grad():
+            quantized, plain = [], []
+            for _ in range(1 + rounds):
+                with model.visiting(job._operand):
+                    quantized.append(seconds(lambda: job._optimise(hidden, hidden, target, None)))
+                plain.append(seconds(bare))
+    return ratio(quantized[1:], plain[1:])  # without the first, which warms up
+
+
+def ratio(quantized: list[float], plain: list[float]) -> dict[str, Any]:
+    medians = statistics.median(quantized), statistics.median(plain)
+    pairs = [q / p for q, p in zip(quantized, plain, strict=True)]
+    return {
+        "rounds": len(pairs),
+        "median_ms": {"iteration": round(1e3 * medians[0], 1), "bare": round(1e3 * medians[1], 1)},
+        "ratio": round(medians[0] / medians[1], 3),
+        "ratio_quartiles_per_round": [round(q, 3) for q in statistics.quantiles(pairs, n=4)],
+        "target": BLOCKWISE_TARGET,
+        "met": medians[0] / medians[1] <= BLOCKWISE_TARGET,
+    }
+
+
+def changed() -> bool | None:
+    """Whether the library measured here differs from the commit that is named."""
+    library = Path(__file__).parents[1] / "spdfq"
+    asked = subprocess.run(["git", "status", "--porcelain", "."], cwd=library, capture_output=True, text=True)
+    return bool(asked.stdout.strip()) if asked.returncode == 0 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_small_patch16_224", help="a timm name; the weights are random")
+    parser.add_argument("--rounds", type=int, default=20, help="of the block-wise part; 0 leaves it out")
+    parser.add_argument("--no-closed-form", action="store_true", help="measure the block-wise part alone")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="write JSON here (benchmarks/results/...)")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    load = round(os.getloadavg()[0], 2)
+    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "load_before": load}
+    about = {**machine, "versions": versions(), "commit": git_commit(), "library_changed_since": changed()}
+    print(json.dumps(about, indent=1))
+    teacher = load_teacher(ModelSpec(name=arguments.model, pretrained=False))
+    result: dict[str, Any] = {"model": arguments.model, "images": IMAGES}
+    if arguments.rounds:
+        result["blockwise"] = blockwise(teacher, arguments.rounds)
+        print(json.dumps(result["blockwise"], indent=1))
+    if not arguments.no_closed_form:
+        result["closed_form"] = closed_form(teacher)
+        print(json.dumps(result["closed_form"], indent=1))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"machine": about, **result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
