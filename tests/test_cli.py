@@ -328,7 +328,7 @@ def test_a_commented_recipe_says_what_every_key_means(small):
         "# images optimised together; everything batch-wide is defined over a group. (whole number)\ngroup = 32\n"
         in text
     )
-    assert '[synthesis.target]\ntype = "one_hot"  # or soft_label\n' in text
+    assert '[synthesis.target]\ntype = "one_hot"  # or none, soft_label\n' in text
     assert (
         "# classes of the head, where they differ from the architecture's own; 0 for none. (whole number)\n"
         "# num_classes =\n" in text

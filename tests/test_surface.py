@@ -13,7 +13,8 @@ PUBLIC = {
         Recipe RunResult SpdfqError Teacher load_quantized load_recipe load_teacher quantize run synthesize
     """,
     "spdfq.backends": """
-        Blockwise Calibrate Calibration MatmulInputs QuantizedModel Site Step place quantize
+        AdaRound Blockwise Calibrate Calibration Distill MatmulInputs QuantizedModel RepQ Ridge Site Step place
+        quantize
     """,
     "spdfq.losses": """
         AttentionEntropyLoss AttentionPriorLoss CrossEntropyLoss FrequencyConsistencyLoss GaussianMixturePrior
@@ -26,7 +27,9 @@ PUBLIC = {
         teacher_student_discrepancy total_variation
     """,
     "spdfq.quantizers": """
-        GridMseObserver Log2Quantizer MinMaxObserver Observer PercentileMseObserver Quantizer UniformQuantizer
+        AdaptiveLogQuantizer DualUniformQuantizer GridMseObserver Log2Quantizer LogSqrt2Quantizer MinMaxObserver
+        Observer PercentileMseObserver PowerOfTwoFactorQuantizer Product ProgressiveObserver Quantizer
+        RunningMinMaxObserver ShiftUniformLog2Quantizer TwinUniformQuantizer UniformQuantizer learned_scales
     """,
     "spdfq.report": "write_pictures write_report write_sheet",
     "spdfq.synth": """
