@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attrs import evolve, frozen
 from torch import Tensor
 
 from spdfq.attention import AttentionRecord
@@ -27,9 +28,19 @@ from spdfq.losses.functional import patch_similarity_entropy
 from spdfq.losses.head_similarity import recorded_head_similarity
 from spdfq.provenance import device_name, git_commit, versions
 
-IMAGES, TOKENS, HEADS, DIM, BLOCKS = 32, 256, 6, 64, 12
+IMAGES, BLOCKS = 32, 12
+TOKENS, HEADS, DIM = 256, 6, 64
 TARGETS = {"memory": 1 / 10, "time": 1 / 3, "value": 1e-4}
 Operands = list[Tensor]
+
+
+@frozen
+class Size:
+    """What is measured: of how many images and blocks, and where."""
+
+    images: int
+    blocks: int
+    device: str
 
 
 def entropy(operands: Operands) -> Tensor:
@@ -73,17 +84,17 @@ LOSSES: dict[str, dict[str, Callable[[Operands], Tensor]]] = {
 }
 
 
-def operands(loss: str, block: int, device: str) -> Operands:
+def operands(loss: str, block: int, size: Size) -> Operands:
     """What a block hands to a loss; tokens have something in common, so that similarities spread."""
     generator = torch.Generator().manual_seed(block)
     shapes = {
-        "patch_similarity_entropy": [(IMAGES, TOKENS, DIM)],
-        "head_similarity": 2 * [(IMAGES, HEADS, TOKENS, DIM)],
+        "patch_similarity_entropy": [(size.images, TOKENS, DIM)],
+        "head_similarity": 2 * [(size.images, HEADS, TOKENS, DIM)],
     }
     made = []
     for shape in shapes[loss]:
         common = torch.randn(*shape[:-2], 1, shape[-1], generator=generator)
-        made.append((common + torch.randn(shape, generator=generator)).to(device).requires_grad_())
+        made.append((common + torch.randn(shape, generator=generator)).to(size.device).requires_grad_())
     return made
 
 
@@ -94,19 +105,19 @@ def work(function: Callable[[Operands], Tensor], blocks: list[Operands]) -> floa
     return total.item()
 
 
-def peak_in_this_process(loss: str, way: str, blocks: int, device: str) -> dict[str, float]:
-    """Mebibytes by which the peak exceeds what was there before, and the value."""
-    work(LOSSES[loss][way], [[tensor[:1] for tensor in operands(loss, 0, device)]])
-    ready = [operands(loss, block, device) for block in range(blocks)]
-    if device == "cuda":
+def peak_in_this_process(loss: str, way: str, size: Size) -> float:
+    """Mebibytes by which the peak exceeds what was there before."""
+    work(LOSSES[loss][way], [[tensor[:1] for tensor in operands(loss, 0, size)]])
+    ready = [operands(loss, block, size) for block in range(size.blocks)]
+    if size.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        value = work(LOSSES[loss][way], ready)
-        return {"mib": (torch.cuda.max_memory_allocated() - before) / 2**20, "value": value}
+        work(LOSSES[loss][way], ready)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident_mib("VmRSS")
-    value = work(LOSSES[loss][way], ready)
-    return {"mib": resident_mib("VmHWM") - before, "value": value}
+    work(LOSSES[loss][way], ready)
+    return resident_mib("VmHWM") - before
 
 
 def resident_mib(which: str) -> float:
@@ -114,25 +125,26 @@ def resident_mib(which: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 2**10
 
 
-def peak(loss: str, way: str, blocks: int, device: str) -> dict[str, float]:
+def peak(loss: str, way: str, size: Size) -> float:
     """`peak_in_this_process` in a process of its own."""
-    command = [sys.executable, __file__, "--peak-of", loss, way, "--blocks", str(blocks), "--device", device]
-    command += ["--threads", str(torch.get_num_threads())]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    command = [sys.executable, __file__, "--peak-of", loss, way, "--threads", str(torch.get_num_threads())]
+    command += ["--images", str(size.images), "--blocks", str(size.blocks), "--device", size.device]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def memory(loss: str, blocks: int, device: str) -> dict[str, Any]:
-    ours, one = peak(loss, "ours", blocks, device), peak(loss, "direct", 1, device)
-    fits = one["mib"] * blocks < 0.8 * available_mib(device)
-    if fits:
-        direct = peak(loss, "direct", blocks, device)["mib"]
-    else:
-        direct = one["mib"] + (blocks - 1) * (peak(loss, "direct", 2, device)["mib"] - one["mib"])
+def memory(loss: str, size: Size) -> dict[str, Any]:
+    ours = peak(loss, "ours", size)
+    direct = one = peak(loss, "direct", evolve(size, blocks=1))
+    fits = one * size.blocks < 0.8 * available_mib(size.device)
+    if size.blocks > 1 and fits:
+        direct = peak(loss, "direct", size)
+    elif size.blocks > 1:
+        direct = one + (size.blocks - 1) * (peak(loss, "direct", evolve(size, blocks=2)) - one)
     return {
-        "ours_mib": round(ours["mib"], 1),
+        "ours_mib": round(ours, 1),
         "direct_mib": round(direct, 1),
         "direct_extrapolated_from_two_blocks": not fits,
-        "ratio": round(ours["mib"] / direct, 4),
+        "ratio": round(ours / direct, 4),
     }
 
 
@@ -142,14 +154,16 @@ def available_mib(device: str) -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def duration(loss: str, blocks: int, rounds: int, device: str) -> dict[str, Any]:
+def duration(loss: str, size: Size, rounds: int) -> dict[str, Any]:
     """Seconds of all blocks, one after the other; of the rounds the fastest."""
     fastest = dict.fromkeys(LOSSES[loss], math.inf)
+    for function in LOSSES[loss].values():
+        work(function, [operands(loss, 0, evolve(size, images=1))])
     values: dict[str, float] = {}
     for _ in range(rounds):
         taken, values = dict.fromkeys(LOSSES[loss], 0.0), dict.fromkeys(LOSSES[loss], 0.0)
-        for block in range(blocks):
-            ready = [operands(loss, block, device)]
+        for block in range(size.blocks):
+            ready = [operands(loss, block, size)]
             for way, function in LOSSES[loss].items():
                 start = time.perf_counter()
                 values[way] += work(function, ready)
@@ -163,8 +177,8 @@ def duration(loss: str, blocks: int, rounds: int, device: str) -> dict[str, Any]
     }
 
 
-def measure(loss: str, blocks: int, rounds: int, device: str) -> dict[str, Any]:
-    found = {"memory": memory(loss, blocks, device), "time": duration(loss, blocks, rounds, device)}
+def measure(loss: str, size: Size, rounds: int) -> dict[str, Any]:
+    found = {"memory": memory(loss, size), "time": duration(loss, size, rounds)}
     met = {
         "memory": found["memory"]["ratio"] <= TARGETS["memory"],
         "time": found["time"]["ratio"] <= TARGETS["time"],
@@ -175,6 +189,7 @@ def measure(loss: str, blocks: int, rounds: int, device: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--blocks", type=int, default=BLOCKS)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int)
@@ -184,17 +199,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    size = Size(arguments.images, arguments.blocks, arguments.device)
     if arguments.peak_of:
-        print(json.dumps(peak_in_this_process(*arguments.peak_of, arguments.blocks, arguments.device)))
+        print(peak_in_this_process(*arguments.peak_of, size))
         return
     load = round(os.getloadavg()[0], 2)
     machine = {"device": device_name(torch.device(arguments.device)), "threads": torch.get_num_threads()}
     about = {**machine, "load_before": load, "versions": versions(), "commit": git_commit()}
-    size = {"images": IMAGES, "tokens": TOKENS, "heads": HEADS, "head_dim": DIM, "blocks": arguments.blocks}
-    print(json.dumps({**about, **size}, indent=1))
-    result: dict[str, Any] = {"machine": about, "size": size, "targets": TARGETS}
+    shape = {"images": size.images, "tokens": TOKENS, "heads": HEADS, "head_dim": DIM, "blocks": size.blocks}
+    print(json.dumps({**about, **shape}, indent=1))
+    result: dict[str, Any] = {"machine": about, "size": shape, "targets": TARGETS}
     for loss in LOSSES:
-        result[loss] = measure(loss, arguments.blocks, arguments.rounds, arguments.device)
+        result[loss] = measure(loss, size, arguments.rounds)
         print(json.dumps({loss: result[loss]}, indent=1), flush=True)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

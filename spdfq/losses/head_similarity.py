@@ -1,11 +1,10 @@
 """Inter-head attention similarity: how alike the heads of a block look at the image, the objective of MimiQ."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from attrs import define
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from spdfq.attention import QUERIES_AND_KEYS, AttentionRecord
 from spdfq.errors import SpdfqError
@@ -94,7 +93,7 @@ def _over_chunks(query: Tensor, key: Tensor) -> Tensor:
     together, rows = chunk_length(row * queries, query.device), chunk_length(row, query.device)
     # split, whose gradient is one concatenation: that of a slice is as large as the whole, for each slice
     parts = [
-        checkpoint(_summed, some, keys, use_reentrant=False, preserve_rng_state=False)
+        _Recomputed.apply(some, keys)
         for image, keys in zip(query.split(together), key.split(together), strict=True)
         for some in image.split(rows, dim=-2)
     ]
@@ -105,6 +104,22 @@ def _summed(query: Tensor, key: Tensor) -> Tensor:
     """The similarity times the number of queries and images."""
     scores = at_least_float32(query) @ at_least_float32(key).mT
     return head_similarity(scores) * (len(query) * query.shape[-2])
+
+
+class _Recomputed(torch.autograd.Function):
+    """`_summed`, computed again for the gradient (torch's own checkpoint loads its compiler, which takes seconds)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        return _summed(query, key)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        operands = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            value = _summed(*operands)
+        return torch.autograd.grad(value, operands, gradient)
 
 
 @losses.register("head_similarity", paper="arXiv:2407.20021")
