@@ -46,7 +46,7 @@ def save_quantized(
     config = {
         "format": FORMAT,
         "teacher": {field: getattr(teacher, field) for field in _TEACHER_FIELDS},
-        "sites": {name: [site.kind, list(site.shape)] for name, site in model.sites.items()},
+        "sites": {name: [site.kind, list(site.shape), site.maker] for name, site in model.sites.items()},
         "quantizers": {name: unstructure(quantizer, "quantizer") for name, quantizer in model.quantizers.items()},
         "leftovers": model.leftovers,
         "biases": model.biases,
@@ -78,7 +78,7 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     """The quantized model, its teacher without the teacher's weights, and the recipe it was made by."""
     config, tensors = _read(Path(folder))
     teacher = _architecture(config, module)
-    sites = {name: Site(name, kind, tuple(shape)) for name, (kind, shape) in config["sites"].items()}
+    sites = {name: Site(name, kind, tuple(shape), *maker) for name, (kind, shape, *maker) in config["sites"].items()}
     restored = {name: _quantizer(name, table, folder) for name, table in config["quantizers"].items()}
     biases = config.get("biases", [])  # files older than the first step that adds one lack it
     _check_fit(teacher.module, [sites[name] for name in restored], biases, folder)

@@ -128,6 +128,7 @@ class Quantization:
         weights: quantizer of every weight.
         activations: quantizer of every activation that is not a softmax output.
         softmax: quantizer of attention probabilities.
+        gelu: quantizer of GELU outputs, where it is not that of the other activations.
         overrides: other bit-widths for some sites.
         budget: bit-widths by a budget; without it every site has those of its quantizer.
         steps: calibration, transforms and reconstruction, in order.
@@ -137,6 +138,7 @@ class Quantization:
     weights: Any = component("quantizer")
     activations: Any = component("quantizer")
     softmax: Any = component("quantizer")
+    gelu: Any = component("quantizer", default=None)
     overrides: tuple[Override, ...] = ()
     budget: Budget | None = None
     steps: tuple[Any, ...] = component_list("step")
@@ -147,10 +149,14 @@ class Quantization:
 
     @property
     def label(self) -> str:
-        """The bits in short: ``W4A4``; ``W4.0A4`` where each weight has its own, ``16.0 BOP`` where activations too."""
+        """The bits in short: ``W4A4``; ``W4.0A4`` where each weight has its own, ``16.0 BOP`` where activations too.
+
+        A32 where the placement leaves activations in float.
+        """
         if self.budget and self.budget.operations:
             return f"{self.budget.operations} BOP"
-        return f"W{self.budget.weights if self.budget else self.weights.bits}A{self.activations.bits}"
+        weights = self.budget.weights if self.budget else self.weights.bits
+        return f"W{weights}A{self.activations.bits if self.placement.kinds - {'weight'} else 32}"
 
 
 @frozen(kw_only=True)
@@ -272,6 +278,13 @@ class Recipe:
         """Combinations that run but are known to lose accuracy."""
         advice = getattr(self.synthesis, "advice", None)
         lines = [f"synthesis: {line}" for line in advice()] if advice else []
+        back_end = self.quantization
+        if back_end.gelu is not None and back_end.gelu.bits != back_end.activations.bits:
+            lines.append(
+                f"quantization.gelu: {back_end.gelu.bits} bits, but activations have {back_end.activations.bits}; set "
+                f"gelu.bits = {back_end.activations.bits} where the label W{back_end.weights.bits}"
+                f"A{back_end.activations.bits} is meant to hold"
+            )
         if self.model.random:
             lines.append("model: random weights; set pretrained = true or give a checkpoint")
         if self.published and not self.published.is_of(self.model):

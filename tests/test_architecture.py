@@ -53,11 +53,13 @@ PUBLIC = {
         "Calibration",
         "Distill",
         "MatmulInputs",
+        "Psaq",
         "QuantizedModel",
         "RepQ",
         "Ridge",
         "Site",
         "Step",
+        "WeightsOnly",
         "place",
     }
     | {"quantize"},

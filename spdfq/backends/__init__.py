@@ -7,7 +7,7 @@ from spdfq.backends.calibrate import Calibrate
 from spdfq.backends.distill import Distill
 from spdfq.backends.model import QuantizedModel, Site
 from spdfq.backends.place import place
-from spdfq.backends.placements import MatmulInputs
+from spdfq.backends.placements import MatmulInputs, Psaq, WeightsOnly
 from spdfq.backends.quantize import quantize
 from spdfq.backends.repq import RepQ
 from spdfq.backends.ridge import Ridge
@@ -19,11 +19,13 @@ __all__ = [
     "Calibration",
     "Distill",
     "MatmulInputs",
+    "Psaq",
     "QuantizedModel",
     "RepQ",
     "Ridge",
     "Site",
     "Step",
+    "WeightsOnly",
     "place",
     "quantize",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spdfq.backends.model import QuantizedModel
-from spdfq.backends.products import INPUT, WEIGHT
+from spdfq.backends.products import ATTENTION
 from spdfq.errors import ModelError
 
 Hidden = tuple[Tensor, ...]
@@ -26,7 +26,7 @@ def block_names(model: QuantizedModel) -> list[str]:
     Raises:
         ModelError: the model has no attention in numbered modules.
     """
-    attending = [name.rpartition(".")[0] for name, site in model.sites.items() if site.kind not in (WEIGHT, INPUT)]
+    attending = [name.rpartition(".")[0] for name, site in model.sites.items() if site.kind in ATTENTION]
     numbered = {_numbered(name) for name in attending} - {""}
     found = dict.fromkeys(_apart(_numbered(name), name, numbered) for name in attending if _numbered(name))
     if not found:

@@ -11,7 +11,7 @@ from spdfq.backends.base import Calibration, Step
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import WEIGHT
 from spdfq.errors import DataError, ModelError, NonFiniteError
-from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver
+from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, Product
 from spdfq.registry import steps
 from spdfq.structure import component
 
@@ -21,17 +21,25 @@ from spdfq.structure import component
 class Calibrate(Step):
     """Choose the ranges: of weights by their values, of activations by one float pass over the images.
 
+    Observers that try several ranges judge them by the error of the values, or by that of the output of the layer or
+    attention product they go into (AdaLog, arXiv:2407.12951): in float, for the first few images, and once more per
+    candidate, so it costs much more. What goes into no product is judged by its values all the same.
+
     Args:
         sites: which ranges are chosen: those of ``all`` sites, of ``weights`` alone or of ``activations`` alone.
         observer: chooses the ranges of activations.
         weight_observer: chooses the ranges of weights.
         batch: images per forward pass.
+        judged_by: what candidates are judged by, the error of the ``values`` or of the product's ``output``.
+        judged_images: how many images the output is computed for.
     """
 
     sites: Literal["all", "weights", "activations"] = "all"
     observer: Any = component("observer", default=PercentileMseObserver)
     weight_observer: Any = component("observer", default=GridMseObserver)
     batch: int = field(default=32, validator=validators.ge(1))
+    judged_by: Literal["values", "output"] = "values"
+    judged_images: int = field(default=4, validator=validators.ge(1))
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
@@ -42,14 +50,39 @@ class Calibrate(Step):
             NonFiniteError: a site saw NaN or infinity; the message names it.
             DataError: a site saw values that its quantizer does not take.
         """
-        if self.sites != "activations":
-            fit_weights(model, self.weight_observer, model.weight_names())
-        if self.sites == "weights":
-            return
-        self._observe_activations(model, calibration)
-        for name, quantizer in model.quantizers.items():
-            if model.sites[name].kind != WEIGHT:
-                quantizer.freeze(self.observer)
+        weights = [] if self.sites == "activations" else model.weight_names()
+        if self.judged_by == "values":
+            fit_weights(model, self.weight_observer, weights)
+            weights = []
+        left = dict.fromkeys(weights)
+        if self.sites != "weights":
+            self._observe_activations(model, calibration)
+            left |= dict.fromkeys(name for name in model.quantizers if model.sites[name].kind != WEIGHT)
+        if self.judged_by == "output":
+            self._judge(model, calibration, left)
+        for name in left:
+            self._freeze(model, name)
+
+    def _freeze(self, model: QuantizedModel, name: str, product: Product | None = None) -> None:
+        weight = model.sites[name].kind == WEIGHT
+        if weight:
+            _observe(model, name, model.weight(name))
+        model.quantizers[name].freeze(self.weight_observer if weight else self.observer, product)
+
+    def _judge(self, model: QuantizedModel, calibration: Calibration, left: dict[str, None]) -> None:
+        """Freeze what goes into a product, the first time it does, and take it off what is left."""
+
+        def watch(name: str, product: Product) -> None:
+            if name in left:
+                self._freeze(model, name, product)
+                del left[name]
+                advance(1)
+
+        with (
+            calibration.runtime.progress("judging ranges by their output", len(left)) as advance,
+            model.visiting(lambda _, __, tensor: tensor, watch),
+        ):
+            model.network(calibration.images[: self.judged_images])
 
     def _observe_activations(self, model: QuantizedModel, calibration: Calibration) -> None:
         reached = set()

@@ -170,7 +170,7 @@ class _Pair:
 
         handles = [call.watch(network, blocks.extend) for call in self.calls]
         try:
-            with products(network, visit):
+            with products(network, visit, points=self.model.points):
                 return Seen(network(images), blocks, maps)
         finally:
             for handle in handles:

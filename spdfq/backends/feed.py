@@ -135,7 +135,7 @@ class Feed:
                 raise _Reached
             return tensor
 
-        with products(network, stop):
+        with products(network, stop, points=self.model.points):
             try:
                 if call:
                     call.run(network, rows(self._hidden[side], len(self.images), part))

@@ -9,24 +9,26 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from spdfq.backends.products import Visit, products
+from spdfq.backends.products import BRANCH, INPUT, POINTS, Visit, Watch, ignore, maker, products
 from spdfq.errors import SpdfqError
 from spdfq.quantizers import Quantizer, UniformQuantizer
 
 
 @frozen
 class Site:
-    """A tensor that takes part in a product.
+    """A tensor that takes part in a product, or is seen at another point.
 
     Args:
         name: for example ``blocks.0.attn.qkv.weight``, ``blocks.0.attn.qkv.input`` or ``blocks.0.attn.softmax``.
-        kind: one of `spdfq.backends.products.KINDS`.
+        kind: one of `spdfq.backends.products.KINDS` or `POINTS`.
         shape: as seen with one image; a weight's own.
+        maker: what made it, where that counts: ``gelu``.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
+    maker: str = ""
 
 
 class QuantizedModel(nn.Module):
@@ -56,6 +58,7 @@ class QuantizedModel(nn.Module):
         self.sites, self.quantizers, self.leftovers = sites, dict(quantizers), leftovers
         self.biases: list[str] = []
         self.notes: list[str] = []
+        self.points = frozenset(site.kind for site in sites.values()) & POINTS
         for name, quantizer in quantizers.items():
             self.replace_quantizer(name, quantizer)
         for name in biases:
@@ -75,7 +78,7 @@ class QuantizedModel(nn.Module):
             SpdfqError: a site was not calibrated.
         """
         self.check_calibrated()
-        with products(self.network, self.quantized):
+        with products(self.network, self.quantized, points=self.points):
             yield
 
     def quantized(self, name: str, _: str, tensor: Tensor) -> Tensor:
@@ -89,9 +92,9 @@ class QuantizedModel(nn.Module):
             raise SpdfqError(f"{unfrozen} was not calibrated; put {{ type = 'calibrate' }} first in quantization.steps")
 
     @contextmanager
-    def visiting(self, visit: Visit) -> Iterator[None]:
-        """Inside, every operand of the float network passes ``visit(site, kind, tensor)``."""
-        with products(self.network, visit):
+    def visiting(self, visit: Visit, watch: Watch = ignore) -> Iterator[None]:
+        """Inside, every site's tensor of the float network passes ``visit``; ``watch`` is told of products."""
+        with products(self.network, visit, points=self.points, watch=watch):
             yield
 
     def train(self, mode: bool = True) -> "QuantizedModel":
@@ -154,7 +157,7 @@ class QuantizedModel(nn.Module):
 
     def _float_rows(self) -> list[dict[str, Any]]:
         left = [site for name, site in self.sites.items() if name not in self.quantizers and site.kind != "weight"]
-        rows = [{"name": s.name, "what": f"{s.kind} of a product, left in float", "parameters": 0} for s in left]
+        rows = [{"name": s.name, "what": f"{_what(s.kind)}, left in float", "parameters": 0} for s in left]
         rows += [
             {"name": name, "what": f"{what}, not quantized", "parameters": 0} for name, what in self.leftovers.items()
         ]
@@ -166,21 +169,31 @@ class QuantizedModel(nn.Module):
         return rows
 
 
+def _what(kind: str) -> str:
+    return kind if kind in POINTS else f"{kind} of a product"
+
+
 @torch.no_grad()
-def find_sites(network: nn.Module, example: Tensor) -> tuple[dict[str, Site], dict[str, str]]:
+def find_sites(
+    network: nn.Module, example: Tensor, points: frozenset[str] = frozenset()
+) -> tuple[dict[str, Site], dict[str, str]]:
     """Every site of a network, in the order of a forward pass, and the products that cannot be quantized.
 
     Args:
         network: any module in evaluation mode.
         example: one normalised image ``[1, C, H, W]``.
+        points: kinds of tensors to be seen besides the operands of products; what they see is no second site where it
+            enters a linear layer or is added.
     """
     sites: dict[str, Site] = {}
     leftovers: dict[str, str] = {}
 
     def visit(name: str, kind: str, tensor: Tensor) -> Tensor:
-        sites.setdefault(name, Site(name, kind, tuple(tensor.shape)))
+        seen_before = kind in (INPUT, BRANCH) and maker(tensor) in points
+        if not seen_before:
+            sites.setdefault(name, Site(name, kind, tuple(tensor.shape), maker(tensor)))
         return tensor
 
-    with products(network, visit, leftovers.setdefault):
+    with products(network, visit, leftovers.setdefault, points):
         network(example)
     return sites, leftovers

@@ -8,7 +8,7 @@ import torch
 
 from spdfq.backends.budget import check_budget
 from spdfq.backends.model import QuantizedModel, Site, find_sites
-from spdfq.backends.products import SOFTMAX, WEIGHT
+from spdfq.backends.products import GELU, POINTS, SOFTMAX, WEIGHT
 from spdfq.errors import RecipeError
 from spdfq.models import Teacher
 from spdfq.quantizers import Quantizer
@@ -30,7 +30,7 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
     """
     example = torch.zeros(1, *teacher.input_size, device=teacher.device)
     with teacher.frozen() as network:
-        sites, leftovers = find_sites(network, example)
+        sites, leftovers = find_sites(network, example, spec.placement.kinds & POINTS)
     fixed = overridden(teacher, spec, sites)
     bits = {**(bits or {}), **fixed}
     quantizers = {
@@ -47,7 +47,8 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
 def _fresh(spec: Quantization, site: Site, bits: int | None) -> Quantizer | None:
     if bits == 0:
         return None
-    template = {WEIGHT: spec.weights, SOFTMAX: spec.softmax}.get(site.kind, spec.activations)
+    activations = spec.gelu if spec.gelu is not None and site.maker == GELU else spec.activations
+    template = {WEIGHT: spec.weights, SOFTMAX: spec.softmax}.get(site.kind, activations)
     return attrs.evolve(template) if bits is None else attrs.evolve(template, bits=bits)
 
 

@@ -33,9 +33,9 @@ class ProgressiveObserver(Observer):
         refinements: how often the distance is halved.
     """
 
-    steps: int = field(default=8, validator=check_steps)
+    steps: int = field(default=6, validator=check_steps)
     smallest: float = field(default=0.3, validator=check_smallest)
-    kept: int = field(default=4, validator=check_steps)
+    kept: int = field(default=3, validator=check_steps)
     refinements: int = field(default=3, validator=check_steps)
 
     def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
