@@ -134,7 +134,7 @@ def test_a_weight_of_another_quantizer_is_refused_by_name():
     log.observe(torch.ones(1))
     log.freeze()
     model.replace_quantizer(SITE, log)
-    with pytest.raises(SpdfqError, match=rf"^{SITE}: this step needs a uniform quantizer"):
+    with pytest.raises(SpdfqError, match=rf"^{SITE}: this step needs evenly spaced values here"):
         reconstruct(model, teacher("vit"))
 
 
@@ -143,27 +143,27 @@ def test_a_weight_of_another_quantizer_is_refused_by_name():
 
 def test_a_share_of_the_activations_is_left_in_float_another_one_each_time():
     model = quantized("vit")
-    activations = Activations.of(model, 0.3, None)
+    activations = Activations(model, 0.3)
     x = torch.randn(40, 17, 32, generator=torch.Generator().manual_seed(0))
     drawn = []
     for seed in (1, 1, 2):
         activations.seed(torch.Generator().manual_seed(seed))
-        drawn.append(activations("blocks.0.attn.qkv.input", x))
+        drawn.append(activations("blocks.0.attn.qkv.input", "input", x))
     rounded = model.quantizers["blocks.0.attn.qkv.input"](x)
     kept = drawn[0] == x
     assert torch.equal(drawn[0], torch.where(kept, x, rounded))
     assert kept.float().mean() == pytest.approx(0.3, abs=0.02)
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    assert torch.equal(activations("nothing.here", x), x)
+    assert torch.equal(activations("nothing.here", "input", x), x)
 
 
 def test_what_enters_a_block_is_mixed_with_the_teachers():
-    activations = Activations.of(quantized("vit"), 0.5, None)
+    activations = Activations(quantized("vit"), 0.5)
     activations.seed(torch.Generator().manual_seed(0))
     (mixed,) = activations.mixed((torch.ones(50, 40),), (torch.zeros(50, 40),))
     assert mixed.mean().item() == pytest.approx(0.5, abs=0.04)
-    assert Activations.of(quantized("vit"), 0.0, None).mixed((mixed,), (-mixed,))[0].equal(-mixed)
+    assert Activations(quantized("vit"), 0.0).mixed((mixed,), (-mixed,))[0].equal(-mixed)
 
 
 @pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=20, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
@@ -180,27 +180,12 @@ def test_dropping_changes_what_is_learned_and_is_decided_by_the_seed(spec):
 # learned scales
 
 
-def test_the_gradient_to_a_scale_is_lsqs():
-    model, site = quantized("vit"), "blocks.0.mlp.fc1.input"
-    activations = Activations.of(model, 0.0, "blocks.0.")
-    quantizer, (factor,) = model.quantizers[site], [activations.factors[site]]
-    scale, zero = quantizer.scale, quantizer.zero_point.float()
-    x = torch.tensor([0.3, -0.2, 100.0, -100.0]) * scale * 10
-    factor.requires_grad_(True)
-    for value in x:
-        (gradient,) = torch.autograd.grad(activations(site, value[None]).sum(), factor)
-        ratio = value / scale
-        inside = 0 <= ratio.round() + zero <= 15
-        expected = ratio.round() - ratio if inside else (15 if value > 0 else 0) - zero
-        assert gradient.item() == pytest.approx((expected * scale).item(), abs=1e-5)
-
-
 @pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=20, lr=1e-6, batch=BATCH)], ids=["adaround", "blockwise"])
 def test_scales_are_learned_where_a_rate_is_given(spec):
     chosen, plain = teacher("vit"), quantized("vit", UNIFORM)
     model = quantized(chosen, UNIFORM)
     before = state_of(model)
-    reconstruct(model, chosen, evolve(spec, scale_lr=0.02))
+    reconstruct(model, chosen, evolve(spec, scale_lr=2e-3))
     scales = {name for name in changed(model, before) if "_quantizer" in name}
     assert scales == {
         f"{name}_quantizer.scale"

@@ -4,10 +4,13 @@ import re
 
 import attrs
 import pytest
+import tiny_backend
 import torch
 from tiny_teacher import CLASSES, SIDE, recipe, tiny_teacher
 
 from spdfq.attention import NEEDS, record_attention
+from spdfq.backends import Calibration
+from spdfq.checkpoint import load_quantized, save_quantized
 from spdfq.describe import describe
 from spdfq.errors import SpdfqError
 from spdfq.losses import CrossEntropyLoss
@@ -50,6 +53,7 @@ BUILT_IN = {
     "quantizer": {"adaptive_log", "dual_uniform", "log2", "log_sqrt2", "power_of_two_factor", "shift_uniform_log2"}
     | {"twin_uniform", "uniform"},
     "observer": {"grid_mse", "minmax", "percentile_mse", "progressive", "running_minmax"},
+    "step": {"adaround", "blockwise", "calibrate", "distill", "repq", "ridge"},
 }
 CANNOT_BE_FOLLOWED = {"random_resized_crop"}
 RUNTIME = Runtime(seed=3)
@@ -397,3 +401,44 @@ def test_an_observer_chooses_a_range_within_what_was_seen(name, quantizer_name):
     assert (chosen_high <= high.clamp(min=0)).all()
     assert (chosen_low <= chosen_high).all()
     assert torch.allclose(chosen_high[1], 100 * chosen_high[0], rtol=1e-3)
+
+
+# steps of the back-end
+
+
+def stepped(name, runtime=RUNTIME, seed=0):
+    """A calibrated model after a step with its defaults, shortened where it iterates, and its teacher."""
+    chosen = tiny_backend.teacher("vit")
+    model, step = tiny_backend.quantized(chosen), made("step", name)
+    if "iterations" in attrs.fields_dict(type(step)):
+        step = attrs.evolve(step, iterations=3)
+    torch.manual_seed(seed)
+    step.run(model, Calibration(teacher=chosen, images=tiny_backend.images(), runtime=runtime))
+    return model, chosen
+
+
+@every("step")
+def test_a_step_leaves_a_model_that_works_and_comes_back_from_a_checkpoint(name, tmp_path):
+    model, chosen = stepped(name)
+    logits = model(tiny_backend.images(3, seed=1))
+    assert logits.isfinite().all()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    save_quantized(model, tmp_path, chosen)
+    again = load_quantized(tmp_path, tiny_backend.network("vit"))
+    assert torch.equal(again(tiny_backend.images(3, seed=1)), logits)
+
+
+@every("step")
+def test_a_step_leaves_the_teacher_alone_and_nothing_on_the_networks(name):
+    model, chosen = stepped(name)
+    fresh = tiny_backend.network("vit")
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in chosen.module.state_dict().items())
+    for module in (*chosen.module.modules(), *model.network.modules()):
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@every("step")
+def test_a_step_is_decided_by_its_inputs_and_the_recipes_seed(name):
+    first, second = (stepped(name, seed=seed)[0].network.state_dict() for seed in (1, 2))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())

@@ -150,7 +150,7 @@ def test_what_is_learned(learned):
 def test_scales_are_learned_where_a_rate_is_given():
     model = quantized("vit", UNIFORM)
     before = state_of(model)
-    train(model, teacher("vit"), evolve(STEP, scale_lr=0.01))
+    train(model, teacher("vit"), evolve(STEP, scale_lr=1e-3))
     scales = {name for name in changed(model, before) if "_quantizer" in name}
     assert scales == {f"{name}_quantizer.scale" for name in model.quantizers if not name.endswith("weight")}
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from spdfq.backends import Calibration, Ridge, quantize
 from spdfq.backends.feed import Products
+from spdfq.backends.grid import Grid
 from spdfq.backends.least_squares import descended, ridge, round_by_halves
 from spdfq.checkpoint import load_quantized, save_quantized
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
@@ -99,37 +100,40 @@ def test_one_flip_is_the_best_of_all_single_moves():
     weight, gram = torch.randn(3, 5, generator=generator(1)), x.T @ x
     quantizer = quantizer_of(weight)
     codes = quantizer.codes(weight)
+    grid = Grid.of(quantizer, weight)
     moved = []
     for column, step in product(range(5), (-1, 0, 1)):
         other = codes.int()
         other[:, column] = (other[:, column] + step).clamp(0, 7)
         moved.append(off(quantizer.decode(other), weight, gram))
-    found = descended(weight, codes, gram, 1, quantizer)
+    found = descended(weight, gram, 1, grid)
     torch.testing.assert_close(off(found, weight, gram), torch.stack(moved).min(0).values, rtol=1e-4, atol=1e-4)
-    assert ((quantizer.codes(found).int() - codes.int()).abs().sum(1) <= 1).all()
+    assert ((quantizer.codes(found.float()).int() - codes.int()).abs().sum(1) <= 1).all()
 
 
 def test_flips_lower_the_error_until_no_move_does():
     x = rows(200, 12)
     weight, gram = torch.randn(6, 12, generator=generator(1)), x.T @ x
     quantizer = quantizer_of(weight)
-    codes = quantizer.codes(weight)
-    errors = [off(descended(weight, codes, gram, flips, quantizer), weight, gram) for flips in range(8)]
-    assert torch.equal(descended(weight, codes, gram, 0, quantizer), quantizer.decode(codes).double())
+    grid = Grid.of(quantizer, weight)
+    errors = [off(descended(weight, gram, flips, grid), weight, gram) for flips in range(8)]
+    torch.testing.assert_close(descended(weight, gram, 0, grid).float(), quantizer(weight))
     assert all((after <= before * (1 + 1e-5)).all() for before, after in pairwise(errors))
     assert errors[-1].sum() < 0.6 * errors[0].sum()
-    end = descended(weight, codes, gram, 1000, quantizer)
-    torch.testing.assert_close(descended(weight, quantizer.codes(end), gram, 1, quantizer), end)
+    end = descended(weight, gram, 1000, grid)
+    moves = [end.float() + step * grid.step * torch.eye(12)[column] for column in range(12) for step in (-1, 1)]
+    allowed = [((grid.positions(move) > -0.5) & (grid.positions(move) < 7.5)).all(1) for move in moves]
+    for move, rows_inside in zip(moves, allowed, strict=True):
+        assert (off(move, weight, gram) >= off(end, weight, gram) * (1 - 1e-4))[rows_inside].all()
 
 
 def test_two_columns_by_hand():
     gram, penalty = torch.tensor([[4.0, 2.0], [2.0, 3.0]]), 1.0
-    quantizer = UniformQuantizer(bits=3, symmetric=True)
-    quantizer.restore({"scale": torch.tensor(1.0), "zero_point": torch.tensor(4, dtype=torch.uint8)})
-    found = round_by_halves(torch.tensor([[1.4, 0.7, 9.0]]), _with_a_stranger(gram), penalty, 0, quantizer, free=1)
+    grid = Grid(torch.full([1, 2], -4.0), torch.ones(1, 2), 7)
+    found = round_by_halves(torch.tensor([[1.4, 0.7, 9.0]]), _with_a_stranger(gram), penalty, 0, grid, free=1)
     # the first is rounded to 1; its error 0.4 times 2 / (3 + 1) makes the second 0.9, which is rounded to 1
     assert found[0].tolist() == [1.0, 1.0, 9.0]
-    found = round_by_halves(torch.tensor([[1.4, 0.2, 9.0]]), _with_a_stranger(gram), penalty, 0, quantizer, free=1)
+    found = round_by_halves(torch.tensor([[1.4, 0.2, 9.0]]), _with_a_stranger(gram), penalty, 0, grid, free=1)
     assert found[0].tolist() == [1.0, 0.0, 9.0]
 
 
@@ -142,8 +146,8 @@ def test_the_bias_makes_good_what_is_left_and_is_not_rounded():
     x = torch.cat([rows(300, 8), torch.ones(300, 1)], 1)
     weight, gram = torch.randn(5, 9, generator=generator(4)), x.T @ x
     quantizer = quantizer_of(weight[:, :8])
-    found = round_by_halves(weight, gram, 1e-6, 0, quantizer, free=1)
-    assert torch.equal(quantizer(found[:, :8].float()).double(), found[:, :8])
+    found = round_by_halves(weight, gram, 1e-6, 0, Grid.of(quantizer, weight[:, :8]), free=1)
+    torch.testing.assert_close(quantizer(found[:, :8].float()).double(), found[:, :8])
     assert ((x.double() @ (found - weight).T).mean(0).abs() < 1e-4).all()
     nearest = torch.cat([quantizer(weight[:, :8]), weight[:, 8:]], 1)
     assert (off(found, weight, gram) < off(nearest, weight, gram)).all()
@@ -240,6 +244,17 @@ def test_layers_without_quantizers_are_corrected_alone_and_without_a_bias_of_the
     }
 
 
+def test_two_grids_of_one_weight_are_kept_apart():
+    dual = "quantization.weights={type='dual_uniform', bits=3, symmetric=true, granularity='channel', share=0.1}"
+    chosen = teacher("vit")
+    model, name = quantized(chosen, dual), "blocks.0.mlp.fc1.weight"
+    before = (output(model) - output(chosen.module)).norm()
+    repair(model, chosen)
+    assert torch.equal(model.quantizers[name](model.weight(name)), model.weight(name))
+    assert 0 < model.quantizers[name].outlier.sum() <= 3
+    assert (output(model) - output(chosen.module)).norm() < before
+
+
 def test_what_is_no_linear_layer_is_rounded_as_it_is_and_named():
     chosen = teacher("vit")
     model = repair(quantized(chosen), chosen)
@@ -292,7 +307,7 @@ def test_a_weight_of_another_quantizer_is_refused_by_name():
     log.freeze()
     model.replace_quantizer("blocks.0.attn.proj.weight", log)
     model.weight("blocks.0.attn.proj.weight").abs_()
-    with pytest.raises(SpdfqError, match=r"^blocks.0.attn.proj.weight: this step needs a uniform quantizer"):
+    with pytest.raises(SpdfqError, match=r"^blocks.0.attn.proj.weight: this step needs evenly spaced values here"):
         repair(model, teacher("vit"), evolve(STEP, penalty=1e9))
 
 

@@ -7,9 +7,9 @@ from attrs import define, field, validators
 from torch import Tensor
 
 from spdfq.backends.blocks import Hidden
+from spdfq.backends.grid import Grid
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.reconstruction import Learner, Reconstruction
-from spdfq.quantizers import UniformQuantizer
 from spdfq.registry import steps
 
 # the sigmoid stretched to this range and clamped to 0..1, so that its ends are reached (AdaRound, equation 23)
@@ -45,7 +45,7 @@ class AdaRound(Reconstruction):
         """A number for each weight of the block.
 
         Raises:
-            SpdfqError: a weight's quantizer is no uniform one.
+            SpdfqError: the values of a weight's quantizer are not evenly spaced.
         """
         names = [name for name in model.weight_names() if name.startswith(f"{block}.")]
         return Rounding(self, model, names)
@@ -80,11 +80,10 @@ class Rounding(Learner):
 
     def __init__(self, spec: AdaRound, model: QuantizedModel, names: list[str]) -> None:
         self.spec, self.model, self.changes = spec, model, names
-        self.floors: dict[str, Tensor] = {}
-        self.numbers: dict[str, Tensor] = {}
-        for name in names:
-            steps_down, rest = _floored(model.uniform(name), model.weight(name).detach())
-            self.floors[name], self.numbers[name] = steps_down, _inverse(rest)
+        self.grids = {name: Grid.of(model.affine(name), model.weight(name)) for name in names}
+        positions = {name: grid.positions(model.weight(name).detach()) for name, grid in self.grids.items()}
+        self.floors = {name: position.floor() for name, position in positions.items()}
+        self.numbers = {name: _inverse(position - position.floor()) for name, position in positions.items()}
         self.parameters = list(self.numbers.values())
 
     def weight(self, name: str, weight: Tensor) -> Tensor:
@@ -93,9 +92,8 @@ class Rounding(Learner):
         return self.model.quantized(name, "", weight) if number is None else self._value(name, rectified(number))
 
     def _value(self, name: str, up: Tensor) -> Tensor:
-        quantizer = self.model.uniform(name)
-        codes = (self.floors[name] + up).clamp(0, quantizer.levels - 1)
-        return quantizer.reconstruct(codes, _spread(quantizer, codes))
+        grid = self.grids[name]
+        return grid.values((self.floors[name] + up).clamp(0, grid.last))
 
     def penalty(self, share: float) -> Tensor | float:
         """``weight · Σ 1 - |2h - 1|^β`` over all weights."""
@@ -109,7 +107,8 @@ class Rounding(Learner):
     def finish(self) -> None:
         """Round each weight the way that h is nearer to."""
         for name, number in self.numbers.items():
-            self.model.weight(name).copy_(self._value(name, (rectified(number) >= 0.5).float()))
+            value = self._value(name, (rectified(number) >= 0.5).float())
+            self.model.weight(name).copy_(self.model.quantizers[name](value))  # to the bit
 
 
 def rectified(number: Tensor) -> Tensor:
@@ -120,17 +119,3 @@ def rectified(number: Tensor) -> Tensor:
 def _inverse(rest: Tensor) -> Tensor:
     """The v whose rectified sigmoid is ``rest`` in 0..1."""
     return ((rest - LOW) / (HIGH - LOW)).logit()
-
-
-def _floored(quantizer: UniformQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of the weight rounded down, not clamped, and the rest, 0 to 1."""
-    parameters = _spread(quantizer, weight)
-    ratio = weight / parameters["scale"]
-    return ratio.floor() + parameters["zero_point"], ratio - ratio.floor()
-
-
-def _spread(quantizer: UniformQuantizer, like: Tensor) -> dict[str, Tensor]:
-    """The quantizer's tensors, broadcast against a weight."""
-    axis = quantizer.channel_axis
-    shape = [-1 if axis is not None and index == axis % like.ndim else 1 for index in range(like.ndim)]
-    return {name: tensor.reshape(shape) for name, tensor in quantizer.tensors().items()}

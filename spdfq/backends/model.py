@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spdfq.backends.products import BRANCH, INPUT, POINTS, Visit, Watch, ignore, maker, products
 from spdfq.errors import SpdfqError
-from spdfq.quantizers import Quantizer, UniformQuantizer
+from spdfq.quantizers import Quantizer
+from spdfq.quantizers.uniform import AffineQuantizer
 
 
 @frozen
@@ -114,11 +115,11 @@ class QuantizedModel(nn.Module):
             self.biases.append(name)
         return self.network.get_parameter(name)
 
-    def uniform(self, name: str) -> UniformQuantizer:
-        """The quantizer of a site that must be a uniform one; another kind raises SpdfqError."""
+    def affine(self, name: str) -> AffineQuantizer:
+        """The quantizer of a site whose values must be evenly spaced; another kind raises SpdfqError."""
         quantizer = self.quantizers[name]
-        if not isinstance(quantizer, UniformQuantizer):
-            raise SpdfqError(f"{name}: this step needs a uniform quantizer here, not {type(quantizer).__name__}")
+        if not isinstance(quantizer, AffineQuantizer):
+            raise SpdfqError(f"{name}: this step needs evenly spaced values here, not a {type(quantizer).__name__}")
         return quantizer
 
     def replace_quantizer(self, name: str, quantizer: Quantizer) -> None:

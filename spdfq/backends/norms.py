@@ -75,11 +75,17 @@ def _group(model: QuantizedModel, wired: Wiring, norm: NormCalls) -> NormGroup:
 
 
 def _check_quantizers(model: QuantizedModel, inputs: list[str]) -> None:
-    kinds = [model.quantizers[site] for site in inputs]
-    if any(not isinstance(quantizer, UniformQuantizer) for quantizer in kinds):
-        raise _Unfit("its output has no uniform quantizer")
+    kinds = [uniform(model, site) for site in inputs]
     if len({(quantizer.bits, quantizer.channel_axis) for quantizer in kinds}) > 1:
         raise _Unfit(f"{', '.join(inputs)} differ in bits or granularity")
+
+
+def uniform(model: QuantizedModel, site: str) -> UniformQuantizer:
+    """The quantizer of a site, where it is a uniform one."""
+    quantizer = model.quantizers[site]
+    if type(quantizer) is not UniformQuantizer:
+        raise _Unfit("its output has no uniform quantizer")
+    return quantizer
 
 
 def _owner(weight: str) -> str:

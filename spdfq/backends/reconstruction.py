@@ -8,7 +8,7 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor, nn
 
-from spdfq.backends.activations import Activations
+from spdfq.backends.activations import Activations, scaled_activations
 from spdfq.backends.base import Calibration, Step
 from spdfq.backends.blocks import BlockCall, Hidden, block_calls, block_names
 from spdfq.backends.epochs import batch_rows, noise
@@ -19,6 +19,7 @@ from spdfq.backends.state import Finished
 from spdfq.backends.stream import Stream, rows
 from spdfq.backends.training import learning, take_step
 from spdfq.errors import NonFiniteError
+from spdfq.quantizers import Quantizer, learned_scales
 from spdfq.runtime import Advance
 
 _CHECK_EVERY = 10
@@ -60,7 +61,7 @@ class Reconstruction(Step, ABC):
             arXiv 2203.05740, with 0.5).
         fisher: weigh the error at each value by its squared gradient of the KL divergence from the teacher (BRECQ,
             arXiv 2102.05426).
-        scale_lr: learning rate of the logarithms of the activations' scales (LSQ, arXiv 1902.08153); 0 keeps them.
+        scale_lr: learning rate of the activations' scales (LSQ, arXiv 1902.08153; 4e-5 in QDrop); 0 keeps them.
     """
 
     name: ClassVar[str]
@@ -119,11 +120,12 @@ class Job:
     advance: Advance
     learner: Learner = field(init=False)
     activations: Activations = field(init=False)
+    scaled: dict[str, Quantizer] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.learner = self.spec.learner(self.model, self.call.name)
-        learned = f"{self.call.name}." if self.spec.scale_lr else None
-        self.activations = Activations.of(self.model, self.spec.drop, learned)
+        self.activations = Activations(self.model, self.spec.drop)
+        self.scaled = scaled_activations(self.model, f"{self.call.name}.") if self.spec.scale_lr else {}
 
     def run(self, teacher: Stream, student: Stream, finished: Finished) -> None:
         """Learn the block, or take it from a killed run.
@@ -132,7 +134,7 @@ class Job:
         """
         entering = teacher.enter(self.call)
         target = teacher.leave(self.call, entering)
-        hidden, changes = entering, [*self.learner.changes, *self.activations.changes]
+        hidden, changes = entering, [*self.learner.changes, *self.scaled]
         if self.spec.inputs == "quantized":
             with self.model.visiting(self.spec.deployed(self.model)):
                 hidden = student.enter(self.call)
@@ -151,14 +153,16 @@ class Job:
             importance = squared_gradients(
                 teacher, self.model, self.call, self.calibration.images, self.spec.batch, self.spec.deployed(self.model)
             )
-        learned = [*self.learner.parameters, *self.activations.parameters]
-        with learning(learned), self.model.visiting(self._operand):
+        with (
+            learned_scales(self.scaled.values()),
+            learning(self.learner.parameters),
+            self.model.visiting(self._operand),
+        ):
             self._optimise(hidden, entering, target, importance)
         self.learner.finish()
-        self.activations.finish()
 
     def _operand(self, name: str, kind: str, tensor: Tensor) -> Tensor:
-        return self.learner.weight(name, tensor) if kind == WEIGHT else self.activations(name, tensor)
+        return self.learner.weight(name, tensor) if kind == WEIGHT else self.activations(name, kind, tensor)
 
     @torch.enable_grad()
     def _optimise(self, hidden: Hidden, entering: Hidden, target: Hidden, importance: Hidden | None) -> None:
@@ -184,7 +188,8 @@ class Job:
         return self.spec.name, self.calibration.index, self.call.name
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        learned = ((self.learner.parameters, self.spec.lr), (self.activations.parameters, self.spec.scale_lr))
+        scales = [quantizer.tensors()["scale"] for quantizer in self.scaled.values()]
+        learned = ((self.learner.parameters, self.spec.lr), (scales, self.spec.scale_lr))
         return torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in learned if parameters])
 
     def _report(self, iteration: int, error: float) -> None:

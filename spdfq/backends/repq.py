@@ -10,7 +10,7 @@ from torch import Tensor
 from spdfq.backends.base import Calibration, Step
 from spdfq.backends.calibrate import fit_weights
 from spdfq.backends.model import QuantizedModel
-from spdfq.backends.norms import NormGroup, norm_groups, rescale
+from spdfq.backends.norms import NormGroup, norm_groups, rescale, uniform
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, UniformQuantizer
 from spdfq.quantizers.observers import Statistics
@@ -90,7 +90,7 @@ class RepQ(Step):
     def _split(self, model: QuantizedModel, groups: list[NormGroup], calibration: Calibration) -> None:
         seen = self._statistics(model, {group.observed: group for group in groups}, calibration)
         for group in groups:
-            statistics, quantizer = seen[group.observed], model.uniform(group.inputs[0])
+            statistics, quantizer = seen[group.observed], uniform(model, group.inputs[0])
             median = statistics.samples.median(dim=1).values
             rescale(model, group, torch.ones_like(median), median)
             channels = attrs.evolve(quantizer, granularity="channel", axis=-1)
@@ -129,7 +129,7 @@ class RepQ(Step):
             rescale(model, group, found.factor, found.offset)
             stored = {"scale": found.scale.float(), "zero_point": found.zero_point.to(torch.uint8)}
             for site in group.inputs:
-                whole = attrs.evolve(model.uniform(site), granularity="tensor", axis=0)
+                whole = attrs.evolve(uniform(model, site), granularity="tensor", axis=0)
                 model.replace_quantizer(site, _with(whole, stored))
             fit_weights(model, self.weight_observer, [name for name in group.weights if name in model.quantizers])
 

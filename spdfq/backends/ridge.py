@@ -9,6 +9,7 @@ from torch import Tensor
 from spdfq.backends.base import Calibration, Step
 from spdfq.backends.calibrate import fit_weights
 from spdfq.backends.feed import Feed, Layer, Products
+from spdfq.backends.grid import Grid
 from spdfq.backends.least_squares import ridge, round_by_halves
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import WEIGHT
@@ -48,7 +49,7 @@ class Ridge(Step):
         """Repair every linear layer; blocks that a killed run finished are taken from its state file.
 
         Raises:
-            SpdfqError: a site was not calibrated, or a weight's quantizer is no uniform one.
+            SpdfqError: a site was not calibrated, or the values of a weight's quantizer are not evenly spaced.
             NonFiniteError: the inputs or outputs of a layer are.
         """
         model.check_calibrated()
@@ -78,7 +79,7 @@ class Ridge(Step):
         layers = [Layer(name, linears[name].bias(model.network)) for name in weights if name in linears]
         for layer in layers:
             if layer.weight in model.quantizers:
-                model.uniform(layer.weight)  # refused before anything is changed
+                model.affine(layer.weight)  # refused before anything is changed
             if layer.bias:
                 model.bias(layer.bias)
         return layers
@@ -94,9 +95,12 @@ class Ridge(Step):
         result = wanted
         if layer.weight in model.quantizers:
             fit_weights(model, self.weight_observer, [layer.weight])
-            quantizer = model.uniform(layer.weight)
-            result = round_by_halves(wanted, found.gram, self.penalty, self.flips, quantizer, len(biases))
+            quantizer = model.affine(layer.weight)
+            grid = Grid.of(quantizer, weight)
+            result = round_by_halves(wanted, found.gram, self.penalty, self.flips, grid, len(biases))
         weight.copy_(result[:, : weight.shape[1]])
+        if layer.weight in model.quantizers:
+            weight.copy_(model.quantizers[layer.weight](weight))  # to the bit
         for bias in biases:
             bias.copy_(result[:, -1])
 
