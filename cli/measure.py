@@ -49,8 +49,9 @@ def _print_table(rows: list[dict[str, Any]], sheet: Path | None) -> None:
 
     from spdfq.report.measures import COLUMNS, shown
 
-    real = ", ".join(dict.fromkeys(str(row["real_images"]) for row in rows))
-    caption = f"Top-1 of the quantized model in percent, simulated; alignment to the classes of {real} real images."
+    real = ", ".join(dict.fromkeys(str(row["real_images"]) for row in rows if row["real_images"]))
+    aligned = f"; alignment to the classes of {real} real images" if real else ""
+    caption = f"Top-1 of the quantized model in percent, simulated{aligned}."
     table = Table(box=SIMPLE, pad_edge=False, caption=caption, caption_justify="left")
     for heading in ("run", "source"):
         table.add_column(heading, overflow="fold")

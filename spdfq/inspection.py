@@ -49,7 +49,7 @@ def measure_runs(
     """
     overrides = tuple(overrides)
     runs = [_Run.found(Path(folder), overrides, device, progress) for folder in folders]
-    known: dict[str, tuple[Teacher, Centroids]] = {}
+    known: dict[str, tuple[Teacher, Centroids | None]] = {}
     rows, pictures = [], []
     for run in runs:
         key = digest(run.recipe.to_dict()["model"], run.recipe.to_dict()["evaluation"], *run.fingerprints())
@@ -83,12 +83,12 @@ class _Run:
     def fingerprints(self) -> list[str]:
         return data_fingerprints(self.recipe.evaluation)
 
-    def teacher_and_centroids(self) -> tuple[Teacher, Centroids]:
+    def teacher_and_centroids(self) -> tuple[Teacher, Centroids | None]:
         teacher = load_teacher(self.recipe.model)
         teacher.module.to(self.runtime.device)
         return teacher, dataset_centroids(teacher, self.recipe.evaluation, self.runtime)
 
-    def measure(self, teacher: Teacher, centroids: Centroids) -> dict[str, Any]:
+    def measure(self, teacher: Teacher, centroids: Centroids | None) -> dict[str, Any]:
         found = measure_images(self.images.images, teacher, self.runtime, centroids, self.recipe.evaluation.batch)
         prior: Tensor = self.images.prior
         return {

@@ -131,12 +131,14 @@ def class_features(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime
             yield features.float().cpu(), module.forward_head(tokens).float().cpu()
 
 
-def dataset_centroids(teacher: Teacher, spec: Any, runtime: Runtime) -> Centroids:
-    """Centroids of an evaluation spec's dataset, by its labels.
+def dataset_centroids(teacher: Teacher, spec: Any, runtime: Runtime) -> Centroids | None:
+    """Centroids of an evaluation spec's dataset, by its labels; none for a model without a head, which names no class.
 
     Raises:
         DataError: its classes are not the model's.
     """
+    if teacher.headless:
+        return None
     spec.dataset.check_classes(teacher)
     labels: list[Tensor] = []
     with runtime.progress("real images", len(spec.dataset)) as advance:
@@ -169,7 +171,7 @@ def image_head_similarity(teacher: Teacher, batches: Iterable[Tensor], runtime: 
 
 
 def measure_images(
-    images: Tensor, teacher: Teacher, runtime: Runtime, centroids: Centroids, batch: int = 64
+    images: Tensor, teacher: Teacher, runtime: Runtime, centroids: Centroids | None, batch: int = 64
 ) -> dict[str, Any]:
     """All measures that images alone have, as plain data; what cannot be had is ``None``, and ``notes`` say why.
 
@@ -180,23 +182,26 @@ def measure_images(
         images: ``[n, C, h, w]``, normalised for the teacher.
         teacher: the full-precision model.
         runtime: device and progress.
-        centroids: of real images, by the same teacher.
+        centroids: of real images, by the same teacher; none where it has no head.
         batch: images of a forward pass.
     """
-    found = list(class_features(teacher, images.split(batch), runtime))
-    features, logits = torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
     pixels = teacher.denormalise(images.float())
     mean, std = channel_statistics(pixels)
     notes: list[str] = []
+    alignment = heads = None
+    if centroids is None:
+        notes.append("semantic_alignment: the model has no head, so it names no class")
+    else:
+        features, logits = map(torch.cat, zip(*class_features(teacher, images.split(batch), runtime), strict=True))
+        alignment = semantic_alignment(features, logits.argmax(1), centroids)
     try:
         heads = image_head_similarity(teacher, images.split(batch), runtime)
     except SpdfqError as error:
-        heads = None
         notes.append(f"head_similarity: {error}")
     return {
         "images": len(images),
-        "real_images": int(centroids.counts.sum()),
-        "semantic_alignment": semantic_alignment(features, logits.argmax(1), centroids),
+        "real_images": 0 if centroids is None else int(centroids.counts.sum()),
+        "semantic_alignment": alignment,
         "head_similarity": heads,
         "channel_mean": mean,
         "channel_std": std,

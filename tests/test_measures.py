@@ -22,6 +22,7 @@ from spdfq.measures import (
     channel_statistics,
     class_centroids,
     class_features,
+    dataset_centroids,
     image_head_similarity,
     measure_images,
     prior_overlap,
@@ -31,6 +32,7 @@ from spdfq.measures import (
 from spdfq.models import Teacher
 from spdfq.recipe import load_recipe, to_toml
 from spdfq.report import write_report, write_sheet
+from spdfq.report.measures import measures
 from spdfq.runtime import Runtime
 from spdfq.synth import SyntheticImages
 from spdfq.zoo import data_file
@@ -156,6 +158,19 @@ def test_a_model_whose_attention_cannot_be_recorded_is_measured_without_it_and_s
     assert found["head_similarity"] is None
     assert found["notes"][0].startswith("head_similarity: SwinTransformerV2: no attention went through")
     assert found["semantic_alignment"] is not None
+
+
+def test_a_model_without_a_head_names_no_class_and_is_measured_without_alignment():
+    chosen = teacher("vit", num_classes=0)
+    chosen.num_classes = 0
+    assert dataset_centroids(chosen, None, RUNTIME) is None
+    found = measure_images(colour_images(3), chosen, RUNTIME, None)
+    assert (found["semantic_alignment"], found["real_images"]) == (None, 0)
+    assert found["notes"] == ["semantic_alignment: the model has no head, so it names no class"]
+    assert 0 < found["head_similarity"] < 1
+    page = measures(found | {"prior_overlap": None})
+    assert "Alignment is" not in page
+    assert "the model has no head" in page
 
 
 # finished runs
