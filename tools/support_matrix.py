@@ -1,4 +1,7 @@
-"""Measures which timm families work and writes docs/models.md: `python tools/support_matrix.py [--only swin]`."""
+"""Measures which timm families work and writes docs/models.md: `python tools/support_matrix.py [--only swin]`.
+
+With `--only` the lines of the families measured are replaced, and the others stay as they are.
+"""
 
 import argparse
 import copy
@@ -169,18 +172,31 @@ def table(rows: list[Row]) -> str:
         f"| family | member | {' | '.join(CHECKS)} | float products | why not |",
         "| --- " * (len(CHECKS) + 4) + "|",
     ]
-    for row in rows:
-        cells = [row.found.get(check, "**no**") for check in CHECKS]
-        why = "; ".join(dict.fromkeys(f"{reason}" for reason in row.why.values()))
-        lines.append(
-            f"| {row.family.name} | `{row.family.member}` | {' | '.join(cells)} | {len(row.leftovers)} | {why} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(line, rows)])
+
+
+def line(row: Row) -> str:
+    """A family's line of the table."""
+    cells = [row.found.get(check, "**no**") for check in CHECKS]
+    why = "; ".join(dict.fromkeys(f"{reason}" for reason in row.why.values()))
+    return f"{_start(row.family)} {' | '.join(cells)} | {len(row.leftovers)} | {why} |"
+
+
+def _start(family: Family) -> str:
+    return f"| {family.name} | `{family.member}` |"
+
+
+def replaced(page: str, rows: list[Row]) -> str:
+    """The table of a page with the lines of these families instead of its own."""
+    new = {_start(row.family): line(row) for row in rows}
+    return "\n".join(
+        next((text for start, text in new.items() if old.startswith(start)), old) for old in page.splitlines()
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="families whose name or member contains this; writes no page")
+    parser.add_argument("--only", default="", help="families whose name or member contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     wanted = [f for f in FAMILIES if arguments.only.lower() in f"{f.name} {f.member}".lower()]
@@ -190,11 +206,11 @@ def main() -> None:
             print(f"{row.seconds:5.1f} s  {row.family.name}: {row.found} {row.why} {row.leftovers[:4]}", flush=True)
             rows.append(row)
     print(f"{len(rows)} families in {time.perf_counter() - start:.0f} s, {arguments.jobs} processes of one thread")
-    if not arguments.only:
-        sys.path.insert(0, str(DOCS))
-        from generate import refresh
+    sys.path.insert(0, str(DOCS))
+    from generate import block, refresh
 
-        refresh(PAGE, "matrix", table(rows))
+    there = block(PAGE.read_text(encoding="utf-8"), "matrix")
+    refresh(PAGE, "matrix", replaced(there, rows) if arguments.only else table(rows))
 
 
 if __name__ == "__main__":

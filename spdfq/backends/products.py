@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from attrs import define, field
 from torch import Tensor, nn
 
-from spdfq.attention import SOFTMAX_FUNCTIONS, AttentionMode, fused_attention, masked
+from spdfq.attention import PRODUCT_FUNCTIONS, SOFTMAX_FUNCTIONS, AttentionMode, fused_attention, masked
 from spdfq.quantizers import Product, Quantizer
 
 WEIGHT, INPUT, QUERY, KEY, VALUE, SOFTMAX, PRODUCT = "weight", "input", "query", "key", "value", "softmax", "product"
@@ -29,10 +29,6 @@ _BY_WEIGHT = {
 }
 # the axis of the output that belongs to a weight's first one
 _CHANNELS = {F.linear: -1, F.conv1d: 1, F.conv2d: 1, F.conv3d: 1}
-BY_ACTIVATION = {
-    *(torch.matmul, torch.linalg.matmul, Tensor.matmul, Tensor.__matmul__),
-    *(torch.bmm, Tensor.bmm, torch.einsum),
-}
 _OTHER_PRODUCTS = {
     *(torch.mm, torch.mv, torch.dot, torch.inner, torch.tensordot, torch.chain_matmul, torch.linalg.multi_dot),
     *(torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm),
@@ -174,7 +170,7 @@ class _ProductMode(AttentionMode):
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func in _BY_WEIGHT:
             return self._by_weight(func, *args, **kwargs)
-        if func in BY_ACTIVATION:
+        if func in PRODUCT_FUNCTIONS:
             return self._by_activation(func, args, kwargs)
         if func in _OTHER_PRODUCTS:
             self._left_over(func)

@@ -8,12 +8,11 @@ from attrs import define, field, frozen
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spdfq.attention import fused_attention
-from spdfq.backends.products import BY_ACTIVATION
+from spdfq.attention import PRODUCT_FUNCTIONS, fused_attention
 
 _LAYER_NORMS = {F.layer_norm, torch.layer_norm}
 # equal tokens stay what they are under any of these, others do not
-_MIX_TOKENS = {F.scaled_dot_product_attention, *BY_ACTIVATION}
+_MIX_TOKENS = {F.scaled_dot_product_attention, *PRODUCT_FUNCTIONS}
 _SEED = 0
 
 

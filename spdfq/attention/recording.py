@@ -1,138 +1,42 @@
-"""The one tap on attention's products: every transformer that calls `scaled_dot_product_attention` is seen here."""
+"""What attention shows of itself during a forward pass, recorded through the tap."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from attrs import define, field
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
+from spdfq.attention.tap import (
+    PRODUCT_FUNCTIONS,
+    SOFTMAX_FUNCTIONS,
+    AttentionMode,
+    attend,
+    attention_probabilities,
+    fused_attention,
+    module_names,
+)
 from spdfq.errors import ModelError
 
 CLASS_ATTENTION = "class_attention"
 ATTENTION_OUTPUTS = "attention_outputs"
 QUERIES_AND_KEYS = "queries_and_keys"
 NEEDS = frozenset({CLASS_ATTENTION, ATTENTION_OUTPUTS, QUERIES_AND_KEYS})
-# queries x keys up to which explicit products keep up with the fused kernel on a CPU, forward and backward:
-# benchmarks/attention.py
-_EXPLICIT_LIMIT_CPU = 64 * 64
 _POOLING_HEAD = "attn_pool"
 # a smaller input is no image but tokens, whose sides say nothing about the token grid
 _SMALLEST_IMAGE = 16
-SOFTMAX_FUNCTIONS = frozenset({torch.softmax, Tensor.softmax, F.softmax})
+_SERIAL = "_spdfq_softmax"
 _REMEDY = "it cannot be recorded, leave out the losses that need it"
-
-
-class AttentionMode(TorchFunctionMode):
-    """Hands each scaled-dot-product attention call to `attend`; every other function goes to `other`."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Compute the attention output ``[..., N_q, d]`` from its operands."""
-        raise TypeError(f"{type(self).__name__} does not say how to attend")
-
-    def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Compute any other function."""
-        return func(*args, **kwargs)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return self.other(func, args, kwargs or {})
-        return self.attend(*_operands(*args, **(kwargs or {})))
-
-
-def _operands(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
-    """The operands of a `scaled_dot_product_attention` call, its mask and scale made explicit."""
-    if dropout_p:
-        raise ModelError("attention with dropout cannot be tapped; put the model into evaluation mode")
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
-    if is_causal:
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    return query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale
-
-
-def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax rows ``[..., N_q, N_k]`` in float32; the mask (boolean or additive) is applied before the softmax.
-
-    Seen by an outer `record_attention`, like torch's own functions: so a quantized model's attention is recorded.
-    """
-    if has_torch_function((query, key)):
-        return handle_torch_function(attention_probabilities, (query, key), query, key, mask, scale)
-    with torch.autocast(query.device.type, enabled=False):
-        scores = query.float() * scale @ key.float().mT
-        return masked(scores, mask).softmax(-1)
-
-
-def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores with a boolean (true = keep) or additive mask applied."""
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention output by the faster way: explicit products for few tokens on a CPU, the fused kernel elsewhere."""
-    few = query.shape[-2] * key.shape[-2] <= _EXPLICIT_LIMIT_CPU
-    if query.device.type == "cpu" and few:
-        return explicit_attention(query, key, value, mask, scale)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-
-
-def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention output by two products, the softmax between them in float32."""
-    scores = masked(query * scale @ key.mT, mask)
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-
-
-@contextmanager
-def fused_attention(model: nn.Module) -> Iterator[None]:
-    """Set timm's ``fused_attn`` flags, so that attention goes through one function; restored on exit."""
-    flagged: list[tuple[Any, Any]] = [
-        (module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")
-    ]
-    try:
-        for module, _ in flagged:
-            module.fused_attn = True
-        yield
-    finally:
-        for module, flag in flagged:
-            module.fused_attn = flag
-
-
-@contextmanager
-def module_names(model: nn.Module) -> Iterator[list[str]]:
-    """A stack of the names of the modules whose ``forward`` runs, innermost last (leaf modules are left out)."""
-    stack: list[str] = []
-
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if next(module.children(), None) is not None:
-                enter = module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
-                hooks.callback(enter.remove)
-                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
-        yield stack
 
 
 @define
 class AttentionRecord:
     """What one forward pass showed, a list entry per attention in the order they ran.
+
+    Of attention that a model computes by itself (Swin v2), rows and outputs are the model's own tensors; the rest is
+    computed here.
 
     Args:
         names: module names.
@@ -176,15 +80,16 @@ def record_attention(
     (timm's ``attn_pool``) is no block and is left out.
 
     Args:
-        model: any module whose attention calls `scaled_dot_product_attention`, or does so when ``fused_attn`` is set.
-            A quantized model is one; its queries and keys are the quantized ones, its outputs are not recorded.
+        model: any module whose attention calls `scaled_dot_product_attention`, or does so when ``fused_attn`` is set,
+            or multiplies a softmax over the keys of a known window or patch grid with the values (Swin v2). A quantized
+            model is one; its queries and keys are the quantized ones, its outputs are not recorded.
         needs: any of ``class_attention``, ``attention_outputs`` and ``queries_and_keys``.
         rows: record the first so many images of the batch only.
         grid: the token grid, where some of its tokens were left out, so that the number of keys does not tell it.
 
     Raises:
-        ModelError: an unknown need, or (from the forward pass) attention that is not over the token grid, that only
-            some blocks hand to `scaled_dot_product_attention` (CaiT), or none.
+        ModelError: an unknown need, or (from the forward pass) attention that is not over the token grid, that is
+            computed otherwise (CaiT's talking heads), or none; the message names the module.
     """
     if unknown := sorted(set(needs) - NEEDS):
         raise ModelError(f"cannot record {', '.join(unknown)}; known: {', '.join(sorted(NEEDS))}")
@@ -230,54 +135,104 @@ class _Recorder(AttentionMode):
         self.record = AttentionRecord(prefix=prefix, has_class=self.has_class)
         self.batch = 0
         self.image: tuple[int, ...] = (1, 1)
-        self.unseen: str | None = None
+        self.serials = itertools.count()
+        self.softmaxes: dict[int, str] = {}
+        self.multiplies: str | None = None
 
     def begin(self, _: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
         self.record.clear()
-        self.unseen = None
+        self.softmaxes.clear()
         images = next(iter((*inputs, *named.values())))
         self.batch, self.image = len(images), tuple(getattr(images, "shape", ())[2:])
         if len(self.image) != 2 or min(self.image) < _SMALLEST_IMAGE:
             self.image = (1, 1)
 
     def end(self, *_: Any) -> None:
+        self._refuse_unrecorded()
         if not self.record.names:
+            where = self._where(self.multiplies or "")
             raise ModelError(
-                f"{type(self.model).__name__}: no attention went through scaled_dot_product_attention, so none can be "
-                "recorded; leave out the losses that need attention"
-            )
-        if self.unseen is not None:
-            raise ModelError(
-                f"{self.unseen or type(self.model).__name__}: computes a softmax of its own while other modules call "
-                f"scaled_dot_product_attention, so some attention would be missing; {_REMEDY}"
+                f"{where}: no attention went through scaled_dot_product_attention or a softmax over tokens; {_REMEDY}"
             )
 
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is attention_probabilities:
             return self._quantized(*args)
         result = func(*args, **kwargs)
-        if func in SOFTMAX_FUNCTIONS and self.unseen is None and result.ndim > 2 and not self._pools():
-            self.unseen = self.names[-1] if self.names else ""
+        if func in SOFTMAX_FUNCTIONS and result.ndim > 2 and not self._pools():
+            over_keys = kwargs.get("dim", (*args, None, None)[1]) in (-1, result.ndim - 1)
+            self._open(result, over_keys)
+        elif func in PRODUCT_FUNCTIONS and args and not self._pools():
+            self._close(args[0], result)
         return result
 
     def _quantized(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """The probabilities of a quantized model, which multiplies them by the values itself."""
         if not self._pools():
             if ATTENTION_OUTPUTS in self.needs:
-                raise ModelError(f"{self._where()}: the attention outputs of a quantized model cannot be recorded")
+                where = self._where(self._name())
+                raise ModelError(f"{where}: the attention outputs of a quantized model cannot be recorded")
             self._note(query, key)
             self._class_row(query, key, mask, scale)
         return attention_probabilities(query, key, mask, scale)
 
-    def _pools(self) -> bool:
-        return bool(self.names) and self.names[-1].rpartition(".")[2] == _POOLING_HEAD
+    def _open(self, softmax: Tensor, over_keys: bool) -> None:
+        """A softmax is refused in the end unless it turns out to be attention; until then it carries its number."""
+        serial = next(self.serials)
+        self.softmaxes[serial] = self._name()
+        if over_keys:
+            setattr(softmax, _SERIAL, serial)
 
-    def _where(self) -> str:
-        return (self.names and self.names[-1]) or type(self.model).__name__
+    def _close(self, left: Any, product: Tensor) -> None:
+        """A product of a softmax that is attention, or of anything else."""
+        self.multiplies = self.multiplies or self._name()
+        serial = getattr(left, _SERIAL, -1)
+        if serial in self.softmaxes and self._is_attention(left, product):
+            del self.softmaxes[serial]
+            self._keep(left, product)
+
+    def _refuse_unrecorded(self) -> None:
+        """A record of some blocks without the others would mislead."""
+        if self.softmaxes:
+            where = self._where(next(iter(self.softmaxes.values())))
+            raise ModelError(
+                f"{where}: computes a softmax of its own, not over the keys of a known window or patch grid; {_REMEDY}"
+            )
+
+    def _is_attention(self, probabilities: Tensor, output: Tensor) -> bool:
+        """Whether ``[B, H, N, K] @ [B, H, K, d]`` attends over a grid that the module or the model states."""
+        shaped = probabilities.ndim == output.ndim == 4 and probabilities.shape[:3] == output.shape[:3]
+        tokens = probabilities.shape[-1] - self.record.prefix
+        return shaped and len(probabilities) % self.batch == 0 and self._stated(self._name(), tokens) is not None
+
+    def _keep(self, probabilities: Tensor, output: Tensor) -> None:
+        """Record attention that the model computed by itself."""
+        name, kept, patches = self._name(), self._kept(probabilities), slice(self.record.prefix, None)
+        if QUERIES_AND_KEYS in self.needs:
+            raise ModelError(f"{name}: multiplies its queries and keys by itself; {_REMEDY}")
+        grid = self._stated(name, probabilities.shape[-1] - self.record.prefix)
+        assert grid is not None
+        self.record.grids.append(grid)
+        self.record.names.append(name)
+        if CLASS_ATTENTION in self.needs:
+            rows = probabilities[kept, ..., patches].float()
+            self.record.class_attention.append(rows[:, :, 0] if self.has_class else rows[:, :, patches].mean(-2))
+        if ATTENTION_OUTPUTS in self.needs:
+            self.record.attention_outputs.append(output[kept])
+
+    def _name(self) -> str:
+        return self.names[-1] if self.names else ""
+
+    def _where(self, name: str) -> str:
+        return name or type(self.model).__name__
+
+    def _pools(self) -> bool:
+        return self._name().rpartition(".")[2] == _POOLING_HEAD
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if self._pools():
             return attend(query, key, value, mask, scale)
+        self._refuse_unrecorded()  # before what comes of it: the layout that follows would be blamed
         self._note(query, key)
         probabilities = self._class_row(query, key, mask, scale)
         if probabilities is None:
@@ -289,7 +244,7 @@ class _Recorder(AttentionMode):
         return output
 
     def _note(self, query: Tensor, key: Tensor) -> None:
-        name = self.names[-1] if self.names else ""
+        name = self._name()
         self.record.grids.append(self._grid(name, query, key))
         self.record.names.append(name)
         if QUERIES_AND_KEYS in self.needs:
@@ -317,22 +272,30 @@ class _Recorder(AttentionMode):
 
     def _grid(self, name: str, query: Tensor, key: Tensor) -> tuple[int, int]:
         """The token grid of the keys; attention over channels, latents or in a layout of its own is refused."""
-        where = self._where()
+        where = self._where(name)
         if query.ndim != 4:
             raise ModelError(f"{where}: its attention runs on {list(query.shape)} instead of [B, H, N, d]; {_REMEDY}")
         tokens = key.shape[-2] - self.record.prefix
         if self.pruned and 0 < tokens <= self.pruned[0] * self.pruned[1]:
             return self.pruned
-        window = getattr(self.model.get_submodule(name), "window_size", None)
-        for grid in (window, self.patches):
-            if isinstance(grid, (tuple, list)) and len(grid) == 2 and grid[0] * grid[1] == tokens:
-                return grid[0], grid[1]
+        if stated := self._stated(name, tokens):
+            return stated
         if self.patches is None and (found := self._inferred(query, tokens)):
             return found
-        expected = self.patches or window
+        expected = self.patches or self._window(name)
         layout = f"the {expected[0]}x{expected[1]} token grid" if expected else f"a {self._shape()} token grid"
-        layout += f" and {self.record.prefix} prefix tokens" if self.record.prefix else ""
+        if self.record.prefix:
+            layout += f" and {self.record.prefix} prefix token{'s' if self.record.prefix > 1 else ''}"
         raise ModelError(f"{where}: attends over {key.shape[-2]} keys, not over {layout}; {_REMEDY}")
+
+    def _window(self, name: str) -> tuple[int, int] | None:
+        size = getattr(self.model.get_submodule(name), "window_size", None)
+        return (size[0], size[1]) if isinstance(size, (tuple, list)) and len(size) == 2 else None
+
+    def _stated(self, name: str, tokens: int) -> tuple[int, int] | None:
+        """The module's window or the model's patch grid, where it has so many tokens."""
+        grids = [tuple(grid) for grid in (self._window(name), self.patches) if grid is not None]
+        return next(((grid[0], grid[1]) for grid in grids if grid[0] * grid[1] == tokens), None)
 
     def _inferred(self, query: Tensor, tokens: int) -> tuple[int, int] | None:
         """A grid in the image's proportions, of the keys and, lest latents pass for pooled keys, of the queries."""

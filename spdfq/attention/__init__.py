@@ -1,0 +1,41 @@
+"""The one tap on attention's products: every transformer that calls `scaled_dot_product_attention` is seen here."""
+
+from spdfq.attention.recording import (
+    ATTENTION_OUTPUTS,
+    CLASS_ATTENTION,
+    NEEDS,
+    QUERIES_AND_KEYS,
+    AttentionRecord,
+    prefix_tokens,
+    record_attention,
+)
+from spdfq.attention.tap import (
+    PRODUCT_FUNCTIONS,
+    SOFTMAX_FUNCTIONS,
+    AttentionMode,
+    attend,
+    attention_probabilities,
+    explicit_attention,
+    fused_attention,
+    masked,
+    module_names,
+)
+
+__all__ = [
+    "ATTENTION_OUTPUTS",
+    "CLASS_ATTENTION",
+    "NEEDS",
+    "PRODUCT_FUNCTIONS",
+    "QUERIES_AND_KEYS",
+    "SOFTMAX_FUNCTIONS",
+    "AttentionMode",
+    "AttentionRecord",
+    "attend",
+    "attention_probabilities",
+    "explicit_attention",
+    "fused_attention",
+    "masked",
+    "module_names",
+    "prefix_tokens",
+    "record_attention",
+]
