@@ -21,7 +21,7 @@ PLACES = {
     "source": "`[synthesis]`: where the calibration images come from.",
     "sampler": "`sampler` of the source `optimize`: which classes an image shows, and where.",
     "target": "`target` of the source `optimize`: the distribution that outputs are pulled towards.",
-    "augmentation": "`augmentations` of the source `optimize`: how images move between iterations.",
+    "augmentation": "`augmentations` of the source `optimize`: what images go through before the teacher sees them.",
     "optimizer": "`optimizer` of the source `optimize`: of the pixels.",
     "schedule": "`schedule` of the source `optimize`: of the learning rate.",
     "quantizer": "`weights`, `activations` and `softmax` of `[quantization]`: how a tensor is quantized.",

@@ -1,0 +1,105 @@
+"""What leaving patches out of the forward passes saves (Sparse Model Inversion, `synthesis.pruning`).
+
+The recipe `images/smi` on a ViT-S/16 at 224 pixels with random weights (time does not depend on them). Groups that
+stand before and after each of the recipe's prunings take turns in one process, an iteration each, so that a busy
+machine slows all of them; times are medians. The speed-up of a whole run weighs them by the iterations the recipe
+spends with so many patches, and counts the passes that rank the patches.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spdfq.models import load_teacher
+from spdfq.provenance import device_name, git_commit, versions
+from spdfq.recipe import ModelSpec, load_recipe
+from spdfq.runtime import Runtime, make_runtime
+from spdfq.synth.loop import Group
+
+MODEL = "vit_small_patch16_224"
+
+
+def recipe(images: int) -> Any:
+    parts = ["models/vit_fmnist", "images/smi", "backends/blockwise"]
+    changes = [f"synthesis.images={images}", f'model.name="{MODEL}"', "model.pretrained=false"]
+    return load_recipe({"extends": parts}, changes)
+
+
+def pruned_until(group: Group, iteration: int) -> None:
+    """The group as it is in an iteration, its images aside."""
+    for start in group.spec.pruning.at:
+        if start <= iteration:
+            group.passes.prune(group.state.images, start)
+
+
+def seconds(group: Group, iteration: int) -> float:
+    start = time.perf_counter()
+    group.step(iteration)
+    if group.state.images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(images: int, rounds: int, runtime: Runtime) -> dict[str, Any]:
+    whole = recipe(images)
+    spec, teacher = whole.synthesis, load_teacher(ModelSpec(name=MODEL, pretrained=False))
+    teacher.module.to(runtime.device)
+    starts = [1, *(start + 1 for start in spec.pruning.at)]  # past the ranking pass
+    times: dict[int, list[float]] = {start: [] for start in starts}
+    with teacher.frozen():
+        groups = {start: Group(spec, teacher, runtime, 0, images) for start in starts}
+        for start, group in groups.items():
+            pruned_until(group, start)
+            seconds(group, start)
+        for _ in range(rounds):
+            for start, group in groups.items():
+                times[start].append(seconds(group, start))
+    grid = groups[1].passes.pruner.layout.grid
+    medians = [statistics.median(times[start]) for start in starts]
+    left = [spec.pruning.left(grid[0] * grid[1], start) for start in starts]
+    ends = [*spec.pruning.at, spec.iterations]
+    spent = [end - begin for begin, end in zip([0, *spec.pruning.at], ends, strict=True)]
+    ranking = sum(medians[: len(spec.pruning.at)]) / 3  # a pass without its gradient costs about a third
+    total = sum(count * median for count, median in zip(spent, medians, strict=True)) + ranking
+    return {
+        "images": images,
+        "rounds": rounds,
+        "patches_left": left,
+        "iterations_spent": spent,
+        "median_ms": [round(1000 * median, 2) for median in medians],
+        "speed_up_of_an_iteration": [round(medians[0] / median, 2) for median in medians],
+        "speed_up_of_a_run": round(spec.iterations * medians[0] / total, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="write JSON here (benchmarks/results/...)")
+    arguments = parser.parse_args()
+    runtime = make_runtime(recipe(arguments.images).runtime, 0, arguments.device)
+    about = {
+        "device": device_name(runtime.device),
+        "threads": torch.get_num_threads(),
+        "precision": runtime.precision,
+        "load_before": round(os.getloadavg()[0], 2),
+        "versions": versions(),
+        "commit": git_commit(),
+    }
+    result = {"machine": about, **measure(arguments.images, arguments.rounds, runtime)}
+    print(json.dumps(result, indent=1))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
