@@ -202,8 +202,9 @@ def _judge(teacher: Teacher) -> Any:
 
 
 def _evaluation_key(spec: Evaluation, judge: Any) -> str:
-    if hasattr(spec.dataset, "workers"):  # they decode faster, and change nothing
-        spec = evolve(spec, dataset=evolve(spec.dataset, workers=0))
+    read = {name: getattr(spec, name) for name in ("dataset", "bank")}
+    # more workers decode faster, and change nothing
+    spec = evolve(spec, **{name: evolve(one, workers=0) for name, one in read.items() if hasattr(one, "workers")})
     return digest(unstructure(spec), data_fingerprints(spec), source_digest(spec, judge.__name__))
 
 
