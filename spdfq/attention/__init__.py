@@ -15,9 +15,9 @@ from spdfq.attention.tap import (
     AttentionMode,
     attend,
     attention_probabilities,
+    attention_scores,
     explicit_attention,
     fused_attention,
-    masked,
     module_names,
 )
 
@@ -32,9 +32,9 @@ __all__ = [
     "AttentionRecord",
     "attend",
     "attention_probabilities",
+    "attention_scores",
     "explicit_attention",
     "fused_attention",
-    "masked",
     "module_names",
     "prefix_tokens",
     "record_attention",

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -166,7 +166,9 @@ class _Recorder(AttentionMode):
             self._close(args[0], result)
         return result
 
-    def _quantized(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def _quantized(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, change: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
         """The probabilities of a quantized model, which multiplies them by the values itself."""
         if not self._pools():
             if ATTENTION_OUTPUTS in self.needs:
@@ -174,7 +176,7 @@ class _Recorder(AttentionMode):
                 raise ModelError(f"{where}: the attention outputs of a quantized model cannot be recorded")
             self._note(query, key)
             self._class_row(query, key, mask, scale)
-        return attention_probabilities(query, key, mask, scale)
+        return attention_probabilities(query, key, mask, scale, change)
 
     def _open(self, softmax: Tensor, over_keys: bool) -> None:
         """A softmax is refused in the end unless it turns out to be attention; until then it carries its number."""

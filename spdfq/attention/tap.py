@@ -1,7 +1,7 @@
 """The one tap on attention's products: every transformer that calls `scaled_dot_product_attention` is seen here."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -59,16 +59,24 @@ def _operands(
     return query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale
 
 
-def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention_probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, change: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Softmax rows ``[..., N_q, N_k]`` in float32; the mask (boolean or additive) is applied before the softmax.
 
-    Seen by an outer `record_attention`, like torch's own functions: so a quantized model's attention is recorded.
+    ``change`` is applied to the scores before the mask. Seen by an outer `record_attention`, like torch's own
+    functions: so a quantized model's attention is recorded.
     """
     if has_torch_function((query, key)):
-        return handle_torch_function(attention_probabilities, (query, key), query, key, mask, scale)
+        return handle_torch_function(attention_probabilities, (query, key), query, key, mask, scale, change)
+    scores = attention_scores(query, key, scale)
+    return masked(change(scores) if change else scores, mask).softmax(-1)
+
+
+def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Scaled products ``[..., N_q, N_k]`` of queries and keys, in float32."""
     with torch.autocast(query.device.type, enabled=False):
-        scores = query.float() * scale @ key.float().mT
-        return masked(scores, mask).softmax(-1)
+        return query.float() * scale @ key.float().mT
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ On demand it also sees tensors at other points: LayerNorm outputs, residual sums
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,14 @@ import torch.nn.functional as F
 from attrs import define, field
 from torch import Tensor, nn
 
-from spdfq.attention import PRODUCT_FUNCTIONS, SOFTMAX_FUNCTIONS, AttentionMode, fused_attention, masked
+from spdfq.attention import (
+    PRODUCT_FUNCTIONS,
+    SOFTMAX_FUNCTIONS,
+    AttentionMode,
+    attention_probabilities,
+    attention_scores,
+    fused_attention,
+)
 from spdfq.quantizers import Product, Quantizer
 
 WEIGHT, INPUT, QUERY, KEY, VALUE, SOFTMAX, PRODUCT = "weight", "input", "query", "key", "value", "softmax", "product"
@@ -155,14 +163,12 @@ class _ProductMode(AttentionMode):
         suffix = str(call.products) if call.products else ""
         call.products += 1
         names = {kind: _site(call.name, kind + suffix) for kind in ATTENTION}
-        self.watch(names[QUERY], Product(query, lambda other: _scores(other, key, scale)))
-        self.watch(names[KEY], Product(key, lambda other: _scores(query, other, scale)))
+        self.watch(names[QUERY], Product(query, lambda other: attention_scores(other, key, scale)))
+        self.watch(names[KEY], Product(key, lambda other: attention_scores(query, other, scale)))
         query, key = self.visit(names[QUERY], QUERY, query), self.visit(names[KEY], KEY, key)
         value, values = self.visit(names[VALUE], VALUE, value), value
-        scores = _scores(query, key, scale)
-        if SCORES in self.points:
-            scores = self.visit(names[SCORES], SCORES, scores)
-        probabilities = masked(scores, mask).softmax(-1).to(value.dtype)
+        change = partial(self.visit, names[SCORES], SCORES) if SCORES in self.points else None
+        probabilities = attention_probabilities(query, key, mask, scale, change).to(value.dtype)
         self.watch(names[VALUE], Product(values, lambda other: probabilities @ other))
         self.watch(names[SOFTMAX], Product(probabilities, lambda other: other @ values))
         return self.visit(names[SOFTMAX], SOFTMAX, probabilities) @ value
@@ -255,11 +261,6 @@ class _ProductMode(AttentionMode):
 def input_site(weight: str) -> str:
     """The site of what a weight is multiplied with."""
     return weight.removesuffix(WEIGHT) + INPUT if weight.endswith(WEIGHT) else f"{weight}_{INPUT}"
-
-
-def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):
-        return query.float() * scale @ key.float().mT
 
 
 def _made(tensor: Tensor, by: str) -> Tensor:
