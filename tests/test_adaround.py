@@ -17,7 +17,7 @@ from spdfq.quantizers import Log2Quantizer
 from spdfq.recipe import load_recipe
 
 BATCH, COUNT = 4, 6
-STEP = AdaRound(iterations=20, lr=0.05, batch=BATCH)
+STEP = AdaRound(iterations=8, lr=0.1, batch=BATCH)
 UNIFORM = "quantization.softmax={type='uniform', bits=4}"
 SITE = "blocks.0.mlp.fc1.weight"
 BLOCKS = ["blocks.0", "blocks.1"]
@@ -106,7 +106,7 @@ def test_a_strong_penalty_decides_every_weight(monkeypatch):
 
     monkeypatch.setattr(Rounding, "finish", watch)
     reconstruct(
-        quantized(chosen), chosen, evolve(STEP, iterations=60, lr=0.2, weight=1.0, warmup=0.0, temperature=(6.0, 2.0))
+        quantized(chosen), chosen, evolve(STEP, iterations=40, lr=0.3, weight=1.0, warmup=0.0, temperature=(6.0, 2.0))
     )
     for numbers in left:
         assert (torch.minimum(numbers, 1 - numbers) < 0.01).float().mean() > 0.97
@@ -117,7 +117,7 @@ def test_the_output_comes_nearer_to_the_teachers(name):
     chosen = teacher(name)
     model = quantized(chosen, UNIFORM)
     before = off(model, chosen)
-    reconstruct(model, chosen, evolve(STEP, iterations=40))
+    reconstruct(model, chosen, evolve(STEP, iterations=15))
     assert off(model, chosen) < 0.99 * before
 
 
@@ -166,7 +166,7 @@ def test_what_enters_a_block_is_mixed_with_the_teachers():
     assert Activations(quantized("vit"), 0.0).mixed((mixed,), (-mixed,))[0].equal(-mixed)
 
 
-@pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=20, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
+@pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=8, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
 def test_dropping_changes_what_is_learned_and_is_decided_by_the_seed(spec):
     chosen, spec = teacher("vit"), evolve(spec, drop=0.5)
     torch.manual_seed(1)
@@ -180,20 +180,21 @@ def test_dropping_changes_what_is_learned_and_is_decided_by_the_seed(spec):
 # learned scales
 
 
-@pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=20, lr=1e-6, batch=BATCH)], ids=["adaround", "blockwise"])
-def test_scales_are_learned_where_a_rate_is_given(spec):
-    chosen, plain = teacher("vit"), quantized("vit", UNIFORM)
+def test_scales_are_learned_where_a_rate_is_given():
+    chosen, still = teacher("vit"), Blockwise(iterations=10, lr=1e-9, batch=BATCH)
     model = quantized(chosen, UNIFORM)
-    before = state_of(model)
-    reconstruct(model, chosen, evolve(spec, scale_lr=2e-3))
+    before, error = state_of(model), off(model, chosen)
+    reconstruct(model, chosen, evolve(still, scale_lr=2e-3))
     scales = {name for name in changed(model, before) if "_quantizer" in name}
     assert scales == {
         f"{name}_quantizer.scale"
         for name in model.quantizers
         if name.startswith("blocks.") and not name.endswith("weight")
     }
-    reconstruct(plain, chosen, spec)
-    assert off(model, chosen) < off(plain, chosen)
+    assert off(model, chosen) < 0.97 * error
+    before = state_of(model)
+    reconstruct(model, chosen, evolve(still, lr=1e-3))
+    assert not {name for name in changed(model, before) if "scale" in name}
 
 
 # importance
@@ -226,7 +227,7 @@ def test_importance_weighs_the_error():
     assert STEP.distance((ones,), (far,), (weights,)).item() == pytest.approx(2 * 4 / 2)
 
 
-@pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=20, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
+@pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=8, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
 def test_importance_changes_what_is_learned(spec):
     chosen = teacher("vit")
     models = [reconstruct(quantized(chosen), chosen, evolve(spec, fisher=fisher)) for fisher in (True, False)]
@@ -261,7 +262,7 @@ def test_the_three_stages_run_one_after_the_other():
 # resuming
 
 
-@pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=20, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
+@pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=8, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
 def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch, spec):
     chosen, optimise = teacher("vit"), Job._optimise
     spec = evolve(spec, drop=0.5, scale_lr=1e-3, fisher=True)

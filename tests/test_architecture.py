@@ -47,12 +47,14 @@ PUBLIC = {
     | {"Product", "ProgressiveObserver", "Quantizer", "RunningMinMaxObserver", "ShiftUniformLog2Quantizer"}
     | {"TwinUniformQuantizer", "UniformQuantizer", "learned_scales"},
     "spdfq.backends": {
+        "AdaLog",
         "AdaRound",
         "Blockwise",
         "Calibrate",
         "Calibration",
         "Distill",
         "MatmulInputs",
+        "PowerOfTwoFactors",
         "Psaq",
         "QuantizedModel",
         "RepQ",

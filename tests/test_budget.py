@@ -231,6 +231,12 @@ def test_a_budget_without_a_choice_is_refused():
         place(teacher("vit"), back_end("quantization.overrides=[{sites=['*'], bits=4}]", WEIGHTS))
 
 
+def test_operations_need_the_operands_at_their_products():
+    with pytest.raises(RecipeError, match=r"what blocks.0.attn.qkv.weight multiplies is quantized elsewhere"):
+        place(teacher("vit"), back_end("quantization.placement='psaq'", OPERATIONS))
+    place(teacher("vit"), back_end("quantization.placement='psaq'", WEIGHTS))
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [

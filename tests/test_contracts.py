@@ -53,7 +53,7 @@ BUILT_IN = {
     "quantizer": {"adaptive_log", "dual_uniform", "log2", "log_sqrt2", "power_of_two_factor", "shift_uniform_log2"}
     | {"twin_uniform", "uniform"},
     "observer": {"grid_mse", "minmax", "percentile_mse", "progressive", "running_minmax"},
-    "step": {"adaround", "blockwise", "calibrate", "distill", "repq", "ridge"},
+    "step": {"adalog", "adaround", "blockwise", "calibrate", "distill", "ptf", "repq", "ridge"},
 }
 CANNOT_BE_FOLLOWED = {"random_resized_crop"}
 RUNTIME = Runtime(seed=3)
@@ -409,7 +409,8 @@ def test_an_observer_chooses_a_range_within_what_was_seen(name, quantizer_name):
 def stepped(name, runtime=RUNTIME, seed=0):
     """A calibrated model after a step with its defaults, shortened where it iterates, and its teacher."""
     chosen = tiny_backend.teacher("vit")
-    model, step = tiny_backend.quantized(chosen), made("step", name)
+    placement = "quantization.placement='psaq'" if name == "ptf" else "quantization.placement='matmul_inputs'"
+    model, step = tiny_backend.quantized(chosen, placement), made("step", name)
     if "iterations" in attrs.fields_dict(type(step)):
         step = attrs.evolve(step, iterations=3)
     torch.manual_seed(seed)

@@ -216,12 +216,12 @@ def a_second_per_look(monkeypatch):
 
 
 def test_an_interrupted_training_goes_on_to_the_bit(tmp_path, monkeypatch, a_second_per_look):
-    chosen, step = teacher("vit"), evolve(FULL, iterations=24)
+    chosen, step = teacher("vit"), evolve(FULL, iterations=14)
     expected = train(quantized(chosen, UNIFORM), chosen, step)
     steps, take = [], distill.take_step
 
     def interrupt(optimizer, loss):
-        if len(steps) == 17:
+        if len(steps) == 12:
             raise Interrupted
         steps.append(loss)
         take(optimizer, loss)
@@ -233,7 +233,7 @@ def test_an_interrupted_training_goes_on_to_the_bit(tmp_path, monkeypatch, a_sec
     steps.clear()
     monkeypatch.setattr(distill, "take_step", lambda *args: (steps.append(1), take(*args)))
     model = train(quantized(chosen, UNIFORM), chosen, step, folder=tmp_path)
-    assert len(steps) == 14  # the state of iteration 10 was the last one
+    assert len(steps) == 4  # the state of iteration 10 was the last one
     assert same(model, expected)
     steps.clear()
     assert same(train(quantized(chosen, UNIFORM), chosen, step, folder=tmp_path), expected)

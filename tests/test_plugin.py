@@ -95,7 +95,9 @@ def test_without_the_package_its_name_is_unknown(recipe):
 
 
 def test_list_and_show_know_the_installed_loss(seen):
-    assert re.search(r"^  brightness +Mean squared distance of the images to one brightness\.$", seen["list"][1], re.MULTILINE)
+    assert re.search(
+        r"^  brightness +Mean squared distance of the images to one brightness\.$", seen["list"][1], re.MULTILINE
+    )
     assert "  level = 0.0    number\n      brightness aimed at" in seen["show"][1]
     assert "source  spdfq_brightness:" in seen["show"][1]
 

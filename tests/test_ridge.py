@@ -147,7 +147,7 @@ def test_the_bias_makes_good_what_is_left_and_is_not_rounded():
     weight, gram = torch.randn(5, 9, generator=generator(4)), x.T @ x
     quantizer = quantizer_of(weight[:, :8])
     found = round_by_halves(weight, gram, 1e-6, 0, Grid.of(quantizer, weight[:, :8]), free=1)
-    torch.testing.assert_close(quantizer(found[:, :8].float()).double(), found[:, :8])
+    torch.testing.assert_close(quantizer(found[:, :8].float()), found[:, :8].float(), atol=1e-5, rtol=0)
     assert ((x.double() @ (found - weight).T).mean(0).abs() < 1e-4).all()
     nearest = torch.cat([quantizer(weight[:, :8]), weight[:, 8:]], 1)
     assert (off(found, weight, gram) < off(nearest, weight, gram)).all()
@@ -253,6 +253,15 @@ def test_two_grids_of_one_weight_are_kept_apart():
     assert torch.equal(model.quantizers[name](model.weight(name)), model.weight(name))
     assert 0 < model.quantizers[name].outlier.sum() <= 3
     assert (output(model) - output(chosen.module)).norm() < before
+
+
+def test_layers_behind_points_quantized_elsewhere_are_repaired_too():
+    chosen = teacher("vit")
+    model = quantized(chosen, "quantization.placement='psaq'")
+    assert "blocks.0.mlp.fc1.input" not in model.sites  # the LayerNorm's output is
+    before = (output(model) - output(chosen.module)).norm()
+    repair(model, chosen)
+    assert (output(model) - output(chosen.module)).norm() < 0.8 * before
 
 
 def test_what_is_no_linear_layer_is_rounded_as_it_is_and_named():

@@ -38,9 +38,19 @@ def items(model: QuantizedModel, budget: Budget, example: Tensor) -> list[Item]:
         model: with its quantizers placed.
         budget: of ``weights`` or ``operations``.
         example: one image ``[1, C, H, W]``.
+
+    Raises:
+        RecipeError: operations are counted, and the placement quantizes what a layer multiplies at another site.
     """
     if budget.weights is not None:
         return [Item((name,), prod(model.sites[name].shape)) for name in model.weight_names()]
+    if missing := [name for name in model.weight_names() if input_site(name) not in model.sites]:
+        raise RecipeError(
+            [
+                f"quantization.budget.operations: what {missing[0]} multiplies is quantized elsewhere under this "
+                "placement; set quantization.placement = 'matmul_inputs', or give a budget of weights"
+            ]
+        )
     positions = _positions(model, example)
     pairs = [(left, right, size) for left, right, size in _multiplied(model.sites, positions)]
     return [Item((left, right), size) for left, right, size in pairs if {left, right} <= model.quantizers.keys()]
@@ -51,7 +61,7 @@ def _multiplied(sites: dict[str, Site], positions: dict[str, int]) -> Iterable[t
     for name, site in sites.items():
         owner, _, leaf = name.rpartition(".")
         dot = f"{owner}." if owner else ""
-        if site.kind == WEIGHT:
+        if site.kind == WEIGHT and name in positions:
             yield input_site(name), name, positions[name] * prod(site.shape)
         elif site.kind == QUERY:
             key = dot + leaf.replace(QUERY, KEY, 1)
@@ -70,7 +80,7 @@ def _positions(model: QuantizedModel, example: Tensor) -> dict[str, int]:
     found: dict[str, int] = {}
     handles = []
     for name, site in model.sites.items():
-        if site.kind != WEIGHT:
+        if site.kind != WEIGHT or input_site(name) not in model.sites:
             continue
         shape = model.sites[input_site(name)].shape
         found[name] = prod(shape) // site.shape[-1]

@@ -56,8 +56,9 @@ class Calibrate(Step):
             weights = []
         left = dict.fromkeys(weights)
         if self.sites != "weights":
-            self._observe_activations(model, calibration)
-            left |= dict.fromkeys(name for name in model.quantizers if model.sites[name].kind != WEIGHT)
+            activations = [name for name in model.quantizers if model.sites[name].kind != WEIGHT]
+            observe_activations(model, calibration, activations, self.batch)
+            left |= dict.fromkeys(activations)
         if self.judged_by == "output":
             self._judge(model, calibration, left)
         for name in left:
@@ -84,25 +85,33 @@ class Calibrate(Step):
         ):
             model.network(calibration.images[: self.judged_images])
 
-    def _observe_activations(self, model: QuantizedModel, calibration: Calibration) -> None:
-        reached = set()
 
-        def observe(name: str, kind: str, tensor: Tensor) -> Tensor:
-            if kind != WEIGHT and name in model.quantizers:
-                _observe(model, name, tensor)
-                reached.add(name)
-            return tensor
+def observe_activations(model: QuantizedModel, calibration: Calibration, names: Iterable[str], batch: int) -> None:
+    """Have the quantizers of these sites observe one float pass over the images.
 
-        with (
-            model.visiting(observe),
-            calibration.runtime.progress("calibrating", len(calibration.images)) as advance,
-        ):
-            for images in calibration.images.split(self.batch):
-                model.network(images)
-                advance(len(images))
-        missing = [name for name in model.quantizers if model.sites[name].kind != WEIGHT and name not in reached]
-        if missing:
-            raise ModelError(f"calibrate: {missing[0]} took part in no forward pass of the images; leave it in float")
+    Raises:
+        ModelError: a site the images never reach.
+        NonFiniteError: a site saw NaN or infinity; the message names it.
+        DataError: a site saw values that its quantizer does not take.
+    """
+    missing = dict.fromkeys(names)
+    wanted = set(missing)
+
+    def observe(name: str, _: str, tensor: Tensor) -> Tensor:
+        if name in wanted:
+            _observe(model, name, tensor)
+            missing.pop(name, None)
+        return tensor
+
+    progress = calibration.runtime.progress("calibrating", len(calibration.images))
+    with model.visiting(observe), progress as advance:
+        for images in calibration.images.split(batch):
+            model.network(images)
+            advance(len(images))
+    if missing:
+        raise ModelError(
+            f"calibrate: {next(iter(missing))} took part in no forward pass of the images; leave it in float"
+        )
 
 
 def fit_weights(model: QuantizedModel, observer: Observer, names: Iterable[str]) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from spdfq.backends.blocks import BlockCall, Hidden, block_calls, block_names
 from spdfq.backends.model import QuantizedModel
-from spdfq.backends.products import input_site, products
+from spdfq.backends.products import INPUT, input_site, products
 from spdfq.backends.stream import Stream, rows
 from spdfq.errors import ModelError
+from spdfq.quantizers import Product
 
 
 @frozen
@@ -125,17 +126,15 @@ class Feed:
     def _input(self, side: int, layer: Layer, call: BlockCall | None, part: slice) -> Tensor:
         """What a layer multiplies, float32 ``[rows, d]``, for some of the images."""
         network: nn.Module = self.model.network if side else self.teacher
-        site, visit = input_site(layer.weight), self.model.quantized if side else _as_it_is
+        site, quantized = input_site(layer.weight), self.model.quantized if side else _as_it_is
         found: list[Tensor] = []
 
-        def stop(name: str, kind: str, tensor: Tensor) -> Tensor:
-            tensor = visit(name, kind, tensor)
+        def stop(name: str, product: Product) -> None:
             if name == site:
-                found.append(tensor.float().flatten(0, -2))
+                found.append(quantized(name, INPUT, product.operand).float().flatten(0, -2))
                 raise _Reached
-            return tensor
 
-        with products(network, stop, points=self.model.points):
+        with products(network, quantized, points=self.model.points, watch=stop):
             try:
                 if call:
                     call.run(network, rows(self._hidden[side], len(self.images), part))

@@ -17,8 +17,8 @@ def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
     Returns:
         float64 ``[d, k]``.
     """
-    damped = gram.double()
-    damped = damped + penalty * torch.eye(len(gram), dtype=damped.dtype, device=damped.device)
+    damped = gram.double().clone()
+    damped.diagonal().add_(penalty)
     return torch.cholesky_solve(cross.double(), torch.linalg.cholesky(damped))
 
 

@@ -173,8 +173,10 @@ class Job:
             chosen = batch_rows(self.calibration, self.spec.batch, iteration, *self._purpose)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.spec.rate(share)
-            self.activations.seed(noise(self.calibration, iteration, *self._purpose))
-            given = self.activations.mixed(rows(entering, images, chosen), rows(hidden, images, chosen))
+            given = rows(hidden, images, chosen)
+            if self.spec.drop:
+                self.activations.seed(noise(self.calibration, iteration, *self._purpose))
+                given = self.activations.mixed(rows(entering, images, chosen), given)
             with self.calibration.runtime.autocast():
                 output = self.call.run(self.model.network, given)
             weighed = importance and rows(importance, images, chosen)

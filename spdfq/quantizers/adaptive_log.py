@@ -10,6 +10,7 @@ from torch import Tensor
 from spdfq.quantizers.base import Parameters
 from spdfq.quantizers.logarithm import Grid, LogarithmicQuantizer, even_grid, fractions
 from spdfq.quantizers.searched import SearchedQuantizer
+from spdfq.quantizers.uniform import check_flag
 from spdfq.registry import quantizers
 
 PARTS = 37
@@ -33,7 +34,7 @@ class AdaptiveLogQuantizer(SearchedQuantizer, LogarithmicQuantizer):
     logarithmic scale.
 
     With a shift, ``x + shift`` is quantized and the shift taken off again: for GELU outputs, which end at -0.16997.
-    Zero is no value of the grid then. An integer runtime folds what is taken off into the bias of the layer that
+    Zero is no value of the grid then. The step ``adalog`` folds what is taken off into the bias of the layer that
     follows.
 
     Stores ``scale`` (float32 ``[]``) and ``base`` (q, uint8 ``[]``). The gradient to x is ``value / x`` (the shift
@@ -44,6 +45,7 @@ class AdaptiveLogQuantizer(SearchedQuantizer, LogarithmicQuantizer):
     Args:
         bits: width of a code in bits, 2 to 8.
         shift: is added before the logarithm and taken off afterwards.
+        folded: leave the shift in, because the bias of the layer that follows makes good for it (step ``adalog``).
     """
 
     stores: ClassVar[dict[str, torch.dtype]] = {"scale": torch.float32, "base": torch.uint8}
@@ -51,6 +53,7 @@ class AdaptiveLogQuantizer(SearchedQuantizer, LogarithmicQuantizer):
     integers: ClassVar[str] = "with tables"
 
     shift: float = field(default=0.0, validator=check_shift)
+    folded: bool = field(default=False, validator=check_flag)
 
     @property
     def signed(self) -> bool:
@@ -61,6 +64,9 @@ class AdaptiveLogQuantizer(SearchedQuantizer, LogarithmicQuantizer):
     def lift(self) -> float:
         """The shift."""
         return self.shift
+
+    def _lowered(self, values: Tensor) -> Tensor:
+        return values if self.folded else super()._lowered(values)
 
     @property
     def choices(self) -> Sequence[int]:

@@ -1,0 +1,49 @@
+"""FQ-ViT's power-of-two factors: a finer step for the channels of small values that enter a LayerNorm."""
+
+from typing import Any
+
+import torch
+from attrs import define, field, validators
+
+from spdfq.backends.base import Calibration, Step
+from spdfq.backends.calibrate import observe_activations
+from spdfq.backends.model import QuantizedModel
+from spdfq.backends.products import RESIDUAL
+from spdfq.errors import SpdfqError
+from spdfq.quantizers import MinMaxObserver, PowerOfTwoFactorQuantizer
+from spdfq.registry import steps
+from spdfq.structure import component
+
+
+@steps.register("ptf", paper="arXiv:2111.13824")
+@define(kw_only=True)
+class PowerOfTwoFactors(Step):
+    """Give the residual sums, which are what LayerNorms normalise, a power-of-two factor for each channel.
+
+    Their quantizers become ``power_of_two_factor`` of the same bits: one scale, and 1, 2, 4 or 8 for each channel
+    (FQ-ViT, arXiv 2111.13824, section 3.2). Put it after ``calibrate``, under a placement of residual sums (``psaq``).
+
+    Args:
+        observer: chooses the range of all channels.
+        batch: images per forward pass.
+    """
+
+    observer: Any = component("observer", default=MinMaxObserver)
+    batch: int = field(default=32, validator=validators.ge(1))
+
+    @torch.no_grad()
+    def run(self, model: QuantizedModel, calibration: Calibration) -> None:
+        """Replace, observe and freeze the quantizers of residual sums.
+
+        Raises:
+            SpdfqError: the placement has none.
+            NonFiniteError: a site saw NaN or infinity.
+        """
+        names = [name for name in model.quantizers if model.sites[name].kind == RESIDUAL]
+        if not names:
+            raise SpdfqError("ptf: no residual sum is quantized; set quantization.placement = 'psaq'")
+        for name in names:
+            model.replace_quantizer(name, PowerOfTwoFactorQuantizer(bits=model.quantizers[name].bits))
+        observe_activations(model, calibration, names, self.batch)
+        for name in names:
+            model.quantizers[name].freeze(self.observer)
