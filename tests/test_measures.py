@@ -156,7 +156,9 @@ def test_a_model_whose_attention_cannot_be_recorded_is_measured_without_it_and_s
     centroids = Centroids(torch.rand(10, 32), torch.ones(10, dtype=torch.long))
     found = measure_images(colour_images(3), chosen, RUNTIME, centroids, batch=2)
     assert found["head_similarity"] is None
-    assert found["notes"][0].startswith("head_similarity: SwinTransformerV2: no attention went through")
+    assert found["notes"][0].startswith(
+        "head_similarity: layers.0.blocks.0.attn: multiplies its queries and keys by itself"
+    )
     assert found["semantic_alignment"] is not None
 
 

@@ -13,8 +13,8 @@ PUBLIC = {
         Recipe RunResult SpdfqError Teacher load_quantized load_recipe load_teacher quantize run synthesize
     """,
     "spdfq.backends": """
-        AdaRound Blockwise Calibrate Calibration Distill MatmulInputs QuantizedModel RepQ Ridge Site Step place
-        quantize
+        AdaLog AdaRound Blockwise Calibrate Calibration Distill MatmulInputs PowerOfTwoFactors Psaq
+        QuantizedModel RepQ Ridge Site Step WeightsOnly place quantize
     """,
     "spdfq.losses": """
         AttentionEntropyLoss AttentionPriorLoss CrossEntropyLoss FrequencyConsistencyLoss GaussianMixturePrior

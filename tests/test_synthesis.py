@@ -387,7 +387,7 @@ def test_losses_that_cannot_work_together_are_refused(losses, message):
 def test_a_model_whose_attention_cannot_be_recorded_is_refused_before_anything_runs():
     spec = recipe(losses={"prior": AttentionPriorLoss(), "ce": CrossEntropyLoss()})
     nothing = evolve(tiny_teacher(), module=nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, CLASSES)))
-    with pytest.raises(ModelError, match="leave out the losses that need attention"):
+    with pytest.raises(ModelError, match="leave out the losses that need it"):
         spec.check(nothing)
     recipe(losses={"ce": CrossEntropyLoss()}).check(nothing)
     spec.check(tiny_teacher())
