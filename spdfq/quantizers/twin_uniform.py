@@ -13,8 +13,6 @@ from spdfq.quantizers.uniform import LARGEST, usable
 from spdfq.registry import quantizers
 
 EXPONENTS = range(1, 16)
-# beyond it float32 has no halves, and every code ends long before
-_FARTHEST = 2.0**23
 
 
 @quantizers.register("twin_uniform", paper="arXiv:2111.12293")
@@ -80,14 +78,17 @@ class TwinUniformQuantizer(SearchedQuantizer):
         """Codes of float32 ``x``."""
         last, ratio = self.apart - 1, torch.exp2(parameters["exponent"].float())
         fine = x / parameters["scale"]
-        coarse = fine.clamp(max=_FARTHEST * ratio) / ratio
+        coarse = bounded(fine / ratio, -1, last)
         if self.split == "sign":
-            fine, on_coarse, first = -fine, fine.round() > -1, torch.zeros_like(ratio)
+            on_coarse, first = fine.round() > -1, torch.zeros_like(ratio)
+            fine = bounded(-fine, 0, last)
         else:
             first = torch.floor(last / ratio) + 1  # the smaller coarse values are fine ones too
             on_coarse = fine > (last + first * ratio) / 2
-        fine, coarse = bounded(fine, 0, last), bounded(coarse, 0, last)
-        rounded = torch.where(on_coarse, self.apart + torch.maximum(coarse.round(), first), fine.round())
+            fine = bounded(fine, 0, torch.inf)
+        # between the two grids, and just below zero, values are rounded to an end and yet inside
+        coarse_code = self.apart + torch.maximum(coarse.round(), first)
+        rounded = torch.where(on_coarse, coarse_code, fine.round().clamp(max=last))
         return straight_through(torch.where(on_coarse, self.apart + coarse, fine), rounded)
 
     def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
@@ -95,3 +96,15 @@ class TwinUniformQuantizer(SearchedQuantizer):
         ratio = torch.exp2(parameters["exponent"].float())
         fine = -codes if self.split == "sign" else codes
         return torch.where(codes >= self.apart, (codes - self.apart) * ratio, fine) * parameters["scale"]
+
+    def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """``reconstruct(encode(x))``, to the bit, without its history."""
+        if parameters["scale"].requires_grad:
+            return super().dequantized(x, parameters)
+        with torch.no_grad():
+            value = self.reconstruct(self.encode(x, parameters), parameters)
+        if not x.requires_grad:
+            return value
+        ends = self.reconstruct(torch.tensor([self.apart - 1.0, self.levels - 1.0], device=x.device), parameters)
+        inside = (x >= (ends[0] if self.signed else 0.0)) & (x <= ends[1])
+        return straight_through(torch.where(inside, x, x.detach()), value)
