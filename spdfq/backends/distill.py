@@ -188,7 +188,7 @@ class _Loop:
     pair: _Pair
     training: Training
     advance: Advance
-    saved: float = field(factory=time.monotonic, init=False)
+    saved: float = field(factory=lambda: time.monotonic(), init=False)
 
     @torch.enable_grad()
     def run(self) -> None:
