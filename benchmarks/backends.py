@@ -11,16 +11,15 @@ medians.
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import about
 
 from spdfq.backends import Blockwise, Calibration, place
 from spdfq.backends.blocks import block_calls, block_names
@@ -28,7 +27,6 @@ from spdfq.backends.reconstruction import Job
 from spdfq.backends.stream import Stream
 from spdfq.backends.training import learning
 from spdfq.models import Teacher, load_teacher
-from spdfq.provenance import device_name, git_commit, versions
 from spdfq.recipe import ModelSpec, load_recipe
 from spdfq.runtime import Runtime
 from spdfq.structure import unstructure
@@ -100,13 +98,6 @@ def ratio(quantized: list[float], plain: list[float]) -> dict[str, Any]:
     }
 
 
-def changed() -> bool | None:
-    """Whether the library measured here differs from the commit that is named."""
-    library = Path(__file__).parents[1] / "spdfq"
-    asked = subprocess.run(["git", "status", "--porcelain", "."], cwd=library, capture_output=True, text=True)
-    return bool(asked.stdout.strip()) if asked.returncode == 0 else None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224", help="a timm name; the weights are random")
@@ -117,10 +108,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    load = round(os.getloadavg()[0], 2)
-    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "load_before": load}
-    about = {**machine, "versions": versions(), "commit": git_commit(), "library_changed_since": changed()}
-    print(json.dumps(about, indent=1))
+    facts = about()
+    print(json.dumps(facts, indent=1))
     teacher = load_teacher(ModelSpec(name=arguments.model, pretrained=False))
     result: dict[str, Any] = {"model": arguments.model, "images": IMAGES}
     if arguments.rounds:
@@ -131,7 +120,7 @@ def main() -> None:
         print(json.dumps(result["closed_form"], indent=1))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"machine": about, **result}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({"machine": facts, **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

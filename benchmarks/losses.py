@@ -21,12 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from attrs import evolve, frozen
+from machine import about
 from torch import Tensor
 
 from spdfq.attention import AttentionRecord
 from spdfq.losses.functional import patch_similarity_entropy
 from spdfq.losses.head_similarity import recorded_head_similarity
-from spdfq.provenance import device_name, git_commit, versions
 
 IMAGES, BLOCKS = 32, 12
 TOKENS, HEADS, DIM = 256, 6, 64
@@ -206,12 +206,10 @@ def main() -> None:
     if arguments.peak_of:
         print(peak_in_this_process(*arguments.peak_of, size))
         return
-    load = round(os.getloadavg()[0], 2)
-    machine = {"device": device_name(torch.device(arguments.device)), "threads": torch.get_num_threads()}
-    about = {**machine, "load_before": load, "versions": versions(), "commit": git_commit()}
+    facts = about(arguments.device)
     shape = {"images": size.images, "tokens": TOKENS, "heads": HEADS, "head_dim": DIM, "blocks": size.blocks}
-    print(json.dumps({**about, **shape}, indent=1))
-    result: dict[str, Any] = {"machine": about, "size": shape, "targets": TARGETS}
+    print(json.dumps({**facts, **shape}, indent=1))
+    result: dict[str, Any] = {"machine": facts, "size": shape, "targets": TARGETS}
     for loss in LOSSES:
         result[loss] = measure(loss, size, arguments.rounds)
         print(json.dumps({loss: result[loss]}, indent=1), flush=True)

@@ -9,9 +9,7 @@ three take turns in one process, so that a busy machine slows all of them; the r
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import about
 from torch import Tensor, nn
 
 from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss, TotalVariationLoss
 from spdfq.models import load_teacher
-from spdfq.provenance import device_name, git_commit, versions
 from spdfq.recipe import ModelSpec
 from spdfq.runtime import Runtime
 from spdfq.synth import Flip, Jitter, MultiSemanticSampler, OptimizedImages, SoftLabelTarget
@@ -99,13 +97,6 @@ def summary(taken: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def changed() -> bool | None:
-    """Whether the library measured here differs from the commit that is named."""
-    library = Path(__file__).parents[1] / "spdfq"
-    asked = subprocess.run(["git", "status", "--porcelain", "."], cwd=library, capture_output=True, text=True)
-    return bool(asked.stdout.strip()) if asked.returncode == 0 else None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
@@ -114,15 +105,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    load = round(os.getloadavg()[0], 2)
-    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "load_before": load}
-    about = {**machine, "versions": versions(), "commit": git_commit(), "library_changed_since": changed()}
-    print(json.dumps(about, indent=1))
+    facts = about()
+    print(json.dumps(facts, indent=1))
     result = measure(arguments.rounds)
     print(json.dumps(result, indent=1))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"machine": about, **result}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({"machine": facts, **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

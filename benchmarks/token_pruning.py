@@ -8,16 +8,15 @@ spends with so many patches, and counts the passes that rank the patches.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import about
 
 from spdfq.models import load_teacher
-from spdfq.provenance import device_name, git_commit, versions
 from spdfq.recipe import ModelSpec, load_recipe
 from spdfq.runtime import Runtime, make_runtime
 from spdfq.synth.loop import Group
@@ -86,15 +85,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write JSON here (benchmarks/results/...)")
     arguments = parser.parse_args()
     runtime = make_runtime(recipe(arguments.images).runtime, 0, arguments.device)
-    about = {
-        "device": device_name(runtime.device),
-        "threads": torch.get_num_threads(),
-        "precision": runtime.precision,
-        "load_before": round(os.getloadavg()[0], 2),
-        "versions": versions(),
-        "commit": git_commit(),
-    }
-    result = {"machine": about, **measure(arguments.images, arguments.rounds, runtime)}
+    facts = {**about(arguments.device), "precision": runtime.precision}
+    result = {"machine": facts, **measure(arguments.images, arguments.rounds, runtime)}
     print(json.dumps(result, indent=1))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attrs import evolve
-from tiny_backend import RUNTIME, images, quantized, teacher
+from tiny_backend import RUNTIME, Interrupted, images, quantized, state_of, taken, teacher
 
-from spdfq.backends import AdaRound, Blockwise, Calibration
+from spdfq.backends import AdaRound, Blockwise
 from spdfq.backends.activations import Activations
 from spdfq.backends.adaround import Rounding, rectified
 from spdfq.backends.blocks import block_calls
@@ -23,23 +23,13 @@ SITE = "blocks.0.mlp.fc1.weight"
 BLOCKS = ["blocks.0", "blocks.1"]
 
 
-class Interrupted(Exception):
-    pass
-
-
 def reconstruct(model, chosen, step=STEP, **changes):
-    settings = {"teacher": chosen, "images": images(COUNT), "runtime": RUNTIME, **changes}
-    step.run(model, Calibration(**settings))
-    return model
+    return taken(step, model, chosen, **{"images": images(COUNT), **changes})
 
 
 @torch.no_grad()
 def off(model, chosen):
     return (model(images(COUNT)) - chosen.module(images(COUNT))).norm()
-
-
-def state_of(model):
-    return {name: value.detach().clone() for name, value in model.network.state_dict().items()}
 
 
 def changed(model, before):

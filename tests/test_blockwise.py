@@ -6,10 +6,10 @@ import pytest
 import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
-from tiny_backend import RUNTIME, back_end, images, network, quantized, teacher, teacher_of
+from tiny_backend import RUNTIME, Interrupted, back_end, images, network, quantized, taken, teacher, teacher_of
 from torch import nn
 
-from spdfq.backends import Blockwise, Calibration
+from spdfq.backends import Blockwise
 from spdfq.backends.blocks import BlockCall, block_calls, block_names
 from spdfq.backends.reconstruction import Job
 from spdfq.backends.stream import Stream, rows
@@ -24,14 +24,8 @@ BLOCKS = {
 }
 
 
-class Interrupted(Exception):
-    pass
-
-
 def reconstruct(model, chosen, step=STEP, **changes):
-    settings = {"teacher": chosen, "images": images(COUNT), "runtime": RUNTIME, **changes}
-    step.run(model, Calibration(**settings))
-    return model
+    return taken(step, model, chosen, **{"images": images(COUNT), **changes})
 
 
 def weights_of(model):

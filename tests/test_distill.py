@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from attrs import evolve
 from safetensors.torch import load_file, save_file
-from tiny_backend import RUNTIME, images, quantized, teacher
+from tiny_backend import RUNTIME, Interrupted, images, quantized, state_of, taken, teacher
 
-from spdfq.backends import Calibration, Distill, distill
+from spdfq.backends import Distill, distill
 from spdfq.backends.distill import Seen, map_similarity, relative_error
 from spdfq.errors import DataError, NonFiniteError
 from spdfq.recipe import load_recipe
@@ -23,24 +23,14 @@ UNIFORM = "quantization.softmax={type='uniform', bits=4}"
 STATE = "step-0-distill.safetensors"
 
 
-class Interrupted(Exception):
-    pass
-
-
 def train(model, chosen, step=STEP, **changes):
-    settings = {"teacher": chosen, "images": images(COUNT), "runtime": RUNTIME, **changes}
-    step.run(model, Calibration(**settings))
-    return model
+    return taken(step, model, chosen, **{"images": images(COUNT), **changes})
 
 
 @torch.no_grad()
 def divergence(model, chosen):
     ours, theirs = (module(images(COUNT)).log_softmax(-1) for module in (model, chosen.module))
     return F.kl_div(ours, theirs, log_target=True, reduction="batchmean").item()
-
-
-def state_of(model):
-    return {name: value.detach().clone() for name, value in model.network.state_dict().items()}
 
 
 def changed(model, before):

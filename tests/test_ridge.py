@@ -8,7 +8,7 @@ import pytest
 import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
-from tiny_backend import RUNTIME, back_end, images, network, quantized, teacher, teacher_of
+from tiny_backend import RUNTIME, Interrupted, back_end, images, network, quantized, teacher, teacher_of
 from torch import nn
 
 from spdfq.backends import Calibration, Ridge, quantize
@@ -328,10 +328,6 @@ def test_images_that_are_not_finite_are_refused_with_the_layers_name():
 
 
 # resuming
-
-
-class Interrupted(Exception):
-    pass
 
 
 @pytest.mark.parametrize("finished", [1, 5, 8])

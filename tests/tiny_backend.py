@@ -4,7 +4,7 @@ import timm
 import torch
 from tiny import ARCHITECTURES, build
 
-from spdfq.backends import quantize
+from spdfq.backends import Calibration, quantize
 from spdfq.models import Teacher
 from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
@@ -62,3 +62,17 @@ def bits(number):
 def quantized(name_or_teacher, *overrides, count=5):
     chosen = teacher(name_or_teacher) if isinstance(name_or_teacher, str) else name_or_teacher
     return quantize(chosen, images(count), back_end(*overrides), RUNTIME)
+
+
+def taken(step, model, chosen, **changes):
+    """The model after a step of the back-end."""
+    step.run(model, Calibration(**{"teacher": chosen, "runtime": RUNTIME, **changes}))
+    return model
+
+
+def state_of(model):
+    return {name: value.detach().clone() for name, value in model.network.state_dict().items()}
+
+
+class Interrupted(Exception):
+    """What tests raise in the middle of a step."""

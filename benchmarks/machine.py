@@ -1,0 +1,28 @@
+"""What every benchmark says of the machine it ran on."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spdfq.provenance import device_name, git_commit, versions
+
+
+def about(device: str = "cpu") -> dict[str, Any]:
+    """Device, threads, load before the benchmark, versions, and the commit with whether the library differs from it."""
+    return {
+        "device": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "versions": versions(),
+        "commit": git_commit(),
+        "library_changed_since": _changed(),
+    }
+
+
+def _changed() -> bool | None:
+    library = Path(__file__).parents[1] / "spdfq"
+    asked = subprocess.run(["git", "status", "--porcelain", "."], cwd=library, capture_output=True, text=True)
+    return bool(asked.stdout.strip()) if asked.returncode == 0 else None
