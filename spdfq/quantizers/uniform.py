@@ -69,7 +69,7 @@ class AffineQuantizer(Quantizer):
         return (codes - step["zero_point"]) * step["scale"]
 
     def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
-        """``reconstruct(encode(x))``, to the bit, in place on one temporary tensor: reconstruction lives in here."""
+        """``reconstruct(encode(x))``, to the bit, in few passes over memory: reconstruction lives in here."""
         step = self.step(parameters)
         if step["scale"].requires_grad:
             return super().dequantized(x, parameters)
@@ -124,12 +124,13 @@ class UniformQuantizer(AffineQuantizer):
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-        codes = (x / scale).clamp_(-levels, levels).round_().add_(zero_point)
+        rounded = (x / scale).round_().add_(zero_point)
+        codes = rounded.clamp(0, levels - 1)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward((codes >= 0).logical_and_(codes <= levels - 1))
-        return codes.clamp_(0, levels - 1).sub_(zero_point).mul_(scale)
+            ctx.save_for_backward(rounded != codes)
+        return codes.sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None, None, None
+        (clamped,) = ctx.saved_tensors
+        return gradients[0].masked_fill(clamped, 0.0), None, None, None
