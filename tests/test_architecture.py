@@ -40,8 +40,16 @@ PUBLIC = {
     | {"head_similarity", "head_ssim", "masked_attention_distance", "patch_contrast", "teacher_student_discrepancy"},
     "spdfq.synth": {"Adam", "AdamW", "Augmentation", "Change", "ChannelOffset", "ColorJitter", "Constant", "CropPlan"}
     | {"Flip", "GaussianNoise", "HighPass", "Jitter", "LowPass", "Moment", "Move", "MultiSemanticSampler", "NoTarget"}
-    | {"OneHotTarget", "OptimizedImages", "RandomResizedCrop", "RealImages", "Schedule", "SoftLabelTarget", "Source"}
-    | {"StudentTraining", "SyntheticImages", "TokenPruning", "WarmupCosine", "WholeImageSampler"},
+    | {"OneHotTarget", "OptimizedImages", "Optimizer", "RandomResizedCrop", "RealImages", "Schedule", "SoftLabelTarget"}
+    | {
+        "Source",
+        "SpectralAdam",
+        "StudentTraining",
+        "SyntheticImages",
+        "TokenPruning",
+        "WarmupCosine",
+        "WholeImageSampler",
+    },
     "spdfq.quantizers": {"AdaptiveLogQuantizer", "DualUniformQuantizer", "GridMseObserver", "Log2Quantizer"}
     | {"LogSqrt2Quantizer", "MinMaxObserver", "Observer", "PercentileMseObserver", "PowerOfTwoFactorQuantizer"}
     | {"Product", "ProgressiveObserver", "Quantizer", "RunningMinMaxObserver", "ShiftUniformLog2Quantizer"}

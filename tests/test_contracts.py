@@ -325,7 +325,7 @@ def optimised(optimizer, path=None):
 @every("optimizer")
 def test_an_optimizer_minimises_at_its_own_learning_rate(name):
     optimizer = made("optimizer", name)
-    assert optimizer.build(torch.zeros(1, requires_grad=True)).param_groups[0]["lr"] == optimizer.lr > 0
+    assert optimizer.build(torch.zeros(1, 1, 4, 4, requires_grad=True)).param_groups[0]["lr"] == optimizer.lr > 0
     assert (optimised(optimizer) - 1).abs().max() < 0.5
 
 

@@ -34,8 +34,9 @@ PUBLIC = {
     "spdfq.report": "write_pictures write_report write_sheet",
     "spdfq.synth": """
         Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter
-        LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages RandomResizedCrop RealImages
-        Schedule SoftLabelTarget Source StudentTraining SyntheticImages TokenPruning WarmupCosine WholeImageSampler
+        LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages Optimizer RandomResizedCrop
+        RealImages Schedule SoftLabelTarget Source SpectralAdam StudentTraining SyntheticImages TokenPruning
+        WarmupCosine WholeImageSampler
     """,
 }
 

@@ -28,6 +28,7 @@ from spdfq.synth import (
     MultiSemanticSampler,
     NoTarget,
     OptimizedImages,
+    Optimizer,
     SoftLabelTarget,
     WarmupCosine,
     WholeImageSampler,
@@ -200,7 +201,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class GradientDescent:
+class GradientDescent(Optimizer):
     """Unlike Adam it keeps no step counter, which is a number it reads in every step."""
 
     lr = 0.1

@@ -116,7 +116,8 @@ class Group:
             self._teach(self.rival, iteration)
 
     def _begin(self) -> GroupState:
-        images = noise(self.count, self.teacher, self.generator("noise")).to(self.runtime.device).requires_grad_()
+        drawn = noise(self.count, self.teacher, self.generator("noise")).to(self.runtime.device)
+        images = self.spec.optimizer.start(drawn).requires_grad_()
         curve = torch.zeros(self.spec.iterations, len(self.columns), device=images.device)
         return GroupState(images, self.spec.optimizer.build(images), Balance(self.spec.losses), curve)
 

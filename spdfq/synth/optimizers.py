@@ -15,9 +15,22 @@ def _betas(_: Any, __: Any, value: tuple[float, float]) -> None:
         raise ValueError(f"each must be at least 0 and below 1, got {list(value)}")
 
 
+@frozen(kw_only=True)
+class Optimizer:
+    """Base class of optimisers."""
+
+    def start(self, noise: Tensor) -> Tensor:
+        """What the images are before the first step, given white noise ``[B, C, H, W]``: that noise."""
+        return noise
+
+    def build(self, images: Tensor) -> torch.optim.Optimizer:
+        """An optimiser of one tensor."""
+        raise TypeError(f"{type(self).__name__} does not define build")
+
+
 @optimizers.register("adam", paper="arXiv:1412.6980")
 @frozen(kw_only=True)
-class Adam:
+class Adam(Optimizer):
     """Adam.
 
     Args:
@@ -35,7 +48,7 @@ class Adam:
 
 @optimizers.register("adamw", paper="arXiv:1711.05101")
 @frozen(kw_only=True)
-class AdamW:
+class AdamW(Optimizer):
     """Adam with decoupled weight decay.
 
     Args:
