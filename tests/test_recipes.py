@@ -13,8 +13,9 @@ from spdfq.synth import OptimizedImages
 
 BASELINES = ["clamp_vit", "fdd", "maskaq", "mimiq", "psaq_vit", "psaq_vit_v2", "smi", "spdfq", "spdfq_psaq"]
 PAPER = ["deit_b", "deit_s", "deit_t", "swin_b", "swin_s", "vit_b", "vit_s"]
-WHOLE = [*BASELINES, "gaussian_noise", "headless", "quickstart", "real"]
-IMAGES = [*BASELINES, "cross_entropy", "gaussian_noise", "real", "real_fmnist", "real_imagenet", "spdfq_swin"]
+WHOLE = [*BASELINES, "gaussian_noise", "headless", "quickstart", "real", "spdfq_plus"]
+IMAGES = [*BASELINES, "cross_entropy", "gaussian_noise", "real", "real_fmnist", "real_imagenet"]
+IMAGES += ["spdfq_plus", "spdfq_swin"]
 SHORT = [*BASELINES, "apa", "apa_sl", "cross_entropy", "msr_sl"]
 OTHERS = [
     "backends/adalog",
@@ -22,6 +23,7 @@ OTHERS = [
     "backends/blockwise",
     "backends/distill",
     "backends/minmax",
+    "backends/plus",
     "backends/ptf",
     "backends/repq",
     "backends/ridge",
@@ -63,8 +65,8 @@ def test_these_are_the_recipes_and_none_is_left_out():
     expected = [*WHOLE, *(f"images/{name}" for name in IMAGES), *(f"fmnist/{name}" for name in SHORT)]
     expected += [*(f"paper/{name}" for name in PAPER), *OTHERS]
     assert shipped() == sorted(expected)
-    assert len(shipped()) == 63
-    assert len(MAKES_IMAGES) == 63 - len(OTHERS) - len(NEEDS_A_FOLDER)
+    assert len(shipped()) == 66
+    assert len(MAKES_IMAGES) == 66 - len(OTHERS) - len(NEEDS_A_FOLDER)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -101,7 +103,7 @@ def test_a_baseline_runs_from_its_name_to_its_accuracy(name, tmp_path):
 # constants of the papers
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [*BASELINES, "spdfq_plus"])
 def test_a_whole_recipe_is_its_images_part_in_full(name):
     whole, part = resolve(name), resolve(f"images/{name}")
     assert whole["synthesis"] == part["synthesis"]
