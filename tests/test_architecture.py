@@ -41,15 +41,8 @@ PUBLIC = {
     "spdfq.synth": {"Adam", "AdamW", "Augmentation", "Change", "ChannelOffset", "ColorJitter", "Constant", "CropPlan"}
     | {"Flip", "GaussianNoise", "HighPass", "Jitter", "LowPass", "Moment", "Move", "MultiSemanticSampler", "NoTarget"}
     | {"OneHotTarget", "OptimizedImages", "Optimizer", "RandomResizedCrop", "RealImages", "Schedule", "SoftLabelTarget"}
-    | {
-        "Source",
-        "SpectralAdam",
-        "StudentTraining",
-        "SyntheticImages",
-        "TokenPruning",
-        "WarmupCosine",
-        "WholeImageSampler",
-    },
+    | {"Source", "SpectralAdam", "StudentTraining", "SyntheticImages", "TokenPruning", "WarmupCosine"}
+    | {"WholeImageSampler"},
     "spdfq.quantizers": {"AdaptiveLogQuantizer", "DualUniformQuantizer", "GridMseObserver", "Log2Quantizer"}
     | {"LogSqrt2Quantizer", "MinMaxObserver", "Observer", "PercentileMseObserver", "PowerOfTwoFactorQuantizer"}
     | {"Product", "ProgressiveObserver", "Quantizer", "RunningMinMaxObserver", "ShiftUniformLog2Quantizer"}

@@ -1,8 +1,5 @@
 """Pixels optimised in coordinates in which natural images are white: frequencies and colours apart."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from attrs import field, frozen, validators
 from torch import Tensor
@@ -84,10 +81,10 @@ class _Spectral(torch.optim.Adam):
         self.images, self.coordinates = images, coordinates
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """One step; ``images.grad`` is left as the gradient of the coordinates."""
         before = self.images.detach().clone()
         if self.images.grad is not None:
             self.images.grad = self.coordinates.gradient(self.images.grad)
-        super().step(closure)
+        super().step()
         self.images.copy_(before + self.coordinates.pixels(self.images - before))
