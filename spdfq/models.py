@@ -34,8 +34,8 @@ class Teacher:
     """A full-precision model and what its inputs look like.
 
     Args:
-        module: any network taking normalised images ``[B, C, H, W]`` and returning logits ``[B, num_classes]``, or
-            features ``[B, D]`` where it has no head.
+        module: any network in float32 taking normalised images ``[B, C, H, W]`` and returning logits
+            ``[B, num_classes]``, or features ``[B, D]`` where it has no head.
         mean: of each channel, for pixels in 0..1.
         std: of each channel.
         num_classes: length of the logits; 0 for a backbone without a head.
@@ -60,6 +60,9 @@ class Teacher:
         self.name = self.name or type(self.module).__name__
         if self.input_size is None:
             self.input_size = (len(self.mean), *_own_size(self.module))
+        coarse = {p.dtype for p in self.module.parameters() if p.is_floating_point()} - {torch.float32}
+        if coarse:
+            raise ModelError(f"{self.name}: has weights in {_named(coarse)}; give Teacher(module.float(), ...)")
         if len({len(self.mean), len(self.std), self.input_size[0]}) > 1:
             raise ModelError(
                 f"{self.name}: mean has {len(self.mean)} values, std {len(self.std)}, the input {self.input_size[0]} "
@@ -126,6 +129,10 @@ class Teacher:
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (torch.tensor(values, device=like.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return mean, std
+
+
+def _named(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _own_size(module: nn.Module) -> tuple[int, int]:

@@ -398,11 +398,32 @@ def test_patterns_and_roles_that_match_nothing_are_one_error_with_a_line_each():
         place(teacher_of(Small()), back_end(f"quantization.overrides={overrides}"))
     examples = "sites are called patch.input, patch.weight, attention.qkv_input, ..."
     assert raised.value.problems == [
-        f"quantization.overrides.0.sites: 'blocks.0.*' matches no site of Small; {examples}",
-        f"quantization.overrides.0.sites: 'blocks.7.*' matches no site of Small; {examples}",
+        f"quantization.overrides.0.sites: 'blocks.0.*' matches no quantized site of Small; {examples}",
+        f"quantization.overrides.0.sites: 'blocks.7.*' matches no quantized site of Small; {examples}",
         "quantization.overrides.1.roles: Small does not say which module is 'first'; name it under 'sites'",
-        f"quantization.overrides.2.sites: 'Head.*' matches no site of Small; {examples}",
+        f"quantization.overrides.2.sites: 'Head.*' matches no quantized site of Small; {examples}",
     ]
+
+
+@pytest.mark.parametrize("pattern", ["*.softmax", "head.input"])
+def test_a_pattern_of_sites_that_the_placement_leaves_in_float_matches_nothing(pattern):
+    overrides = f"quantization.overrides=[{{sites=['{pattern}'], bits=8}}]"
+    place(teacher("vit"), back_end(overrides))
+    with pytest.raises(RecipeError, match=r"overrides.0.sites: .* matches no quantized site"):
+        place(teacher("vit"), back_end("quantization.placement='weights_only'", overrides))
+
+
+@pytest.mark.parametrize(
+    ("key", "quantizer", "line"),
+    [
+        ("activations", "{type='uniform', granularity='channel'}", "axis 0 is that of the images"),
+        ("activations", "{type='dual_uniform', columns=0}", "axis 0 is that of the images"),
+        ("gelu", "{type='adaptive_log', shift=0.17, folded=true}", "folded: is what the step 'adalog' sets"),
+    ],
+)
+def test_quantizers_that_cannot_be_those_of_activations_are_refused(key, quantizer, line):
+    with pytest.raises(RecipeError, match=f"quantization.{key}.*{line}"):
+        place(teacher("vit"), back_end(f"quantization.{key}={quantizer}"))
 
 
 # calibration

@@ -7,7 +7,8 @@ import attrs
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_backend import RUNTIME, back_end, images, quantized, teacher
+from tiny_backend import RUNTIME, back_end, images, quantized, teacher, teacher_of
+from torch import nn
 
 from spdfq.backends import place, quantize, sensitivity
 from spdfq.backends.budget import Item, allocated, items
@@ -103,6 +104,23 @@ def test_a_budget_of_operations_counts_every_multiplication_of_an_image():
         ("blocks.0.mlp.fc2.input", "blocks.0.mlp.fc2.weight"): 17 * 128 * 32,
         ("head.input", "head.weight"): 10 * 32,
     }
+
+
+class Einsum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch, self.qkv, self.head = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 15), nn.Linear(5, 10)
+
+    def forward(self, pixels):
+        query, key, value = self.qkv(self.patch(pixels).flatten(2).mT).chunk(3, -1)
+        scores = torch.einsum("bqd,bkd->bqk", query, key).softmax(-1)
+        return self.head(torch.einsum("bqk,bkd->bqd", scores, value).mean(1))
+
+
+def test_products_by_einsum_are_counted_by_their_equation():
+    model = place(teacher_of(Einsum()), back_end())
+    sizes = {item.sites: item.size for item in items(model, Budget(operations=16.0), images(1))}
+    assert sizes["product0_left", "product0_right"] == sizes["product1_left", "product1_right"] == 16 * 16 * 5
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2", "cait", "beit"])

@@ -293,6 +293,12 @@ def test_a_description_that_contradicts_itself_is_refused(changes, message):
         own(**changes)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_a_module_in_another_precision_is_refused(dtype):
+    with pytest.raises(ModelError, match=rf"has weights in {dtype}; give Teacher\(module.float\(\), \.\.\.\)"):
+        Teacher(build("vit").to(getattr(torch, dtype)), mean=[0.5] * 3, std=[0.5] * 3, num_classes=10)
+
+
 def test_pixels_are_normalised_channel_by_channel():
     teacher = own()
     pixels = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)

@@ -419,7 +419,7 @@ def test_check_needs_neither_weights_nor_data(recipe):
     assert (
         check(recipe, overrides=["model.checkpoint='nowhere.safetensors'", "evaluation.dataset.root='nowhere'"]) == []
     )
-    with pytest.raises(RecipeError, match=r"quantization.overrides.0.sites: 'stages.\*' matches no site"):
+    with pytest.raises(RecipeError, match=r"quantization.overrides.0.sites: 'stages.\*' matches no quantized site"):
         check(recipe, overrides=["quantization.overrides=[{sites=['stages.*'], bits=8}]"])
     assert check("quickstart") == []
 

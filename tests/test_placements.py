@@ -265,6 +265,7 @@ def test_gelu_outputs_can_have_a_quantizer_of_their_own():
     assert model.sites["blocks.1.mlp.fc2.input"].maker == "gelu"
     gated = place(teacher("eva02"), back_end("quantization.gelu={type='adaptive_log'}"))  # SwiGLU: no GELU
     assert {row["quantizer"] for row in gated.site_table()["quantized"]} == {"uniform", "log2"}
+    assert gated.site_table()["notes"] == ["gelu: no quantized site takes what a GELU puts out"]
 
 
 def test_gelu_bits_that_differ_from_the_label_are_told():

@@ -25,6 +25,7 @@ from spdfq.quantizers import (
     UniformQuantizer,
     learned_scales,
 )
+from spdfq.quantizers.observers import Statistics
 
 
 def byte(number):
@@ -354,6 +355,42 @@ def test_progressive_comes_close_to_a_full_search_of_both_ends(fresh):
     found = fresh.error(x, fresh.fitted(*ProgressiveObserver().choose(x, low, high, fresh)))
     assert bool((found <= 1.05 * full).all())
     assert bool((found < fresh.error(x, fresh.fitted(low, high))).any())
+
+
+def test_progressive_judges_each_row_of_a_large_weight_by_enough_of_it():
+    x = torch.randn(1536, 384, generator=torch.Generator().manual_seed(0))
+    fresh = UniformQuantizer(granularity="channel")
+    plain, found = (squares(x, frozen_on(x, fresh, observer)) for observer in (MinMaxObserver(), ProgressiveObserver()))
+    assert found < 0.85 * plain
+
+
+def test_progressive_spends_no_candidates_on_an_end_that_plays_no_part():
+    judged = []
+
+    class Counting(AdaptiveLogQuantizer):
+        def error(self, samples, parameters):
+            judged.append(float(parameters["scale"]))
+            return super().error(samples, parameters)
+
+    fresh, x = Counting(shift=0.17), torch.randn(1, 500, generator=torch.Generator().manual_seed(0)).clamp(min=-0.17)
+    ProgressiveObserver().choose(x, *x.aminmax(dim=1), fresh)
+    assert len(judged) == 6 + 3 * 9
+
+
+def test_factors_of_channels_are_judged_by_values_where_others_are_by_outputs():
+    fresh = PowerOfTwoFactorQuantizer()
+    x = data(fresh)
+    fresh.observe(x)
+    fresh.freeze(PercentileMseObserver(), Product(x, lambda operand: operand.sum(1)))
+    assert bitwise_equal(fresh(x), frozen_on(x, PowerOfTwoFactorQuantizer(), PercentileMseObserver())(x))
+
+
+@pytest.mark.parametrize(("channels", "length"), [(768, 3072), (1024, 4096), (768, 6304)])
+def test_at_least_a_thousand_values_of_a_row_are_kept(channels, length):
+    rows = torch.zeros(channels, length)
+    seen = Statistics(rows)
+    seen.add(rows, *rows.aminmax(dim=1))
+    assert 2**10 <= seen.samples.shape[1] < 2**13
 
 
 def test_a_product_has_candidates_judged_by_its_output():

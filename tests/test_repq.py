@@ -347,6 +347,16 @@ def test_images_that_are_not_finite_are_refused_with_the_norms_name():
         RepQ().run(model, Calibration(teacher=teacher("vit"), images=given, runtime=RUNTIME))
 
 
+def test_a_running_average_of_ranges_is_one_of_the_batches_it_saw():
+    chosen = spread(teacher("vit"))
+    scales = []
+    for observer in ("'minmax'", "{type='running_minmax', momentum=0.5}"):
+        step = f"{{type='repq', part='channels', batch=1, observer={observer}}}"
+        model = quantized(chosen, f"quantization.steps=[{CALIBRATED}, {step}]")
+        scales.append(model.quantizers["blocks.0.attn.qkv.input"].scale)
+    assert bool((scales[1] < scales[0]).all())
+
+
 def test_the_size_of_batches_does_not_matter():
     chosen = spread(teacher("swin"))
     first, second = quantized(chosen), quantized(chosen)

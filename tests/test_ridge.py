@@ -210,6 +210,26 @@ def test_each_layer_is_fed_what_the_repaired_model_feeds_it(name, monkeypatch):
         torch.testing.assert_close(gram, a.T @ a, rtol=1e-3, atol=1e-2)
 
 
+class Residual(nn.Module):
+    def __init__(self, block, in_place):
+        super().__init__()
+        self.block, self.in_place = block, in_place
+
+    def forward(self, x):
+        change = self.block.attn(self.block.norm1(x))
+        x = x.add_(change) if self.in_place else x + change
+        return x + self.block.mlp(self.block.norm2(x))
+
+
+def test_blocks_that_add_to_their_argument_in_place_are_repaired_like_others():
+    outputs = []
+    for in_place in (False, True):
+        chosen = teacher("vit")
+        chosen.module.blocks = nn.Sequential(*(Residual(block, in_place) for block in chosen.module.blocks))
+        outputs.append(repair(quantized(chosen), chosen)(images(3)))
+    assert torch.equal(*outputs)
+
+
 def test_a_large_penalty_changes_nothing_but_roundings():
     chosen = teacher("vit")
     model, plain = quantized(chosen), quantized(chosen)
@@ -318,6 +338,12 @@ def test_a_weight_of_another_quantizer_is_refused_by_name():
     model.weight("blocks.0.attn.proj.weight").abs_()
     with pytest.raises(SpdfqError, match=r"^blocks.0.attn.proj.weight: this step needs evenly spaced values here"):
         repair(model, teacher("vit"), evolve(STEP, penalty=1e9))
+
+
+def test_a_penalty_too_small_to_invert_is_refused_with_the_layers_name():
+    model = quantized("vit")
+    with pytest.raises(SpdfqError, match=r"^ridge: blocks.0.\S+weight: penalty = 1e-12 is too small .*; raise it"):
+        repair(model, teacher("vit"), evolve(STEP, penalty=1e-12), count=2)
 
 
 def test_images_that_are_not_finite_are_refused_with_the_layers_name():

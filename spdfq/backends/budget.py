@@ -1,17 +1,20 @@
 """Mixed precision: a bit-width for each site, within a budget, by what its quantization does to the output."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from itertools import product
-from math import prod
+from math import ceil, prod
 
 import torch
 from attrs import frozen
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from spdfq.backends.knapsack import Choice, least_loss
 from spdfq.backends.model import QuantizedModel, Site
 from spdfq.backends.products import KEY, PRODUCT, QUERY, SOFTMAX, VALUE, WEIGHT, input_site
 from spdfq.errors import RecipeError
+from spdfq.quantizers import Product
 from spdfq.recipe import Budget
 
 Sensitivity = dict[tuple[str, int], float]
@@ -51,53 +54,38 @@ def items(model: QuantizedModel, budget: Budget, example: Tensor) -> list[Item]:
                 "placement; set quantization.placement = 'matmul_inputs', or give a budget of weights"
             ]
         )
-    positions = _positions(model, example)
-    pairs = [(left, right, size) for left, right, size in _multiplied(model.sites, positions)]
-    return [Item((left, right), size) for left, right, size in pairs if {left, right} <= model.quantizers.keys()]
+    sizes = _multiplications(model, example)
+    return [Item(pair, sizes[pair[0]]) for pair in _multiplied(model.sites) if set(pair) <= model.quantizers.keys()]
 
 
-def _multiplied(sites: dict[str, Site], positions: dict[str, int]) -> Iterable[tuple[str, str, int]]:
-    """The two sites of each product, and its multiplications for one image."""
+def _multiplied(sites: dict[str, Site]) -> Iterable[tuple[str, str]]:
+    """The two sites of each product."""
     for name, site in sites.items():
         owner, _, leaf = name.rpartition(".")
         dot = f"{owner}." if owner else ""
-        if site.kind == WEIGHT and name in positions:
-            yield input_site(name), name, positions[name] * prod(site.shape)
+        if site.kind == WEIGHT:
+            yield input_site(name), name
         elif site.kind == QUERY:
-            key = dot + leaf.replace(QUERY, KEY, 1)
-            yield name, key, prod(site.shape) * sites[key].shape[-2]
+            yield name, dot + leaf.replace(QUERY, KEY, 1)
         elif site.kind == SOFTMAX and leaf.startswith(SOFTMAX):
-            value = dot + leaf.replace(SOFTMAX, VALUE, 1)
-            yield name, value, prod(site.shape) * sites[value].shape[-1]
+            yield name, dot + leaf.replace(SOFTMAX, VALUE, 1)
         elif leaf.startswith(PRODUCT) and leaf.endswith("_left"):
-            right = f"{name.removesuffix('left')}right"
-            yield name, right, prod(site.shape) * sites[right].shape[-1]
+            yield name, f"{name.removesuffix('left')}right"
 
 
 @torch.no_grad()
-def _positions(model: QuantizedModel, example: Tensor) -> dict[str, int]:
-    """How many places of one image each weight is applied at."""
-    found: dict[str, int] = {}
-    handles = []
-    for name, site in model.sites.items():
-        if site.kind != WEIGHT or input_site(name) not in model.sites:
-            continue
-        shape = model.sites[input_site(name)].shape
-        found[name] = prod(shape) // site.shape[-1]
-        if len(site.shape) > 2:  # a convolution: its output says it
-            owner = model.network.get_submodule(name.rpartition(".")[0])
-            handles.append(owner.register_forward_hook(_counting(found, name, site.shape[0])))
-    model.network(example)
-    for handle in handles:
-        handle.remove()
+def _multiplications(model: QuantizedModel, example: Tensor) -> Counter[str]:
+    """How many numbers one image has multiplied at each site that goes into a product."""
+    found: Counter[str] = Counter()
+
+    def count(name: str, product: Product) -> None:
+        with FlopCounterMode(display=False) as counter:
+            product.output(product.operand)
+        found[name] += counter.get_total_flops() // 2  # a multiplication and an addition
+
+    with model.visiting(lambda _, __, tensor: tensor, count):
+        model.network(example)
     return found
-
-
-def _counting(found: dict[str, int], name: str, channels: int) -> Callable[[nn.Module, tuple, Tensor], None]:
-    def count(_: nn.Module, __: tuple, output: Tensor) -> None:
-        found[name] = output.numel() // channels
-
-    return count
 
 
 def least(items: list[Item], budget: Budget, fixed: dict[str, int]) -> float:
@@ -119,7 +107,10 @@ def check_budget(model: QuantizedModel, budget: Budget, fixed: dict[str, int], e
         raise RecipeError([f"quantization.budget: every site that {key} counts is in float or has bits of its own"])
     if limit(budget) < (low := least(found, budget, fixed)):
         raise RecipeError(
-            [f"quantization.budget.{key}: {limit(budget)} cannot be reached; the least here is {low:.3f}"]
+            [
+                f"quantization.budget.{key}: {limit(budget)} cannot be reached; the least here is "
+                f"{ceil(low * 1000) / 1000:.3f}"
+            ]
         )
     return found
 

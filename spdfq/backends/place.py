@@ -26,8 +26,10 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
         bits: by site, where they are not those of the section's quantizers; overrides come first.
 
     Raises:
-        RecipeError: an override that matches no site; all such at once. Or a budget that cannot be reached.
+        RecipeError: an override that matches no quantized site; all such at once. Or a quantizer of activations whose
+            channels are the images, or a budget that cannot be reached.
     """
+    _check_templates(spec)
     example = torch.zeros(1, *teacher.input_size, device=teacher.device)
     with teacher.frozen() as network:
         sites, leftovers = find_sites(network, example, spec.placement.kinds & POINTS)
@@ -39,9 +41,24 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
         if site.kind in spec.placement.kinds and (quantizer := _fresh(spec, site, bits.get(name))) is not None
     }
     model = QuantizedModel(teacher.module, sites, quantizers, leftovers).to(teacher.device)
+    if spec.gelu is not None and not any(sites[name].maker == GELU for name in quantizers):
+        model.note("gelu", ["no quantized site takes what a GELU puts out"])
     if spec.budget:
         check_budget(model, spec.budget, fixed, example)
     return model
+
+
+def _check_templates(spec: Quantization) -> None:
+    problems = []
+    for key, template in (("activations", spec.activations), ("softmax", spec.softmax), ("gelu", spec.gelu)):
+        if template is None:
+            continue
+        if any(template.axis_of(name) == 0 for name in template.stores):
+            problems.append(f"quantization.{key}: axis 0 is that of the images; the features are on axis -1")
+        if getattr(template, "folded", False):
+            problems.append(f"quantization.{key}.folded: is what the step 'adalog' sets; leave it out")
+    if problems:
+        raise RecipeError(problems)
 
 
 def _fresh(spec: Quantization, site: Site, bits: int | None) -> Quantizer | None:
@@ -56,8 +73,9 @@ def overridden(teacher: Teacher, spec: Quantization, sites: dict[str, Site]) -> 
     """Bits of the sites that the section's overrides name.
 
     Raises:
-        RecipeError: an override that matches no site; all such at once.
+        RecipeError: an override that matches no quantized site; all such at once.
     """
+    sites = {name: site for name, site in sites.items() if site.kind in spec.placement.kinds}
     bits: dict[str, int] = {}
     problems: list[str] = []
     for index, override in enumerate(spec.overrides):
@@ -65,7 +83,7 @@ def overridden(teacher: Teacher, spec: Quantization, sites: dict[str, Site]) -> 
         for pattern, where in _patterns(teacher, override, path, problems):
             matched = [name for name in sites if fnmatchcase(name, pattern)]
             if not matched:
-                problems.append(f"{where}: {pattern!r} matches no site of {teacher.name}; {_examples(sites)}")
+                problems.append(f"{where}: {pattern!r} matches no quantized site of {teacher.name}; {_examples(sites)}")
             bits.update(dict.fromkeys(matched, override.bits))
     if problems:
         raise RecipeError(problems)

@@ -138,10 +138,8 @@ def _channel_ranges(
     statistics: Statistics, median: Tensor, observer: Observer, channels: UniformQuantizer
 ) -> dict[str, Tensor]:
     """Scale and zero point of each channel, moved by its median."""
-    low, high = statistics.low - median, statistics.high - median
-    chosen = observer.choose(statistics.samples - median[:, None], low, high, channels)
-    fitted = channels.fitted(*chosen)
-    dead = low == high
+    fitted = channels.fitted(*observer.range_of(statistics.moved(median), channels))
+    dead = statistics.low == statistics.high
     if bool(dead.any()) and not bool(dead.all()):
         # a constant channel is zero by now, whatever its scale; a scale of 1 would distort the mean
         fitted["scale"] = torch.where(dead, fitted["scale"][~dead].mean(), fitted["scale"])

@@ -15,7 +15,7 @@ from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import WEIGHT
 from spdfq.backends.state import Finished
 from spdfq.backends.wiring import wiring
-from spdfq.errors import NonFiniteError
+from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.quantizers import GridMseObserver
 from spdfq.registry import steps
 from spdfq.structure import component
@@ -49,7 +49,8 @@ class Ridge(Step):
         """Repair every linear layer; blocks that a killed run finished are taken from its state file.
 
         Raises:
-            SpdfqError: a site was not calibrated, or the values of a weight's quantizer are not evenly spaced.
+            SpdfqError: a site was not calibrated, the values of a weight's quantizer are not evenly spaced, or the
+                penalty is too small.
             NonFiniteError: the inputs or outputs of a layer are.
         """
         model.check_calibrated()
@@ -90,7 +91,13 @@ class Ridge(Step):
         weight = model.weight(layer.weight)
         biases = [model.bias(layer.bias)] if layer.bias else []
         wanted = torch.cat([part.double().reshape(len(weight), -1) for part in (weight, *biases)], 1)
-        wanted = wanted + ridge(found.gram, found.gap, self.penalty).T
+        try:
+            wanted = wanted + ridge(found.gram, found.gap, self.penalty).T
+        except torch.linalg.LinAlgError:
+            raise SpdfqError(
+                f"ridge: {layer.weight}: penalty = {self.penalty:g} is too small to invert its inputs' products; "
+                "raise it"
+            ) from None
         weight.copy_(wanted[:, : weight.shape[1]])
         result = wanted
         if layer.weight in model.quantizers:

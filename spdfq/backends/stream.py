@@ -12,7 +12,8 @@ from spdfq.backends.blocks import BlockCall, Hidden
 
 def rows(hidden: Hidden, images: int, chosen: Tensor | slice) -> Hidden:
     """What belongs to the chosen ones of so many images."""
-    return tuple(tensor.unflatten(0, (images, -1))[chosen].flatten(0, 1) for tensor in hidden)
+    # cloned, because a block may add to its argument in place
+    return tuple(tensor.unflatten(0, (images, -1))[chosen].flatten(0, 1).clone() for tensor in hidden)
 
 
 class _Reached(Exception):

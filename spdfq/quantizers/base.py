@@ -80,6 +80,11 @@ class Quantizer(nn.Module, ABC):
         return True
 
     @property
+    def one_ended(self) -> bool:
+        """Whether a range is one number to it: its upper end, or the end of larger magnitude."""
+        return False
+
+    @property
     def channel_axis(self) -> int | None:
         """The axis along which each index has its own range; None where the whole tensor shares one."""
         return None

@@ -106,6 +106,11 @@ class LogarithmicQuantizer(Quantizer):
         return False
 
     @property
+    def one_ended(self) -> bool:
+        """Whether only the upper end counts: yes."""
+        return True
+
+    @property
     def lift(self) -> float:
         """What is added to x before anything else, and taken off the result."""
         return 0.0

@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from functools import cached_property
 from itertools import count
 from math import gcd
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import Attribute, define, field, frozen
@@ -39,10 +40,10 @@ class Statistics:
         self.high = rows.new_full([channels], -torch.inf)
         self.batches: list[Range] = []
         self.samples = rows.new_empty([channels, 0])
-        self._limit = max(KEPT_VALUES // channels, KEPT_PER_ROW)
-        self._seen, self._stride = 0, 1
         # a factor that shared a divisor with the feature count would look at some features only
         self._factor = next(factor for factor in count(2) if gcd(factor, length) == 1)
+        self._limit = max(KEPT_VALUES // channels, KEPT_PER_ROW * self._factor)
+        self._seen, self._stride = 0, 1
 
     def add(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         """Takes in ``rows`` ``[C, n]`` with their extremes ``low``, ``high`` ``[C]``."""
@@ -54,6 +55,13 @@ class Statistics:
         start = -self._seen % self._stride
         self.samples = torch.cat([self.samples, rows[:, start :: self._stride]], dim=1)
         self._seen += rows.shape[1]
+
+    def moved(self, by: Tensor) -> "Statistics":
+        """What would have been kept, had ``by`` float32 ``[C]`` been taken off every value."""
+        other = copy(self)
+        other.low, other.high, other.samples = self.low - by, self.high - by, self.samples - by[:, None]
+        other.batches = [(low - by, high - by) for low, high in self.batches]
+        return other
 
     def _make_room(self, total: int) -> None:
         while -(-total // self._stride) > self._limit:
@@ -89,12 +97,7 @@ class Product:
 
 
 class Observer(ABC):
-    """Chooses the range a quantizer works in from what was observed.
-
-    ``by_batch`` says that the choice depends on how the values came in batches.
-    """
-
-    by_batch: ClassVar[bool] = False
+    """Chooses the range a quantizer works in from what was observed."""
 
     def range_of(self, seen: Statistics, quantizer: "Quantizer") -> Range:
         """The range ``low``, ``high`` ``[C]`` for all that was observed."""
@@ -160,8 +163,6 @@ class RunningMinMaxObserver(Observer):
     Args:
         momentum: the weight of the batches before, at least 0 and below 1; the new batch has the rest.
     """
-
-    by_batch: ClassVar[bool] = True
 
     momentum: float = field(default=0.9, validator=check_momentum)
 

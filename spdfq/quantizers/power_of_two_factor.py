@@ -21,7 +21,7 @@ class PowerOfTwoFactorQuantizer(AffineQuantizer):
 
     The step of channel c is ``2**a_c * s``. s and the zero point are those of ``uniform`` for the range of all
     channels, with ``8 * s`` for a step; a_c is the exponent of least error, so a channel of small values has a finer
-    step. An integer runtime shifts by a_c.
+    step. An integer runtime shifts by a_c. All of it is judged by values, never by a product's output.
 
     Stores ``scale`` (s, float32 ``[]``), ``zero_point`` (uint8 ``[]``) and ``exponent`` (a, uint8 ``[C]``). Zero is
     always a value. A range too small for a normal float32 step counts as zero and gets scale 1.
@@ -65,8 +65,12 @@ class PowerOfTwoFactorQuantizer(AffineQuantizer):
         shared = self.fitted(low.min()[None], high.max()[None])
         channels = {name: parameter.expand(len(low)) for name, parameter in shared.items()}
         candidates = [channels | {"exponent": torch.full_like(channels["exponent"], a)} for a in EXPONENTS]
-        errors = [(self.quantize_with(seen.samples, each) - seen.samples).square().mean(dim=1) for each in candidates]
+        errors = [self.error(seen.samples, each) for each in candidates]
         return shared | {"exponent": torch.stack(errors).argmin(dim=0).to(torch.uint8)}
+
+    def error(self, samples: Tensor, parameters: Parameters) -> Tensor:
+        """The mean squared error ``[C]`` of ``samples`` float32 ``[C, n]``."""
+        return (self.quantize_with(samples, parameters) - samples).square().mean(dim=1)
 
     def step(self, parameters: Parameters) -> Parameters:
         """Scale and zero point of each channel."""

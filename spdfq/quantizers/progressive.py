@@ -6,7 +6,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from spdfq.quantizers.observers import Observer, Range, check_smallest, check_steps
+from spdfq.quantizers.observers import KEPT_PER_ROW, Observer, Range, check_smallest, check_steps
 from spdfq.registry import observers
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ class ProgressiveObserver(Observer):
     """Both ends of the range (so scale and zero point), searched together from coarse to fine, for each channel.
 
     Each end is shrunk by a factor of its own. All pairs of a coarse grid of factors are tried; around the best few, all
-    pairs of neighbours at half the distance, and so on. Where nothing lies below zero, only the upper end is searched.
-    Errors of values are those of 2**17 samples.
+    pairs of neighbours at half the distance, and so on. Where nothing lies below zero, or the quantizer is one-ended,
+    both share one factor. Errors of values are those of 2**17 samples (but of 2**10 of each row, if there are so many).
 
     Paper: AdaLog, arXiv:2407.12951 (fast progressive combining search, which refines the scale alone).
 
@@ -40,8 +40,8 @@ class ProgressiveObserver(Observer):
 
     def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
         """The best pair of each row of ``samples`` ``[C, n]``."""
-        samples = samples[:, :: -(-samples.numel() // _JUDGED)]
-        one_sided = bool((low >= 0).all())
+        samples = samples[:, :: max(samples.shape[1] // max(_JUDGED // len(samples), KEPT_PER_ROW), 1)]
+        one_sided = quantizer.one_ended or bool((low >= 0).all())
         grid = torch.linspace(1.0, self.smallest, self.steps, device=low.device)
         around = (1.0 - self.smallest) / (self.steps - 1) * torch.tensor([0.0, -0.5, 0.5], device=low.device)
         factors = _pairs(grid, one_sided)[:, :, None].expand(-1, -1, len(low))

@@ -51,6 +51,11 @@ class TwinUniformQuantizer(SearchedQuantizer):
         return self.split == "sign"
 
     @property
+    def one_ended(self) -> bool:
+        """Whether only one end counts: the upper one for magnitudes, as a rule the lower one for signs."""
+        return True
+
+    @property
     def apart(self) -> int:
         """Number of codes of each grid."""
         return self.levels // 2

@@ -104,6 +104,11 @@ class UniformQuantizer(AffineQuantizer):
     axis: int = field(default=0, validator=check_axis)
 
     @property
+    def one_ended(self) -> bool:
+        """Whether only the end of larger magnitude counts."""
+        return self.symmetric
+
+    @property
     def channel_axis(self) -> int | None:
         """The channel axis, or None per tensor."""
         return self.axis if self.granularity == "channel" else None
