@@ -26,12 +26,19 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; an `SpdfqError` is the user's to mend and needs no traceback."""
+        """Run a command; an `SpdfqError`, or a file that cannot be had, is the user's to mend: no traceback."""
         try:
             return super().invoke(ctx)
         except SpdfqError as error:
             for line in str(error).splitlines():
                 click.echo(f"error: {line}", err=True)
+            ctx.exit(2)
+        except BrokenPipeError:
+            raise  # what reads the output has gone: click ends quietly
+        except OSError as error:
+            if error.filename is None:
+                raise
+            click.echo(f"error: {error.filename}: {error.strerror}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on", err=True)

@@ -12,11 +12,12 @@ from attrs import frozen
 from spdfq import pipeline
 from spdfq.benchfile import Combination, Plan, read_plan
 from spdfq.benchtable import markdown
-from spdfq.errors import RecipeError, SpdfqError
+from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.files import write_text
 from spdfq.provenance import data_fingerprints, source_digest, versions
+from spdfq.ranks import join
 from spdfq.recipe import Recipe, digest, load_recipe
-from spdfq.runtime import silent
+from spdfq.runtime import pick_device, pick_precision, silent
 from spdfq.store import store_beside
 
 Row = dict[str, Any]
@@ -80,12 +81,16 @@ def run_bench(
 
     Raises:
         RecipeError: the file or any cell's recipe has mistakes; all of them, before anything runs.
+        SpdfqError: several processes were started.
+        DataError: a model's checkpoint is not there, or an earlier call's results.jsonl is damaged.
     """
+    if join().count > 1:
+        raise SpdfqError("a bench runs its cells one by one in one process; start it without torchrun")
     plan = read_plan(source)
     for warning in check(plan):
         announce(f"warning: {warning}")
     folder = out or Path("runs") / plan.name
-    cells = [_cell(combination, seed, folder) for combination in plan.combinations for seed in plan.seeds]
+    cells = [_cell(combination, seed, folder, device) for combination in plan.combinations for seed in plan.seeds]
     kept = _finished(cells, folder)
     announce(f"{len(cells)} cells planned, {len(kept)} reused, {len(cells) - len(kept)} to run")
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,25 +131,36 @@ def _places(slugs: list[str], plan: Plan) -> str:
     return slugs[0] if len(slugs) == 1 else f"{slugs[0]} and {len(slugs) - 1} more"
 
 
-def _cell(combination: Combination, seed: int, folder: Path) -> Cell:
+def _cell(combination: Combination, seed: int, folder: Path, device: str | None) -> Cell:
     recipe = load_recipe(combination.data, seed=seed)
-    return Cell(combination, seed, recipe, folder / "cells" / f"{combination.slug}-s{seed}", result_key(recipe))
+    return Cell(combination, seed, recipe, folder / "cells" / f"{combination.slug}-s{seed}", result_key(recipe, device))
 
 
-def result_key(recipe: Recipe) -> str:
-    """A hash of all that decides a result: recipe, data, local weights, code and versions, but not where it runs."""
-    data = {**recipe.to_dict(), "runtime": {"precision": recipe.runtime.precision}}
+def result_key(recipe: Recipe, device: str | None = None) -> str:
+    """A hash of all that decides a result: recipe, data, local weights, code and versions, but where it runs only
+    as far as that decides the precision."""
+    precision = pick_precision(recipe.runtime.precision, pick_device(device or recipe.runtime.device))
+    data = {**recipe.to_dict(), "runtime": {"precision": precision}}
     data.pop("published", None)
-    weights = sha256(Path(recipe.model.checkpoint).read_bytes()).hexdigest() if recipe.model.checkpoint else None
+    weights = recipe.model.checkpoint and sha256(_checkpoint(recipe.model.checkpoint).read_bytes()).hexdigest()
     code, found = source_digest(recipe, *_CODE), versions()
     return digest(data, data_fingerprints(recipe), weights, code, found["torch"], found["timm"])
+
+
+def _checkpoint(name: str) -> Path:
+    if not Path(name).is_file():
+        raise DataError(f"model.checkpoint: {name}: no such file")
+    return Path(name)
 
 
 def _finished(cells: list[Cell], folder: Path) -> dict[str, Row]:
     """Rows of an earlier call that are still what their cells would give, by the name of the cell's folder."""
     path = folder / "results.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = {row["key"]: row for row in map(json.loads, lines) if row["error"] is None}
+    try:
+        rows = {row["key"]: row for row in map(json.loads, lines) if row["error"] is None}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: damaged; remove it, and run the bench again: finished stages are kept") from None
     return {
         cell.folder.name: rows[cell.key] | _identity(cell, folder)
         for cell in cells

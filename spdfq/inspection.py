@@ -76,7 +76,11 @@ class _Run:
         recipe = finished_recipe(folder, overrides)
         if not (folder / "run.json").is_file():
             raise DataError(f"{folder}: has no run.json; measure a finished run")
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        try:
+            record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            record["images"]["type"], record["metrics"]["quantized"]["top1"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{folder / 'run.json'}: damaged; run the recipe again with --fresh") from None
         images = SyntheticImages.load(folder / "synthetic.safetensors")
         return cls(folder, recipe, record, images, make_runtime(recipe.runtime, recipe.seed, device, progress))
 

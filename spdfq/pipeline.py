@@ -90,13 +90,14 @@ def run(
     recipe = load_recipe(source, overrides, seed)
     folder = Path(out) if out else _default_folder(source, recipe, bool(overrides or seed is not None))
     teacher = _checked_teacher(recipe)
-    ranks = join()
+    ranks, threads = join(), torch.get_num_threads()
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
     kept = Store(store, fresh, ranks) if store else store_beside(folder, fresh, ranks)
     lock = lock_folder(folder) if ranks.leads else None
     try:
         return _Run(recipe, folder, teacher, runtime, kept, announce if ranks.leads else _unheard).result()
     finally:
+        torch.set_num_threads(threads)
         if lock:
             lock.release()
 

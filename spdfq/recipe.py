@@ -182,12 +182,12 @@ class RuntimeSpec:
         precision: of the forward passes in synthesis and block reconstruction; ``auto`` takes bfloat16 where the device
             is fast at it.
         device: ``auto`` takes an accelerator where there is one.
-        threads: CPU threads; PyTorch's own choice where it is left out.
+        threads: CPU threads, while the recipe runs; as they are where it is left out.
     """
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
+    threads: int | None = field(default=None, validator=validators.optional([validators.ge(1), validators.le(1024)]))
 
 
 def _is_shipped(_: Any, __: Any, value: str) -> None:
@@ -310,6 +310,11 @@ def load_recipe(
     data = resolve(source, overrides, seed)
     problems: list[str] = []
     recipe = structure(Recipe, data, "", problems)
+    if not problems and recipe.quantization.budget and getattr(recipe.synthesis, "needs_student", False):
+        problems.append(
+            "quantization.budget: is measured on finished images, but synthesis.student needs its bits before; leave "
+            "one of the two out"
+        )
     if problems:
         raise RecipeError(problems)
     return recipe

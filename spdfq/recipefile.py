@@ -3,7 +3,7 @@
 import copy
 import difflib
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,11 @@ def merge_parents(data: dict[str, Any], beside: Path, chain: tuple[Path, ...] = 
     return merge(merged, data)
 
 
-def merge(parent: Any, child: Any) -> Any:
+def merge(parent: Any, child: Any, path: tuple[str, ...] = ()) -> Any:
     """Tables merge key by key; a table of another ``type``, a list or a value replaces its parent's.
 
-    A bare name counts as ``{ type = name }``. The result shares nothing with either.
+    A bare name counts as ``{ type = name }``, and a loss without a type has that of its key, the last of ``path``. The
+    result shares nothing with either.
     """
     if isinstance(child, dict) and isinstance(parent, str):
         parent = {"type": parent}
@@ -87,10 +88,15 @@ def merge(parent: Any, child: Any) -> Any:
         child = {"type": child}
     if not (isinstance(parent, dict) and isinstance(child, dict)):
         return copy.deepcopy(child)
-    if "type" in child and child["type"] != parent.get("type", child["type"]):
+    if "type" in child and child["type"] != parent.get("type", _implied(path, child["type"])):
         return copy.deepcopy(child)
     merged = copy.deepcopy({**parent, **child})
-    return merged | {key: merge(parent[key], child[key]) for key in parent.keys() & child.keys()}
+    return merged | {key: merge(parent[key], child[key], (*path, key)) for key in parent.keys() & child.keys()}
+
+
+def _implied(path: Sequence[str], otherwise: str) -> str:
+    """The type of a table that does not say it."""
+    return path[-1] if list(path[-2:-1]) == ["losses"] else otherwise
 
 
 def assign(data: dict[str, Any], assignment: str) -> None:
@@ -109,7 +115,7 @@ def assign(data: dict[str, Any], assignment: str) -> None:
     if isinstance(table, list):
         table[_index(table, last, key)] = value
         return
-    if last == "type" and table.get("type", value) != value:
+    if last == "type" and table.get("type", _implied(parents, value)) != value:
         table.clear()
     table[last] = value
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_teacher import RUNTIME, SIDE, recipe, tiny_teacher
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import RecipeError
 from spdfq.losses import AttentionPriorLoss, CrossEntropyLoss
 from spdfq.synth import ChannelOffset, ColorJitter, Flip, HighPass, Jitter, LowPass, Moment, Move, RandomResizedCrop
 from spdfq.synth.moves import followed
@@ -166,7 +166,7 @@ def test_a_prior_that_follows_refuses_a_crop_with_the_remedy_and_one_that_does_n
         spec = recipe(losses=losses, augmentations=(RandomResizedCrop(),), iterations=2)
         return spec.synthesize(tiny_teacher(), RUNTIME)
 
-    with pytest.raises(SpdfqError, match="random_resized_crop; leave it out, or set follow = false"):
+    with pytest.raises(RecipeError, match="random_resized_crop; leave it out, or set follow = false"):
         run(True)
     assert run(False).images.shape == (3, 3, SIDE, SIDE)
 

@@ -11,7 +11,8 @@ from spdfq_cli.main import main
 from spdfq import bench, pipeline
 from spdfq.bench import run_bench
 from spdfq.benchfile import read_plan
-from spdfq.errors import RecipeError, SpdfqError
+from spdfq.errors import DataError, RecipeError, SpdfqError
+from spdfq.ranks import Ranks
 from spdfq.recipe import load_recipe
 
 BASE = """
@@ -292,6 +293,32 @@ def test_a_cell_whose_folder_is_gone_is_run_again(write, ran, tmp_path):
     (tmp_path / "out/cells/optimized-weights.bits=3-s2/run.json").unlink()
     assert run_bench(write(), out=tmp_path / "out").reused == 11
     assert [name for name, _, _ in ran] == ["optimized-weights.bits=3-s2"]
+
+
+def test_a_row_of_another_precision_is_not_kept(write, ran, tmp_path, monkeypatch):
+    run_bench(write(), out=tmp_path / "out")
+    monkeypatch.setattr("spdfq.runtime._fast_bfloat16", lambda device: True)
+    assert run_bench(write(), out=tmp_path / "out").reused == 0
+
+
+def test_damaged_results_are_one_clear_error(write, ran, tmp_path):
+    run_bench(write(), out=tmp_path / "out")
+    (tmp_path / "out/results.jsonl").write_text('{"axes": ')
+    with pytest.raises(DataError, match=r"results.jsonl: damaged; remove it"):
+        run_bench(write(), out=tmp_path / "out")
+
+
+def test_a_checkpoint_that_is_not_there_is_one_clear_error(write, ran, tmp_path):
+    text = BENCH.replace('extends = ["base.toml"]', 'extends = ["base.toml"]\nmodel.checkpoint = "gone.safetensors"')
+    with pytest.raises(DataError, match=r"^model.checkpoint: gone.safetensors: no such file"):
+        run_bench(write(text), out=tmp_path / "out")
+
+
+def test_several_processes_are_refused(write, ran, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "join", lambda: Ranks(rank=1, count=2))
+    with pytest.raises(SpdfqError, match="start it without torchrun"):
+        run_bench(write(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failing_cell_is_recorded_and_the_rest_goes_on(write, ran, tmp_path):

@@ -234,6 +234,8 @@ def test_check_says_ok_and_warns(small):
         (["check", "{small}", "--set", "model.name=x y"], "--set model.name=x y: the value is not TOML; strings need"),
         (["check", "{small}", "--set", "model.nam='x'"], "model.nam: unknown key; did you mean 'name'?"),
         (["check", "{small}", "--set", "model.name='resnetty'"], "model.name: timm "),
+        (["check", f"{'x' * 300}.toml"], "xxx"),
+        (["run", "{small}", "--out", "{small}/runs"], "{small}"),
         (["show", "loss", "atention_prior"], "unknown loss 'atention_prior'; did you mean 'attention_prior'?"),
         (["list", "losses"], "unknown kind 'losses'; did you mean 'loss'? (kinds: loss, "),
         (["init", "nothing_like_it"], "nothing_like_it: no shipped recipe of that name"),
@@ -243,7 +245,7 @@ def test_a_mistake_is_one_line_on_standard_error_and_exit_code_2(arguments, line
     result = spdfq(*(argument.format(small=small) for argument in arguments))
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr.startswith(f"error: {line}")
+    assert result.stderr.startswith(f"error: {line.format(small=small)}")
     assert result.stderr.count("\n") == 1
 
 

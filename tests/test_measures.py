@@ -311,3 +311,10 @@ def test_damaged_measures_are_one_clear_error(noisy):
     (noisy / "measures.json").write_text("{}")
     with pytest.raises(SpdfqError, match=r"measures\.json lacks 'real_images'"):
         write_report(noisy)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"images": 3}'])
+def test_a_damaged_record_is_one_clear_error(noisy, text):
+    (noisy / "run.json").write_text(text)
+    with pytest.raises(DataError, match=r"run.json: damaged; run the recipe again with --fresh"):
+        measure_runs([noisy])

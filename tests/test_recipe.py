@@ -249,6 +249,8 @@ def test_one_part_may_come_in_on_two_ways_but_not_by_itself(folder):
         ({"t": {"type": "x", "p": 1}}, {"t": "y"}, {"t": {"type": "y"}}),
         ({"t": "x"}, {"t": {"q": 2}}, {"t": {"type": "x", "q": 2}}),
         ({"t": "x"}, {"t": {"type": "y", "q": 2}}, {"t": {"type": "y", "q": 2}}),
+        ({"losses": {"x": {"p": 1}}}, {"losses": {"x": {"type": "x"}}}, {"losses": {"x": {"type": "x", "p": 1}}}),
+        ({"losses": {"x": {"p": 1}}}, {"losses": {"x": {"type": "y"}}}, {"losses": {"x": {"type": "y"}}}),
         ({"t": "x"}, {"t": "y"}, {"t": "y"}),
         ({"steps": [{"type": "a"}, {"type": "b"}]}, {"steps": [{"type": "c"}]}, {"steps": [{"type": "c"}]}),
         ({"deep": {"er": {"a": 1}}}, {"deep": {"er": {"b": 2}}}, {"deep": {"er": {"a": 1, "b": 2}}}),
@@ -317,6 +319,18 @@ def test_set_changes_one_value_and_nothing_in_the_source(base, assignment, read)
     assert not read(load_recipe(base))
     assert read(load_recipe(base, [assignment]))
     assert base == BASE
+
+
+def test_another_type_for_a_loss_discards_the_options_of_the_one_its_key_names(base):
+    recipe = load_recipe(base, ["synthesis.losses.attention_prior.type='total_variation'"])
+    assert recipe.synthesis.losses["attention_prior"].weight == 1.0
+
+
+def test_a_student_cannot_have_a_budget():
+    with pytest.raises(
+        RecipeError, match=r"^quantization.budget: is measured on finished images, but synthesis.student"
+    ):
+        load_recipe("psaq_vit_v2", ["quantization.budget={weights=6.0}"])
 
 
 def test_set_applies_from_left_to_right_and_the_seed_last(base):

@@ -59,8 +59,10 @@ class TotalVariationLoss(Loss):
             own pixels by the square root of their number; the loss is then the distance from the target.
         faithful: take the target as it is whatever the size, as the public code does.
         augmented: of the images as the teacher saw them, or before they were augmented.
-        for_group: ``[B, C, h, w]`` of the group that ``weight`` is for; on another the loss is scaled by the square
-            root of the ratio of their pixels, so that it pulls as hard on a pixel. Left out, it is not scaled.
+        for_group: ``[B, C, h, w]`` of the group that ``weight`` is for. On images of another size the loss is scaled by
+            the square root of the ratio of their pixels, so that it pulls as hard on a pixel; in a group of other
+            length by that of the inverse ratio of images, so that it keeps its share beside losses that are means over
+            the group. Left out, it is not scaled.
     """
 
     diagonal: float = field(default=1.0, validator=[validators.ge(0.0), validators.lt(math.inf)])
@@ -86,4 +88,7 @@ class TotalVariationLoss(Loss):
         return scale * (low + (high - low) * share)
 
     def _pull(self, images: Tensor) -> float:
-        return math.sqrt(images.numel() / math.prod(self.for_group)) if self.for_group else 1.0
+        if not self.for_group:
+            return 1.0
+        count, *size = self.for_group
+        return math.sqrt(images[0].numel() / math.prod(size) * count / len(images))

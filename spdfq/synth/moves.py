@@ -10,6 +10,11 @@ from spdfq.errors import SpdfqError
 from spdfq.losses.frequency import frequency_split
 from spdfq.synth.samplers import CropPlan
 
+CROPS_ARE_NOT_FOLLOWED = (
+    "synthesis.augmentations: neither attention priors nor token pruning can follow random_resized_crop; leave it out, "
+    "or set follow = false for the prior"
+)
+
 
 @frozen(kw_only=True)
 class Moment:
@@ -120,10 +125,7 @@ class Crop(Change):
 
     def follow(self, maps: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:
         """Refused: see the class."""
-        raise SpdfqError(
-            "synthesis.augmentations: neither attention priors nor token pruning can follow random_resized_crop; leave "
-            "it out, or set follow = false for the prior"
-        )
+        raise SpdfqError(CROPS_ARE_NOT_FOLLOWED)
 
 
 @frozen(kw_only=True)

@@ -13,8 +13,10 @@ from spdfq.registry import losses as registered
 from spdfq.registry import sources
 from spdfq.runtime import Advance, Runtime
 from spdfq.structure import component, component_list, components
+from spdfq.synth.augmentations import RandomResizedCrop
 from spdfq.synth.base import Source, SyntheticImages
 from spdfq.synth.loop import OWN_COLUMNS, Group
+from spdfq.synth.moves import CROPS_ARE_NOT_FOLLOWED
 from spdfq.synth.optimizers import Adam, WarmupCosine
 from spdfq.synth.pruning import TokenPruning, find_layout
 from spdfq.synth.samplers import MultiSemanticSampler, WholeImageSampler
@@ -109,10 +111,14 @@ class OptimizedImages(Source):
     @torch.no_grad()
     def _check_attention(self, teacher: Teacher) -> None:
         image = noise(1, teacher, torch.Generator().manual_seed(0)).to(teacher.device)
-        with teacher.frozen() as module, record_attention(module, self.needs):
+        with teacher.frozen() as module, record_attention(module, self.needs) as record:
             module(image)
         if self.pruning:
             find_layout(teacher)
+        whole = any(len(row) == len(image) for row in record.class_attention)
+        following = self.pruning or (whole and any(getattr(loss, "follow", False) for loss in self.losses.values()))
+        if following and any(isinstance(each, RandomResizedCrop) for each in self.augmentations):
+            raise RecipeError([CROPS_ARE_NOT_FOLLOWED])
 
     def synthesize(
         self, teacher: Teacher, runtime: Runtime, folder: Path | None = None, student: StudentFactory | None = None
