@@ -1,7 +1,5 @@
 """The public names: removing or adding one fails here until these lists are edited."""
 
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
@@ -13,8 +11,8 @@ PUBLIC = {
         Recipe RunResult SpdfqError Teacher load_quantized load_recipe load_teacher quantize run synthesize
     """,
     "spdfq.backends": """
-        AdaLog AdaRound Blockwise Calibrate Calibration Distill MatmulInputs PowerOfTwoFactors Psaq
-        QuantizedModel RepQ Ridge Site Step WeightsOnly place quantize
+        AdaLog AdaRound Blockwise Calibrate Calibration Distill MatmulInputs PowerOfTwoFactors Psaq QuantizedModel
+        RepQ Ridge Site Step WeightsOnly place quantize
     """,
     "spdfq.losses": """
         AttentionEntropyLoss AttentionPriorLoss CrossEntropyLoss FrequencyConsistencyLoss GaussianMixturePrior
@@ -31,7 +29,13 @@ PUBLIC = {
         Observer PercentileMseObserver PowerOfTwoFactorQuantizer Product ProgressiveObserver Quantizer
         RunningMinMaxObserver ShiftUniformLog2Quantizer TwinUniformQuantizer UniformQuantizer learned_scales
     """,
-    "spdfq.report": "write_pictures write_report write_sheet",
+    "spdfq.recipe": """
+        Budget Evaluation ModelSpec Override Published PublishedRow Quantization Recipe RuntimeSpec assign digest
+        load_recipe locate merge merge_parents read resolve shipped to_toml
+    """,
+    "spdfq.report": """
+        write_pictures write_report write_sheet
+    """,
     "spdfq.synth": """
         Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter
         LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages Optimizer RandomResizedCrop
@@ -39,13 +43,49 @@ PUBLIC = {
         WarmupCosine WholeImageSampler
     """,
 }
+# of modules without an __all__
+ALSO_PUBLIC = {
+    "spdfq.attention": """
+        ATTENTION_OUTPUTS AttentionRecord CLASS_ATTENTION QUERIES_AND_KEYS record_attention
+    """,
+    "spdfq.data": """
+        Batch DecodedImages FashionMnist ImageFolder ImageList LabelledImages Parquet WebDataset
+    """,
+    "spdfq.errors": """
+        DataError ModelError NonFiniteError RecipeError SpdfqError
+    """,
+    "spdfq.evaluate": """
+        accuracy agreement logits_over
+    """,
+    "spdfq.features": """
+        nearest_neighbours similarity
+    """,
+    "spdfq.models": """
+        Teacher load_teacher
+    """,
+    "spdfq.registry": """
+        REGISTRIES Registration Registry augmentations datasets losses observers optimizers placements priors
+        quantizers registry samplers schedules sources steps targets
+    """,
+    "spdfq.runtime": """
+        Runtime generator make_runtime rich_progress silent
+    """,
+    "spdfq.structure": """
+        component component_list components
+    """,
+}
 
 
 @pytest.mark.parametrize("package", PUBLIC)
 def test_the_public_names_are_these(package):
+    found = sorted(import_module(package).__all__)
+    assert found == PUBLIC[package].split(), "a public name came or went: edit the list, the docs and the changelog"
+
+
+@pytest.mark.parametrize("package", PUBLIC | ALSO_PUBLIC)
+def test_the_public_names_can_be_imported(package):
     module = import_module(package)
-    assert sorted(module.__all__) == PUBLIC[package].split()
-    assert all(getattr(module, name) is not None for name in module.__all__)
+    assert [name for name in (PUBLIC | ALSO_PUBLIC)[package].split() if not hasattr(module, name)] == []
 
 
 def test_names_of_the_design_are_importable_where_it_says():
@@ -66,11 +106,3 @@ def test_the_top_level_names_are_those_of_their_homes():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'spdfq' has no attribute 'quantise'"):
         _ = spdfq.quantise
-
-
-@pytest.mark.parametrize("statement", ["import spdfq", "from spdfq import Recipe, load_recipe, SpdfqError"])
-def test_importing_is_light(statement):
-    heavy = "{'torch', 'timm', 'numpy', 'PIL', 'rich'} & set(sys.modules)"
-    command = [sys.executable, "-c", f"import sys; {statement}; print(sorted({heavy}))"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert printed == "[]\n"
