@@ -5,7 +5,7 @@ import math
 import attrs
 import pytest
 import torch
-from test_quantizers import FRESH, OBSERVERS, QUANTIZERS, allowed, bitwise_equal, data, frozen_on, tensor
+from test_quantizers import FRESH, QUANTIZERS, bitwise_equal, data, frozen_on, tensor
 
 from spdfq.errors import DataError, NonFiniteError
 from spdfq.quantizers import (
@@ -14,18 +14,12 @@ from spdfq.quantizers import (
     GridMseObserver,
     Log2Quantizer,
     LogSqrt2Quantizer,
-    MinMaxObserver,
-    PercentileMseObserver,
     PowerOfTwoFactorQuantizer,
-    Product,
-    ProgressiveObserver,
-    RunningMinMaxObserver,
     ShiftUniformLog2Quantizer,
     TwinUniformQuantizer,
     UniformQuantizer,
     learned_scales,
 )
-from spdfq.quantizers.observers import Statistics
 
 
 def byte(number):
@@ -319,135 +313,3 @@ def test_a_scale_that_learning_ruined_is_told(ruined):
     quantizer = restored(UniformQuantizer(bits=3), scale=tensor(0.5), zero_point=byte(3))
     with pytest.raises(NonFiniteError, match="no longer finite and above 0"), learned_scales([quantizer]) as (scale,):
         scale.data.fill_(ruined)
-
-
-# observers
-
-
-def test_running_minmax_closed_form():
-    # 0.9 of the first batch and 0.1 of the second: low -1 -> -1.2, high 2 -> 2.3
-    quantizer = UniformQuantizer(bits=2)
-    quantizer.observe(tensor([-1.0, 2.0]))
-    quantizer.observe(tensor([-3.0, 5.0]))
-    quantizer.freeze(RunningMinMaxObserver())
-    assert float(quantizer.scale) == pytest.approx((2.3 + 1.2) / 3)
-
-
-def test_running_minmax_of_one_batch_is_minmax_and_of_channels_goes_channel_by_channel():
-    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    channels = UniformQuantizer(granularity="channel", axis=1)
-    assert bitwise_equal(frozen_on(x, channels, RunningMinMaxObserver())(x), frozen_on(x, channels)(x))
-    for part in x.split(5):
-        channels.observe(part)
-    channels.freeze(RunningMinMaxObserver(momentum=0.5))
-    lows, highs = (torch.stack(side) for side in zip(*(part.aminmax(dim=0) for part in x.split(5)), strict=True))
-    weights = tensor([0.125, 0.125, 0.25, 0.5])
-    torch.testing.assert_close(channels.scale, (weights @ highs - weights @ lows) / 15)
-
-
-@pytest.mark.parametrize("fresh", [UniformQuantizer(bits=3), UniformQuantizer(bits=2, symmetric=True), Log2Quantizer()])
-def test_progressive_comes_close_to_a_full_search_of_both_ends(fresh):
-    x = allowed(torch.randn(3, 500, generator=torch.Generator().manual_seed(4)) ** 3 + 0.3, fresh)
-    low, high = x.aminmax(dim=1)
-    factors = torch.linspace(0.16, 1, 29).tolist()
-    pairs = [(lower, upper) for lower in factors[:: 1 if fresh.signed else 29] for upper in factors]
-    full = torch.stack([fresh.error(x, fresh.fitted(low * lower, high * upper)) for lower, upper in pairs]).amin(0)
-    found = fresh.error(x, fresh.fitted(*ProgressiveObserver().choose(x, low, high, fresh)))
-    assert bool((found <= 1.05 * full).all())
-    assert bool((found < fresh.error(x, fresh.fitted(low, high))).any())
-
-
-def test_progressive_judges_each_row_of_a_large_weight_by_enough_of_it():
-    x = torch.randn(1536, 384, generator=torch.Generator().manual_seed(0))
-    fresh = UniformQuantizer(granularity="channel")
-    plain, found = (squares(x, frozen_on(x, fresh, observer)) for observer in (MinMaxObserver(), ProgressiveObserver()))
-    assert found < 0.85 * plain
-
-
-def test_progressive_spends_no_candidates_on_an_end_that_plays_no_part():
-    judged = []
-
-    class Counting(AdaptiveLogQuantizer):
-        def error(self, samples, parameters):
-            judged.append(float(parameters["scale"]))
-            return super().error(samples, parameters)
-
-    fresh, x = Counting(shift=0.17), torch.randn(1, 500, generator=torch.Generator().manual_seed(0)).clamp(min=-0.17)
-    ProgressiveObserver().choose(x, *x.aminmax(dim=1), fresh)
-    assert len(judged) == 6 + 3 * 9
-
-
-def test_factors_of_channels_are_judged_by_values_where_others_are_by_outputs():
-    fresh = PowerOfTwoFactorQuantizer()
-    x = data(fresh)
-    fresh.observe(x)
-    fresh.freeze(PercentileMseObserver(), Product(x, lambda operand: operand.sum(1)))
-    assert bitwise_equal(fresh(x), frozen_on(x, PowerOfTwoFactorQuantizer(), PercentileMseObserver())(x))
-
-
-@pytest.mark.parametrize(("channels", "length"), [(768, 3072), (1024, 4096), (768, 6304)])
-def test_at_least_a_thousand_values_of_a_row_are_kept(channels, length):
-    rows = torch.zeros(channels, length)
-    seen = Statistics(rows)
-    seen.add(rows, *rows.aminmax(dim=1))
-    assert 2**10 <= seen.samples.shape[1] < 2**13
-
-
-def test_a_product_has_candidates_judged_by_its_output():
-    # the second input is never anything but 0, so an output error ignores its large weight
-    weight, inputs = tensor([[0.7, 100.0], [0.7, -0.2]]), tensor([[1.0, 0.0], [-2.0, 0.0]])
-    product = Product(weight, lambda operand: inputs @ operand.T, channels=1)
-    fresh = UniformQuantizer(bits=4, symmetric=True, granularity="channel")
-    observer = GridMseObserver(steps=1000, smallest=0.001)
-    by_value, by_output = frozen_on(weight, fresh, observer), attrs.evolve(fresh)
-    by_output.observe(weight)
-    by_output.freeze(observer, product)
-    assert float(by_value.scale[0]) > 5
-    assert abs(float(by_output(weight)[0, 0]) - 0.7) < 0.01
-    assert by_output.scale.shape == (2,)
-
-
-def test_the_error_of_a_product_closed_form():
-    # steps of 1: [0.4, 2.0] -> [0, 2]; the outputs 2 * 0.4 and 3 * 2.0 become 0 and 6: (0.8**2 + 0) / 2
-    operand = tensor([0.4, 2.0])
-    quantizer = UniformQuantizer(bits=2)
-    quantizer._product = Product(operand, lambda x: x * tensor([2.0, 3.0]))
-    parameters = {"scale": tensor([1.0]), "zero_point": torch.zeros(1, dtype=torch.uint8)}
-    assert quantizer.error(operand[None], parameters).tolist() == pytest.approx([0.32])
-    # per output channel, where the output has one for each row of the operand
-    weight = tensor([[0.4], [2.2]])
-    channels = UniformQuantizer(bits=2, granularity="channel")
-    channels._product = Product(weight, lambda w: tensor([[1.0], [3.0]]) @ w.T, channels=-1)
-    parameters = {"scale": tensor([1.0, 1.0]), "zero_point": torch.zeros(2, dtype=torch.uint8)}
-    # rows are off by 0.4 and 0.2, times 1 and 3: 0.16 * (1 + 9) / 2 and 0.04 * 5
-    assert channels.error(weight, parameters).tolist() == pytest.approx([0.8, 0.2], rel=1e-5)
-
-
-def test_a_product_is_forgotten_after_freezing():
-    x = tensor([[0.0, 3.0]])
-    quantizer = UniformQuantizer(bits=2)
-    quantizer.observe(x)
-    quantizer.freeze(MinMaxObserver(), Product(x, lambda operand: operand))
-    assert quantizer._product is None
-
-
-@pytest.mark.parametrize("observer", OBSERVERS)
-def test_observers_take_dead_channels(observer):
-    x = torch.zeros(50, 2)
-    quantizer = frozen_on(x, UniformQuantizer(granularity="channel", axis=1), OBSERVERS[observer]())
-    assert quantizer.scale.tolist() == [1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: RunningMinMaxObserver(momentum=1.0),
-        lambda: RunningMinMaxObserver(momentum=-0.1),
-        lambda: ProgressiveObserver(steps=1),
-        lambda: ProgressiveObserver(smallest=1.0),
-        lambda: PercentileMseObserver(percentiles=(0.2,)),
-    ],
-)
-def test_observers_explain_wrong_options(build):
-    with pytest.raises(ValueError, match="must "):
-        build()

@@ -7,7 +7,7 @@ from attrs import define, field
 from torch import Tensor
 
 from spdfq.quantizers.base import Parameters
-from spdfq.quantizers.observers import Observer, Statistics
+from spdfq.quantizers.observers import Observer, Product, Statistics
 from spdfq.quantizers.uniform import LARGEST, AffineQuantizer, check_axis, usable
 from spdfq.registry import quantizers
 
@@ -59,6 +59,10 @@ class PowerOfTwoFactorQuantizer(AffineQuantizer):
         zero_point = (-low / (scale * 2 ** EXPONENTS[-1])).round().clamp(0, self.levels - 1)
         return {"scale": scale, "zero_point": zero_point.to(torch.uint8), "exponent": exponent}
 
+    def freeze(self, observer: Observer | None = None, product: Product | None = None) -> None:
+        """Fixes the range and the exponents as `Quantizer.freeze` does; ``product`` plays no part."""
+        super().freeze(observer)
+
     def fit(self, seen: Statistics, observer: Observer) -> Parameters:
         """One scale and zero point for the range of all channels ``[1]``, and the best exponent of each ``[C]``."""
         low, high = observer.range_of(seen, self)
@@ -67,10 +71,6 @@ class PowerOfTwoFactorQuantizer(AffineQuantizer):
         candidates = [channels | {"exponent": torch.full_like(channels["exponent"], a)} for a in EXPONENTS]
         errors = [self.error(seen.samples, each) for each in candidates]
         return shared | {"exponent": torch.stack(errors).argmin(dim=0).to(torch.uint8)}
-
-    def error(self, samples: Tensor, parameters: Parameters) -> Tensor:
-        """The mean squared error ``[C]`` of ``samples`` float32 ``[C, n]``."""
-        return (self.quantize_with(samples, parameters) - samples).square().mean(dim=1)
 
     def step(self, parameters: Parameters) -> Parameters:
         """Scale and zero point of each channel."""
