@@ -42,11 +42,11 @@ def _print_table(result: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from spdfq.benchtable import MEASURES, caption, headings, lines
+    from spdfq.benchtable import caption, headings, lines, measures
 
-    table = Table(box=SIMPLE, pad_edge=False, caption=caption(result.rows), caption_justify="left")
+    table = Table(box=SIMPLE, pad_edge=False, caption=caption(result.plan, result.rows), caption_justify="left")
     for column in headings(result.plan):
-        if column in MEASURES:
+        if column in measures(result.plan):
             table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
         else:
             table.add_column(column, overflow="fold")

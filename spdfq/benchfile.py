@@ -21,6 +21,21 @@ _SLUG = 100
 
 
 @frozen(kw_only=True)
+class Gap:
+    """Two values of an axis; every other row's share of the way from one to the other is shown.
+
+    Args:
+        axis: name of the axis, as in ``parents`` or ``keys``.
+        floor: the value that closes nothing of the gap (noise), as the table shows it.
+        ceiling: the value that closes all of it (real images), as the table shows it.
+    """
+
+    axis: str
+    floor: str | float
+    ceiling: str | float
+
+
+@frozen(kw_only=True)
 class BenchFile:
     """What stands in a bench file.
 
@@ -30,6 +45,7 @@ class BenchFile:
         base: recipe data of every cell; may hold ``extends``.
         parents: axes; each value is a shipped recipe, part or file, or an array of such, merged over the base.
         keys: axes over dotted recipe keys, assigned after the parents.
+        gap: what the share of the gap that a row closes is measured between.
     """
 
     schema: int = field(default=SCHEMA, validator=validators.in_((SCHEMA,)))
@@ -37,6 +53,7 @@ class BenchFile:
     base: dict = field(factory=dict)
     parents: dict = field(factory=dict)
     keys: dict = field(factory=dict)
+    gap: Gap | None = None
 
 
 @frozen
@@ -93,12 +110,14 @@ class Plan:
         axes: in the order of the file, parents first.
         seeds: of every combination.
         combinations: all of them.
+        gap: what shares of a gap are measured between, where the file says so.
     """
 
     name: str
     axes: tuple[Axis, ...]
     seeds: tuple[int, ...]
     combinations: tuple[Combination, ...]
+    gap: Gap | None
 
 
 def read_plan(source: str) -> Plan:
@@ -137,10 +156,12 @@ class _Reader:
         self.problems += [
             f"keys.{axis}: is the name of an axis in [parents] too" for axis in keys if axis in self.spec.parents
         ]
+        if not self.problems:
+            self._check_gap(axes)
         combinations = () if self.problems else self._combinations(axes, base)
         if self.problems:
             raise RecipeError(self.problems)
-        return Plan(name, axes, self.spec.seeds, combinations)
+        return Plan(name, axes, self.spec.seeds, combinations, self.spec.gap)
 
     def _base(self) -> dict[str, Any]:
         try:
@@ -171,6 +192,23 @@ class _Reader:
             self.problems.append("keys.seed: give seeds = [...] at the top instead")
         values = self._check_values(f"keys.{key}", keys[key])
         return Axis(key, _column(key, list(keys)), tuple(Choice(_shown(value), value=value) for value in values))
+
+    def _check_gap(self, axes: tuple[Axis, ...]) -> None:
+        gap = self.spec.gap
+        if gap is None:
+            return
+        shown = {axis.name: [choice.shown for choice in axis.choices] for axis in axes}
+        if gap.axis not in shown:
+            self.problems.append(f"gap.axis: there is no axis {gap.axis!r} in this file, but {', '.join(shown)}")
+            return
+        values = shown[gap.axis]
+        self.problems += [
+            f"gap.{end}: {value!r} is none of the values of {gap.axis}: {', '.join(map(str, values))}"
+            for end, value in (("floor", gap.floor), ("ceiling", gap.ceiling))
+            if value not in values
+        ]
+        if gap.floor == gap.ceiling:
+            self.problems.append("gap: floor and ceiling are the same value; give two")
 
     def _check_values(self, path: str, values: Any) -> list[Any]:
         """The values, or none where they are not an array of distinct ones."""
