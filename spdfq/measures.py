@@ -193,7 +193,10 @@ def measure_images(
         notes.append("semantic_alignment: the model has no head, so it names no class")
     else:
         features, logits = map(torch.cat, zip(*class_features(teacher, images.split(batch), runtime), strict=True))
-        alignment = semantic_alignment(features, logits.argmax(1), centroids)
+        try:
+            alignment = semantic_alignment(features, logits.argmax(1), centroids)
+        except DataError as error:
+            notes.append(f"semantic_alignment: {error}")
     try:
         heads = image_head_similarity(teacher, images.split(batch), runtime)
     except SpdfqError as error:

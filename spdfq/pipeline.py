@@ -16,6 +16,7 @@ from spdfq import evaluate, features
 from spdfq.api import make_images
 from spdfq.backends import quantize
 from spdfq.backends.place import place
+from spdfq.backends.student import student_section
 from spdfq.checkpoint import load_checkpoint, save_quantized
 from spdfq.errors import RecipeError
 from spdfq.evaluate import accuracy, left_out
@@ -274,9 +275,9 @@ class _Run:
 
     def _student_parts(self) -> tuple[Any, ...]:
         """What images depend on that a quantized student helped to make."""
-        spec = self.recipe.quantization
         if not self.recipe.synthesis.needs_student:
             return ()
+        spec = student_section(self.recipe.quantization)
         return unstructure(spec), source_digest(spec, "spdfq.backends.student")
 
     def _quantized_key(self, images: str) -> str:

@@ -130,6 +130,24 @@ def mixed(name):
     return model
 
 
+@pytest.mark.parametrize("needs", [{CLASS_ATTENTION}, {ATTENTION_OUTPUTS}], ids=str)
+def test_windows_padded_beyond_the_image_are_refused_and_say_which_sizes_are_not(needs):
+    model = build("swin", img_size=48)  # 12x12 tokens are whole windows of 4x4, the second stage's 6x6 are not
+    expected = (
+        r"^layers\.1\.blocks\.0\.attn: its windows reach beyond the 6x6 tokens, with 64 in all; choose a model\.img"
+    )
+    with pytest.raises(ModelError, match=expected), record_attention(model, needs):
+        model(torch.randn(2, 3, 48, 48))
+
+
+def test_padded_windows_that_a_model_multiplies_by_itself_are_refused():
+    model = timm.create_model(
+        "swinv2_tiny_window8_256", img_size=40, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2)
+    ).eval()
+    with pytest.raises(ModelError, match=r"reach beyond the 10x10 tokens, with 144 in all"), record_attention(model):
+        model(torch.randn(2, 3, 40, 40))
+
+
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_flags_hooks_and_modes_are_restored_after_use(name):
     model = mixed(name)

@@ -56,9 +56,9 @@ def test_a_width_meant_for_224_pixels_is_scaled_to_the_side_of_the_images(side, 
     assert [jitter.width(at(iteration, 2, side=side)) for iteration in (0, 1)] == widths
 
 
-@pytest.mark.parametrize("pixels", [0, -1, (), (2, 0)])
+@pytest.mark.parametrize("pixels", [0, -1, (), (2, 0), 10**20])
 def test_widths_that_move_nothing_are_refused(pixels):
-    with pytest.raises(ValueError, match="at least 1 pixel"):
+    with pytest.raises(ValueError, match="1 to 100000 pixels"):
         Jitter(pixels=pixels)
 
 
@@ -158,6 +158,14 @@ def test_a_crop_shows_one_box_of_each_image_inside_it_and_large_enough():
     box = images[7:8, :, top[7] : top[7] + height[7], left[7] : left[7] + width[7]]
     expected = F.interpolate(box, (40, 40), mode="bilinear", align_corners=False)
     assert torch.allclose(drawn.apply(images)[7:8], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("smallest", [0.5, 0.9])
+def test_shares_of_the_area_are_uniform_however_large_the_boxes(smallest):
+    boxes = RandomResizedCrop(smallest=smallest).draw(seeded(), at(count=4000, side=1000)).boxes
+    shares = (boxes[:, 2] * boxes[:, 3] / 1e6).sort().values
+    uniform = torch.linspace(smallest, 1, 4000)
+    assert (shares - uniform).abs().max() < 0.03 * (1 - smallest) + 0.002
 
 
 def test_a_prior_that_follows_refuses_a_crop_with_the_remedy_and_one_that_does_not_goes_on():

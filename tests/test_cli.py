@@ -8,6 +8,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 from spdfq_cli.main import main
@@ -271,6 +272,26 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch):
     monkeypatch.setattr(pipeline, "run", interrupted)
     result = spdfq("run", "quickstart")
     assert (result.exit_code, result.stderr) == (130, "interrupted; run the same command again to go on\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=["python", "cuda", "cpu"],
+)
+def test_too_little_memory_is_one_line_with_what_to_lower(monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pipeline, "run", full)
+    result = spdfq("run", "quickstart")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: out of memory: lower synthesis.images or synthesis.group")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -268,8 +268,18 @@ def test_blocks_of_one_head_are_left_out_and_a_model_of_such_is_refused():
     images = torch.zeros(1, 1, 4, 4)
     values = [HeadSimilarityLoss()(LossInputs(images=images, attention=record)).item() for record in (both, alone)]
     assert values[0] == values[1] > 0
-    with pytest.raises(SpdfqError, match="no attention of this model has two heads or more; leave the loss out"):
+    with pytest.raises(SpdfqError, match="no attention of this model has two heads or more"):
         HeadSimilarityLoss()(LossInputs(images=images, attention=AttentionRecord(queries=[one], keys=[one])))
+
+
+def test_the_public_codes_count_takes_each_head_with_itself():
+    """(1/H^2) sum over all pairs, of which H are one: each block's loss times (H - 1)/H."""
+    two, four = random(1, 2, 4, 3), random(1, 4, 4, 3)
+    inputs = LossInputs(
+        images=torch.zeros(1, 1, 4, 4), attention=AttentionRecord(queries=[two, four], keys=[two, four])
+    )
+    every = [1 - head_ssim(x @ x.mT).square().mean().item() for x in (two, four)]
+    assert HeadSimilarityLoss(faithful=True)(inputs).item() == pytest.approx(sum(every) / 2, rel=1e-5)
 
 
 # attention entropy

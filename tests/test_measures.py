@@ -162,6 +162,14 @@ def test_a_model_whose_attention_cannot_be_recorded_is_measured_without_it_and_s
     assert found["semantic_alignment"] is not None
 
 
+def test_images_of_a_class_without_real_images_are_measured_without_alignment():
+    centroids = Centroids(torch.rand(10, 32), torch.zeros(10, dtype=torch.long))
+    found = measure_images(colour_images(3), teacher("vit"), RUNTIME, centroids)
+    assert found["semantic_alignment"] is None
+    assert "has no image among the real ones; measure on a larger dataset" in found["notes"][0]
+    assert 0 < found["head_similarity"] < 1
+
+
 def test_a_model_without_a_head_names_no_class_and_is_measured_without_alignment():
     chosen = teacher("vit", num_classes=0)
     chosen.num_classes = 0

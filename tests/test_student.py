@@ -8,7 +8,7 @@ from tiny_teacher import Acting, same
 
 from spdfq import pipeline
 from spdfq.backends import Step, quantize
-from spdfq.backends.student import student_factory
+from spdfq.backends.student import student_factory, student_section
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
 from spdfq.losses import (
     CrossEntropyLoss,
@@ -25,6 +25,7 @@ from spdfq.structure import structure
 from spdfq.synth import Adam, Constant, Flip, Jitter, OptimizedImages, StudentTraining, loop
 from spdfq.synth.loop import Group
 from spdfq.synth.pruning import TokenPruning
+from spdfq.synth.student import Rival
 
 RUNTIME = Runtime(seed=3)
 ITERATIONS = 8
@@ -95,6 +96,24 @@ def test_steps_after_calibration_are_left_for_the_real_model():
     section = back_end()
     make = student_factory(own, evolve(section, steps=(*section.steps, Never())), RUNTIME)
     assert make(torch.zeros(1, 3, 32, 32)).module(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_student_with_nothing_to_learn_is_refused():
+    class Float:
+        def weights(self):
+            return {}
+
+    with pytest.raises(SpdfqError, match=r"^synthesis.student: \[quantization\] leaves all weights in float"):
+        Rival(StudentTraining(), lambda images: Float()).ready(torch.zeros(1, 3, 32, 32), 0)
+
+
+def test_images_do_not_depend_on_steps_that_no_student_runs():
+    section = back_end()
+    kept = section.steps
+    assert student_section(evolve(section, steps=(*kept, Never()))).steps == kept
+    halves = (evolve(kept[0], sites="weights"), Never(), evolve(kept[0], sites="activations"))
+    assert student_section(evolve(section, steps=(*halves, Never()))).steps == halves
+    assert student_section(evolve(section, steps=(halves[0], Never()))).steps == (halves[0], Never())
 
 
 def test_a_section_that_calibrates_nothing_is_refused():

@@ -3,16 +3,19 @@
 import pytest
 import torch
 from attrs import define, evolve
+from tiny import build
 from tiny_teacher import BLOCKS, CLASSES, GRID, HEADS, RUNTIME, SIDE, Acting, acting, recipe, same, tiny_teacher
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spdfq.attention import record_attention
-from spdfq.errors import ModelError, NonFiniteError, SpdfqError
+from spdfq.errors import ModelError, NonFiniteError, RecipeError, SpdfqError
 from spdfq.losses import (
     AttentionPriorLoss,
     CrossEntropyLoss,
     GaussianMixturePrior,
+    HeadSimilarityLoss,
+    PatchContrastLoss,
     SoftCrossEntropyLoss,
     TotalVariationLoss,
 )
@@ -37,6 +40,7 @@ from spdfq.synth import (
 from spdfq.synth.group import BALANCE_ITERATIONS
 from spdfq.synth.loop import Group
 from spdfq.synth.pictures import tile
+from spdfq.synth.pruning import TokenPruning
 
 # what an iteration does
 
@@ -332,6 +336,15 @@ def test_crops_without_labels_are_advised_against():
     assert "no use without labels" in spec.advice()[0]
 
 
+def test_pruning_that_comes_too_late_is_said():
+    pruned = {"losses": {"ce": CrossEntropyLoss()}, "sampler": WholeImageSampler()}
+    late = OptimizedImages(**pruned, iterations=5, pruning=TokenPruning(at=(3, 5, 9)))
+    assert late.advice() == [
+        "pruning: leaves no patches out before iterations [5, 9], as there are only 5; lower at",
+    ]
+    assert OptimizedImages(**pruned, iterations=10, pruning=TokenPruning(at=(3, 5, 9))).advice() == []
+
+
 # failures
 
 
@@ -397,6 +410,26 @@ def test_a_model_whose_attention_cannot_be_recorded_is_refused_before_anything_r
 def test_a_label_loss_without_labels_is_refused():
     with pytest.raises(ValueError, match=r"losses\.ce: needs labels, but target is 'none'; set target = 'one_hot'"):
         OptimizedImages(losses={"ce": CrossEntropyLoss()}, target=NoTarget())
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes", "model", "said"),
+    [
+        (HeadSimilarityLoss(), {}, {"num_heads": 1}, "no attention of this model has two heads or more"),
+        (PatchContrastLoss(), {}, {"img_size": 16}, "no patch of a 2x2 grid has more than 4 neighbours"),
+        (PatchContrastLoss(), {"pruning": TokenPruning(at=(1,))}, {}, "which token pruning leaves out"),
+    ],
+    ids=["one head", "no negatives", "pruned"],
+)
+def test_a_model_that_a_loss_cannot_be_computed_on_is_refused_before_anything_runs(loss, changes, model, said):
+    side = model.get("img_size", 32)
+    module = build("vit", **model)
+    spec = recipe(losses={"own": loss}, target=NoTarget(), sampler=WholeImageSampler(), **changes)
+    with pytest.raises(RecipeError) as raised:
+        spec.check(Teacher(module, mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=10, input_size=(3, side, side)))
+    assert len(raised.value.problems) == 1
+    assert raised.value.problems[0].startswith("synthesis.losses.own: ")
+    assert said in raised.value.problems[0]
 
 
 def test_crops_without_soft_labels_are_advised_against():

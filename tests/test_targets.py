@@ -99,7 +99,9 @@ def test_labels_that_are_no_classes_are_refused(target, labels):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"low": 6.0, "high": 5.0}, {"high": math.inf}, {"low": math.nan}, {"elsewhere": "one"}], ids=str
+    "wrong",
+    [{"low": 6.0, "high": 5.0}, {"high": math.inf}, {"high": 1e39}, {"low": math.nan}, {"elsewhere": "one"}],
+    ids=str,
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):

@@ -212,6 +212,7 @@ class _Recorder(AttentionMode):
         name, kept, patches = self._name(), self._kept(probabilities), slice(self.record.prefix, None)
         if QUERIES_AND_KEYS in self.needs:
             raise ModelError(f"{name}: multiplies its queries and keys by itself; {_REMEDY}")
+        self._refuse_padding(name, probabilities)
         grid = self._stated(name, probabilities.shape[-1] - self.record.prefix)
         assert grid is not None
         self.record.grids.append(grid)
@@ -248,6 +249,7 @@ class _Recorder(AttentionMode):
     def _note(self, query: Tensor, key: Tensor) -> None:
         name = self._name()
         self.record.grids.append(self._grid(name, query, key))
+        self._refuse_padding(name, query)
         self.record.names.append(name)
         if QUERIES_AND_KEYS in self.needs:
             kept = self._kept(query)
@@ -293,6 +295,18 @@ class _Recorder(AttentionMode):
     def _window(self, name: str) -> tuple[int, int] | None:
         size = getattr(self.model.get_submodule(name), "window_size", None)
         return (size[0], size[1]) if isinstance(size, (tuple, list)) and len(size) == 2 else None
+
+    def _refuse_padding(self, name: str, windows: Tensor) -> None:
+        """Windows that reach beyond the image hold tokens without pixels, which must not pass for the image's."""
+        block = self.model.get_submodule(name.rpartition(".")[0])
+        tokens = getattr(block, "input_resolution", self.patches)
+        count = len(windows) // self.batch * windows.shape[-2]
+        if tokens is not None and len(windows) > self.batch and count > tokens[0] * tokens[1]:
+            raise ModelError(
+                f"{name}: its windows reach beyond the {tokens[0]}x{tokens[1]} tokens, with {count} in all; choose a "
+                "model.img_size whose token grid is a multiple of the window in every stage, or leave out the losses "
+                "that need attention"
+            )
 
     def _stated(self, name: str, tokens: int) -> tuple[int, int] | None:
         """The module's window or the model's patch grid, where it has so many tokens."""

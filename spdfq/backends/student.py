@@ -7,6 +7,7 @@ from attrs import define, evolve
 from torch import Tensor, nn
 
 from spdfq.backends.base import Calibration, Step
+from spdfq.backends.calibrate import Calibrate
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.place import place
 from spdfq.errors import SpdfqError
@@ -44,6 +45,17 @@ class QuantizedStudent:
         """Choose every range anew, on ``[B, C, h, w]``."""
         for index, step in self.steps:
             _run(step, index, self.module, images, self.teacher, self.runtime)
+
+
+def student_section(spec: Quantization) -> Quantization:
+    """The section without the steps that come after every site was calibrated: no student runs them."""
+    seen: set[str] = set()
+    for index, step in enumerate(spec.steps):
+        if isinstance(step, Calibrate):
+            seen.add(step.sites)
+        if "all" in seen or {"weights", "activations"} <= seen:
+            return evolve(spec, steps=spec.steps[: index + 1])
+    return spec
 
 
 def student_factory(teacher: Teacher, spec: Quantization, runtime: Runtime) -> Callable[[Tensor], QuantizedStudent]:

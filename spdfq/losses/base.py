@@ -95,6 +95,17 @@ class Loss:
 
     weight: float | Literal["auto"] = field(default=1.0, validator=_weight)
 
+    def check(self, attention: AttentionRecord, pruned: bool) -> None:
+        """Refuse a model that the loss cannot be computed on, before anything runs.
+
+        Args:
+            attention: what was recorded of one image.
+            pruned: whether patches will be left out on the way.
+
+        Raises:
+            SpdfqError: what the model lacks.
+        """
+
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group, a scalar with a gradient to the images, not yet weighted."""
         raise TypeError(f"{type(self).__name__} does not define __call__")

@@ -109,8 +109,8 @@ class MaskedAttentionAlignmentLoss(Loss):
     def _mask(self, scores: Tensor, inputs: LossInputs, block: int) -> Tensor:
         """``[B, K]``: ones at some of the largest scores."""
         first, last = self.share
-        share = first + (last - first) * inputs.iteration / inputs.iterations
-        inside = max(1, int(share * scores.shape[1]))
+        share = first + (last - first) * inputs.iteration / max(1, inputs.iterations - 1)
+        inside = max(1, int(share * scores.shape[1] + 1e-6))
         kept = max(1, round(inside * (1 - self.dropped)))
         generator = inputs.generator("mask", block, inputs.iteration)
         order = torch.rand(len(scores), inside, generator=generator).argsort(-1)[:, :kept].to(scores.device)

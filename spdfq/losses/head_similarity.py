@@ -77,14 +77,18 @@ def recorded_head_similarity(record: AttentionRecord) -> Tensor:
     Raises:
         SpdfqError: no attention has two heads.
     """
+    _refuse_one_head(record)
     pairs = [
         (query[:, :, record.prefix :], key[:, :, record.prefix :])
         for query, key in zip(record.queries, record.keys, strict=True)
         if query.shape[1] > 1
     ]
-    if not pairs:
-        raise SpdfqError("head_similarity: no attention of this model has two heads or more; leave the loss out")
     return torch.stack([_over_chunks(query, key) for query, key in pairs])
+
+
+def _refuse_one_head(record: AttentionRecord) -> None:
+    if all(query.shape[1] < 2 for query in record.queries):
+        raise SpdfqError("no attention of this model has two heads or more, so there is nothing to compare")
 
 
 def _over_chunks(query: Tensor, key: Tensor) -> Tensor:
@@ -127,15 +131,25 @@ class _Recomputed(torch.autograd.Function):
 class HeadSimilarityLoss(Loss):
     """Dissimilarity of the heads' raw attention maps, ``1 − SSIM²``, mean over blocks, queries and pairs of heads.
 
-    Blocks of one head have no pairs and are left out. The public code also counts each head with itself, which
-    multiplies the loss by (H − 1)/H.
+    Blocks of one head have no pairs and are left out.
 
     Args:
         weight: factor of this loss.
+        faithful: as in the public code, count each head with itself too, which multiplies a block's loss by (H − 1)/H.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({QUERIES_AND_KEYS})
 
+    faithful: bool = False
+
+    def check(self, attention: AttentionRecord, pruned: bool) -> None:
+        """Refuse a model whose every block has one head."""
+        _refuse_one_head(attention)
+
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
-        return 1 - recorded_head_similarity(inputs.attention).mean()
+        blocks = 1 - recorded_head_similarity(inputs.attention)
+        if self.faithful:
+            heads = blocks.new_tensor([query.shape[1] for query in inputs.attention.queries if query.shape[1] > 1])
+            blocks = blocks * (heads - 1) / heads
+        return blocks.mean()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from attrs import define, field, validators
 from torch import Tensor
 
-from spdfq.attention import ATTENTION_OUTPUTS
+from spdfq.attention import ATTENTION_OUTPUTS, AttentionRecord
 from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
@@ -39,11 +39,7 @@ def patch_contrast(features: Tensor, grid: tuple[int, int], positives: int = 4, 
     """
     if features.shape[1] != grid[0] * grid[1]:
         raise SpdfqError(f"{features.shape[1]} patches are not a grid of {grid[0]}x{grid[1]}")
-    if _most_neighbours(grid) <= positives:
-        raise SpdfqError(
-            f"patch_contrast: no patch of a {grid[0]}x{grid[1]} grid has more than {positives} neighbours, so none has "
-            "a negative; lower positives"
-        )
+    _refuse_small(grid, positives)
     unit = F.normalize(at_least_float32(features), dim=-1)
     scores = _neighbour_similarities(unit.unflatten(1, grid)) / temperature
     near, order = scores.topk(positives, dim=-1)
@@ -53,8 +49,12 @@ def patch_contrast(features: Tensor, grid: tuple[int, int], positives: int = 4, 
     return (terms.sum(-1) / there.sum(-1).clamp(min=1)).mean()
 
 
-def _most_neighbours(grid: tuple[int, int]) -> int:
-    return min(grid[0], 3) * min(grid[1], 3) - 1
+def _refuse_small(grid: tuple[int, int], positives: int) -> None:
+    if min(grid[0], 3) * min(grid[1], 3) - 1 <= positives:
+        raise SpdfqError(
+            f"no patch of a {grid[0]}x{grid[1]} grid has more than {positives} neighbours, so none has a negative; "
+            "lower positives"
+        )
 
 
 def _neighbour_similarities(unit: Tensor) -> Tensor:
@@ -96,17 +96,24 @@ class PatchContrastLoss(Loss):
     positives: int = field(default=4, validator=[validators.ge(1), validators.lt(_NEIGHBOURS)])
     temperature: float = field(default=0.1, validator=[validators.gt(0.0), validators.lt(math.inf)])
 
+    def check(self, attention: AttentionRecord, pruned: bool) -> None:
+        """Refuse pruned patches, which leave holes in the neighbourhoods, and grids without a negative."""
+        if pruned:
+            raise SpdfqError("compares patches with their neighbours, which token pruning leaves out; take one of both")
+        for outputs, grid in zip(attention.attention_outputs, attention.grids, strict=True):
+            _refuse_small(_unpooled(grid, outputs.shape[-2] - attention.prefix), self.positives)
+
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
         record = inputs.attention
         terms = []
         for outputs, grid in zip(record.attention_outputs, record.grids, strict=True):
             features = outputs[:, :, record.prefix :].float().transpose(1, 2).flatten(2)
-            terms.append(patch_contrast(features, _unpooled(grid, features), self.positives, self.temperature))
+            terms.append(patch_contrast(features, _unpooled(grid, features.shape[1]), self.positives, self.temperature))
         return torch.stack(terms).mean()
 
 
-def _unpooled(grid: tuple[int, int], features: Tensor) -> tuple[int, int]:
+def _unpooled(grid: tuple[int, int], queries: int) -> tuple[int, int]:
     """The grid of the queries, where that of the keys is pooled (PVT v2)."""
-    factor = max(1, math.isqrt(features.shape[1] // (grid[0] * grid[1])))
+    factor = max(1, math.isqrt(queries // (grid[0] * grid[1])))
     return grid[0] * factor, grid[1] * factor

@@ -10,11 +10,13 @@ from torch import Tensor
 from spdfq.registry import priors
 
 Combine = Literal["sum", "max"]
+# the square of a distance in such units is still a number
+_NARROWEST = 1e-6
 
 
 def _ordered_pair(_: object, __: object, value: tuple[float, float]) -> None:
-    if not 0 < value[0] <= value[1] < math.inf:
-        raise ValueError(f"expected two positive numbers, the second at least the first, got {list(value)}")
+    if not _NARROWEST <= value[0] <= value[1] < math.inf:
+        raise ValueError(f"expected two numbers from {_NARROWEST} up, the second at least the first, got {list(value)}")
 
 
 @frozen

@@ -6,6 +6,7 @@ from attrs import field, frozen, validators
 from spdfq.registry import augmentations
 from spdfq.synth.moves import Change, Crop, Moment, Move
 
+_LARGEST_SIDE = 100_000
 _PROBABILITY = (validators.ge(0.0), validators.le(1.0))
 
 
@@ -20,8 +21,8 @@ class Augmentation:
 
 def _widths(_: object, __: object, value: int | tuple[int, ...]) -> None:
     widths = (value,) if isinstance(value, int) else value
-    if not widths or min(widths) < 1:
-        raise ValueError(f"must be at least 1 pixel, or an array of such, got {value}")
+    if not widths or min(widths) < 1 or max(widths) > _LARGEST_SIDE:
+        raise ValueError(f"must be 1 to {_LARGEST_SIDE} pixels, or an array of such, got {value}")
 
 
 @augmentations.register("jitter", paper="arXiv:2203.02250")
@@ -81,7 +82,8 @@ class RandomResizedCrop(Augmentation):
 
     Args:
         smallest: smallest share of the image's area that a box may have; the share is uniform from there to 1.
-        stretch: largest ratio of the box's aspect to the image's, either way; its logarithm is uniform.
+        stretch: largest ratio of the box's aspect to the image's, either way; its logarithm is uniform. Large
+            boxes are stretched less, so far as they fit into the image.
     """
 
     smallest: float = field(default=0.5, validator=[validators.gt(0.0), validators.le(1.0)])
@@ -92,6 +94,7 @@ class RandomResizedCrop(Augmentation):
         area, aspect, down, right = torch.rand(4, moment.count, generator=generator)
         area = self.smallest + (1 - self.smallest) * area
         stretched = self.stretch ** (aspect - 0.5)  # of each side: the ratio of both is its square
+        stretched = stretched.clamp(area.sqrt(), area.rsqrt())
         full = torch.tensor(moment.size[1:])[:, None]
         sides = full * torch.stack([area.sqrt() * stretched, area.sqrt() / stretched])
         sides = torch.minimum(sides.round().clamp(min=1), full).long()

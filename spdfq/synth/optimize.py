@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from attrs import define, field, validators
 
-from spdfq.attention import record_attention
-from spdfq.errors import RecipeError
+from spdfq.attention import AttentionRecord, record_attention
+from spdfq.errors import RecipeError, SpdfqError
 from spdfq.models import Teacher
 from spdfq.registry import losses as registered
 from spdfq.registry import sources
@@ -78,7 +78,17 @@ class OptimizedImages(Source):
             raise ValueError("weight = 'auto' balances against a label loss; add soft_cross_entropy or cross_entropy")
 
     def advice(self) -> list[str]:
-        """Combinations that run but are known to lose accuracy, or to cost time for nothing."""
+        """Combinations that run but are known to lose accuracy, to cost time for nothing, or to change nothing."""
+        unreached = [at for at in self.pruning.at if at >= self.iterations] if self.pruning else []
+        if unreached:
+            return [
+                f"pruning: leaves no patches out before iterations {unreached}, as there are only "
+                f"{self.iterations}; lower at",
+                *self._sampling_advice(),
+            ]
+        return self._sampling_advice()
+
+    def _sampling_advice(self) -> list[str]:
         if isinstance(self.sampler, MultiSemanticSampler) and isinstance(self.target, NoTarget):
             return ["multi_semantic crops have no use without labels; set sampler = 'whole_image'"]
         if isinstance(self.sampler, MultiSemanticSampler) and not isinstance(self.target, SoftLabelTarget):
@@ -115,10 +125,21 @@ class OptimizedImages(Source):
             module(image)
         if self.pruning:
             find_layout(teacher)
+        self._check_losses(record)
         whole = any(len(row) == len(image) for row in record.class_attention)
         following = self.pruning or (whole and any(getattr(loss, "follow", False) for loss in self.losses.values()))
         if following and any(isinstance(each, RandomResizedCrop) for each in self.augmentations):
             raise RecipeError([CROPS_ARE_NOT_FOLLOWED])
+
+    def _check_losses(self, record: AttentionRecord) -> None:
+        problems = []
+        for name, loss in self.losses.items():
+            try:
+                loss.check(record, pruned=self.pruning is not None)
+            except SpdfqError as error:
+                problems.append(f"synthesis.losses.{name}: {error}")
+        if problems:
+            raise RecipeError(problems)
 
     def synthesize(
         self, teacher: Teacher, runtime: Runtime, folder: Path | None = None, student: StudentFactory | None = None

@@ -7,7 +7,7 @@ import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor, nn
 
-from spdfq.errors import DataError
+from spdfq.errors import DataError, SpdfqError
 from spdfq.losses.discrepancy import teacher_student_discrepancy
 from spdfq.synth.group import under
 
@@ -78,12 +78,20 @@ class Rival:
         """The student at the beginning of an iteration, calibrated on the images where it is time."""
         images = images.detach()
         if self._student is None:
-            self._student = self.make(images)
+            self._student = self._made(images)
             self._optimizer = torch.optim.Adam(self._student.weights().values(), lr=self.spec.lr)
             self._take_up(self._student, self._optimizer)
         if iteration and iteration % self.spec.recalibrate == 0:
             self._student.calibrate(images)
         return self._student
+
+    def _made(self, images: Tensor) -> Student:
+        student = self.make(images)
+        if not student.weights():
+            raise SpdfqError(
+                "synthesis.student: [quantization] leaves all weights in float, so it has nothing to learn"
+            )
+        return student
 
     def due(self, iteration: int) -> bool:
         """Whether the student learns in this iteration."""

@@ -1,6 +1,5 @@
 """Targets: the distributions the teacher's outputs are pulled towards."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -12,7 +11,8 @@ from spdfq.errors import SpdfqError
 from spdfq.registry import targets
 
 Elsewhere = Literal["normal", "uniform", "zero"]
-_FINITE = (validators.gt(-math.inf), validators.lt(math.inf))
+# softmax has nothing left to tell apart beyond
+_LOGIT = (validators.ge(-1e4), validators.le(1e4))
 
 
 @targets.register("soft_label", paper="arXiv:2412.16553")
@@ -26,8 +26,8 @@ class SoftLabelTarget:
         elsewhere: Z at the other classes: ``normal`` N(0, 1), ``uniform`` U(0, 1) or ``zero`` (unpublished).
     """
 
-    low: float = field(default=5.0, validator=list(_FINITE))
-    high: float = field(default=10.0, validator=list(_FINITE))
+    low: float = field(default=5.0, validator=list(_LOGIT))
+    high: float = field(default=10.0, validator=list(_LOGIT))
     elsewhere: Elsewhere = field(default="normal", validator=validators.in_(get_args(Elsewhere)), kw_only=True)
 
     def __attrs_post_init__(self) -> None:
