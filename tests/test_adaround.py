@@ -1,12 +1,14 @@
 """Learned rounding, and the options that every block-wise reconstruction shares."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from attrs import evolve
 from tiny_backend import RUNTIME, Interrupted, images, quantized, state_of, taken, teacher
 
-from spdfq.backends import AdaRound, Blockwise
+from spdfq.backends import AdaRound, Blockwise, reconstruction
 from spdfq.backends.activations import Activations
 from spdfq.backends.adaround import Rounding, rectified
 from spdfq.backends.blocks import block_calls
@@ -272,6 +274,40 @@ def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch,
     model = reconstruct(quantized(chosen, UNIFORM), chosen, spec, folder=tmp_path)
     assert again == ["blocks.1"]
     assert same(model, expected)
+
+
+@pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=40, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
+def test_a_reconstruction_killed_within_a_block_goes_on_to_the_bit(tmp_path, monkeypatch, spec):
+    chosen = teacher("vit")
+    spec = evolve(spec, iterations=40, drop=0.5, scale_lr=1e-3)
+    expected = reconstruct(quantized(chosen, UNIFORM), chosen, spec)
+    monkeypatch.setattr(reconstruction, "SAVE_SECONDS", 0.0)
+    steps, take_step = [], reconstruction.take_step
+
+    def interrupt(*args):
+        take_step(*args)
+        steps.append(None)
+        if len(steps) == 40 + 25:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruction, "take_step", interrupt)
+        with pytest.raises(Interrupted):
+            reconstruct(quantized(chosen, UNIFORM), chosen, spec, folder=tmp_path)
+    files = {f"step-0-{spec.name}.safetensors", f"step-0-{spec.name}-blocks.1.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    again = []
+    monkeypatch.setattr(reconstruction, "take_step", lambda *args: (again.append(None), take_step(*args)))
+    model = reconstruct(quantized(chosen, UNIFORM), chosen, spec, folder=tmp_path)
+    assert len(again) == 20
+    assert same(model, expected)
+    assert [path.name for path in tmp_path.iterdir()] == [f"step-0-{spec.name}.safetensors"]
+
+
+@pytest.mark.parametrize("temperature", [(-1.0, -2.0), (0.0, 0.0), (math.inf, 2.0)])
+def test_a_temperature_below_one_is_refused(temperature):
+    with pytest.raises(ValueError, match="must be two finite numbers of at least 1"):
+        AdaRound(temperature=temperature)
 
 
 def test_the_shipped_part_is_qdrop():

@@ -11,7 +11,7 @@ from tiny_backend import RUNTIME, back_end, images, quantized, teacher, teacher_
 from torch import nn
 
 from spdfq.backends import place, quantize, sensitivity
-from spdfq.backends.budget import Item, allocated, items
+from spdfq.backends.budget import Item, allocated, items, least
 from spdfq.backends.knapsack import Choice, least_loss
 from spdfq.backends.sensitivity import bits_within
 from spdfq.errors import NonFiniteError, RecipeError
@@ -234,8 +234,8 @@ def test_images_that_are_not_finite_are_refused():
 @pytest.mark.parametrize(
     ("budget", "line"),
     [
-        ("{weights=1.5}", "quantization.budget.weights: 1.5 cannot be reached; the least here is 2.000"),
-        ("{operations=3.9}", "quantization.budget.operations: 3.9 cannot be reached; the least here is 4.000"),
+        ("{weights=1.5}", "quantization.budget.weights: 1.5 cannot be reached; the least is 2.000"),
+        ("{operations=3.9}", "quantization.budget.operations: 3.9 cannot be reached; the least is 4.000"),
     ],
 )
 def test_a_budget_that_cannot_be_reached_is_refused_before_anything_runs(budget, line):
@@ -268,6 +268,21 @@ def test_operations_need_the_operands_at_their_products():
 def test_a_budget_that_makes_no_sense_is_refused(budget, message):
     with pytest.raises(RecipeError, match=message):
         back_end(f"quantization.budget={budget}")
+
+
+@pytest.mark.parametrize(("weights", "bits"), [(4.1, 5), (4.0999, 4), (1e308, 5)])
+def test_a_budget_is_the_number_that_was_written(weights, bits):
+    """4.1 times 100 is 409.99999999999994 in binary fractions."""
+    measured = {("a", 4): 0.0, ("a", 5): 0.0, ("b", 4): 1.0, ("b", 5): 0.0}
+    budget = Budget(weights=weights, choices=(4, 5))
+    assert allocated([Item(("a",), 90), Item(("b",), 10)], budget, {}, measured)["b"] == bits
+
+
+def test_the_least_that_can_be_reached_is_reached():
+    for size, fixed in ((189, 6), (666048, 5), (1342080, 3)):
+        counted, given = [Item(("a",), size), Item(("b",), 7)], {"b": fixed}
+        low = least(counted, Budget(weights=8.0), given) / (size + 7)
+        assert allocated(counted, Budget(weights=low), given, {}) == {"a": 2}
 
 
 def test_the_command_line_sets_it():

@@ -13,7 +13,7 @@ from tiny_backend import RUNTIME, Interrupted, images, quantized, state_of, take
 
 from spdfq.backends import Distill, distill
 from spdfq.backends.distill import Seen, map_similarity, relative_error
-from spdfq.errors import DataError, NonFiniteError
+from spdfq.errors import DataError, ModelError, NonFiniteError, SpdfqError
 from spdfq.recipe import load_recipe
 
 COUNT = 6
@@ -54,6 +54,18 @@ def test_the_loss_is_the_divergence_from_the_teacher():
     p = 1 / (1 + torch.tensor(-1.0).exp())
     expected = (p * (2 * p).log() + (1 - p) * (2 * (1 - p)).log()) / 2
     assert STEP.loss(seen(ours), seen(theirs)).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_a_model_without_attention_maps_has_no_structure_to_learn():
+    with pytest.raises(ModelError, match=r"^distill: structure compares attention maps; this model has none; set"):
+        FULL.loss(seen([[0.0]], [torch.ones(1)]), seen([[0.0]], [torch.ones(1)]))
+
+
+def test_with_every_weight_in_float_there_is_nothing_to_learn():
+    chosen = teacher("vit")
+    model = quantized(chosen, "quantization.overrides=[{sites=['*weight'], bits=0}]")
+    with pytest.raises(SpdfqError, match=r"^distill: no quantized weight to learn; set learned = 'all' or scale_lr"):
+        train(model, chosen)
 
 
 def test_features_are_compared_relative_to_the_teachers_block_by_block():

@@ -167,6 +167,19 @@ def test_at_least_a_thousand_values_of_a_row_are_kept(channels, length):
     assert 2**10 <= seen.samples.shape[1] < 2**13
 
 
+@pytest.mark.parametrize("fresh", [UniformQuantizer(), UniformQuantizer(granularity="channel", axis=-1)], ids=str)
+def test_what_is_kept_of_many_values_does_not_depend_on_the_size_of_batches(fresh):
+    x = torch.randn(24, 50, 960, generator=torch.Generator().manual_seed(0)) ** 3  # 1.15 million
+
+    def kept(batch):
+        quantizer = attrs.evolve(fresh)
+        for part in x.split(batch):
+            quantizer.observe(part)
+        return quantizer._statistics.samples
+
+    assert all(torch.equal(kept(24), kept(batch)) for batch in (10, 7, 1))
+
+
 def test_a_product_has_candidates_judged_by_its_output():
     # the second input is never anything but 0, so an output error ignores its large weight
     weight, inputs = tensor([[0.7, 100.0], [0.7, -0.2]]), tensor([[1.0, 0.0], [-2.0, 0.0]])

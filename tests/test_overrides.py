@@ -83,6 +83,7 @@ def test_a_pattern_of_sites_that_the_placement_leaves_in_float_matches_nothing(p
         ("activations", "{type='uniform', granularity='channel'}", "axis 0 is that of the images"),
         ("activations", "{type='dual_uniform', columns=0}", "axis 0 is that of the images"),
         ("gelu", "{type='adaptive_log', shift=0.17, folded=true}", "folded: is what the step 'adalog' sets"),
+        ("weights", "{type='adaptive_log', shift=0.9, folded=true}", "folded: is what the step 'adalog' sets"),
     ],
 )
 def test_quantizers_that_cannot_be_those_of_activations_are_refused(key, quantizer, line):

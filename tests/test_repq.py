@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.mlp_mixer import MlpMixer
 from tiny_backend import EXPLICIT, FUSED, RUNTIME, back_end, images, network, quantized, teacher, teacher_of
 from torch import nn
 
@@ -12,6 +13,7 @@ from spdfq.backends.repq import reparameterise
 from spdfq.backends.wiring import wiring
 from spdfq.checkpoint import load_quantized, save_quantized
 from spdfq.errors import NonFiniteError, SpdfqError
+from spdfq.models import Teacher
 from spdfq.quantizers import Log2Quantizer, MinMaxObserver, UniformQuantizer
 from spdfq.recipe import load_recipe
 
@@ -130,6 +132,7 @@ def test_one_norm_may_feed_several_layers_that_see_parts_of_it():
         (lambda x: torch.cat([x, 2 * x], 1), ["mul", "cat"]),
         (lambda x: F.scaled_dot_product_attention(x, x, x), ["scaled_dot_product_attention"]),
         (lambda x: torch.eye(16) @ x, ["matmul"]),
+        (lambda x: F.linear(x.transpose(1, 2), torch.eye(16)).transpose(1, 2), ["linear over tokens"]),
     ],
     ids=[
         "moved",
@@ -142,12 +145,24 @@ def test_one_norm_may_feed_several_layers_that_see_parts_of_it():
         "joined",
         "attended",
         "multiplied",
+        "mixed by a layer over tokens",
     ],
 )
 def test_what_moves_tokens_is_looked_through_and_what_changes_them_is_a_taker_of_its_own(between, others):
     norm = norms_of(lambda: Normed(between))["body.norm.weight"]
     assert norm.others == others
     assert norm.layers == ([] if others else ["body.linear.weight"])
+
+
+@pytest.mark.parametrize("channels", [16, 32])
+def test_a_norm_before_a_layer_over_tokens_is_left_however_many_there_are(channels):
+    model = MlpMixer(img_size=32, patch_size=8, embed_dim=channels, num_blocks=2, num_classes=10).eval()
+    found = {name: norm.others for name, norm in wiring(model, images(1)).norms.items()}
+    assert (found["blocks.0.norm1.weight"], found["blocks.0.norm2.weight"]) == (["linear over tokens"], [])
+    chosen = Teacher(model, mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=10, input_size=(3, 32, 32))
+    reparameterised = quantize(chosen, images(2), back_end(REPQ), RUNTIME)
+    with torch.no_grad():
+        assert torch.allclose(reparameterised.network(images(2)), model(images(2)), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """AdaRound: whether each weight is rounded up or down is learned, block by block."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,11 @@ from spdfq.registry import steps
 LOW, HIGH = -0.1, 1.1
 
 
+def _at_least_one(_: object, __: object, value: tuple[float, float]) -> None:
+    if not all(1 <= beta < math.inf for beta in value):
+        raise ValueError(f"must be two finite numbers of at least 1, got {list(value)}")
+
+
 @steps.register("adaround", paper="arXiv:2004.10568")
 @define(kw_only=True)
 class AdaRound(Reconstruction):
@@ -29,7 +35,7 @@ class AdaRound(Reconstruction):
 
     Args:
         weight: of the penalty.
-        temperature: first and last β.
+        temperature: first and last β, at least 1.
         warmup: share of the iterations without the penalty.
     """
 
@@ -38,7 +44,7 @@ class AdaRound(Reconstruction):
     iterations: int = field(default=2000, validator=validators.ge(1))
     lr: float = field(default=1e-3, validator=validators.gt(0.0))
     weight: float = field(default=0.01, validator=validators.ge(0.0))
-    temperature: tuple[float, float] = (20.0, 2.0)
+    temperature: tuple[float, float] = field(default=(20.0, 2.0), validator=_at_least_one)
     warmup: float = field(default=0.2, validator=[validators.ge(0.0), validators.lt(1.0)])
 
     def learner(self, model: QuantizedModel, block: str) -> Learner:

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from fractions import Fraction
 from itertools import product
-from math import ceil, prod
+from math import ceil, floor, prod
 
 import torch
 from attrs import frozen
@@ -88,11 +89,10 @@ def _multiplications(model: QuantizedModel, example: Tensor) -> Counter[str]:
     return found
 
 
-def least(items: list[Item], budget: Budget, fixed: dict[str, int]) -> float:
-    """The smallest value the budget could have; ``fixed`` sites have their bits."""
+def least(items: list[Item], budget: Budget, fixed: dict[str, int]) -> int:
+    """What the items cost at least, in bits or bit operations; ``fixed`` sites have their bits."""
     smallest = min(budget.choices)
-    cost = sum(item.size * prod(fixed.get(site, smallest) for site in item.sites) for item in items)
-    return cost / sum(item.size for item in items)
+    return sum(item.size * prod(fixed.get(site, smallest) for site in item.sites) for item in items)
 
 
 def check_budget(model: QuantizedModel, budget: Budget, fixed: dict[str, int], example: Tensor) -> list[Item]:
@@ -105,20 +105,24 @@ def check_budget(model: QuantizedModel, budget: Budget, fixed: dict[str, int], e
     key = "weights" if budget.weights is not None else "operations"
     if not any(site not in fixed for item in found for site in item.sites):
         raise RecipeError([f"quantization.budget: every site that {key} counts is in float or has bits of its own"])
-    if limit(budget) < (low := least(found, budget, fixed)):
-        raise RecipeError(
-            [
-                f"quantization.budget.{key}: {limit(budget)} cannot be reached; the least here is "
-                f"{ceil(low * 1000) / 1000:.3f}"
-            ]
-        )
+    if _allowed(found, budget) < (low := least(found, budget, fixed)):
+        lowest = ceil(Fraction(1000 * low, _total(found))) / 1000
+        raise RecipeError([f"quantization.budget.{key}: {_limit(budget)} cannot be reached; the least is {lowest:.3f}"])
     return found
 
 
-def limit(budget: Budget) -> float:
-    """The budget's number."""
+def _limit(budget: Budget) -> float:
     value = budget.weights if budget.weights is not None else budget.operations
     return float(value or 0.0)
+
+
+def _total(items: list[Item]) -> int:
+    return sum(item.size for item in items)
+
+
+def _allowed(items: list[Item], budget: Budget) -> int:
+    """What the items may cost, a whole number: of the budget as it is written, not as a binary fraction next to it."""
+    return floor(Fraction(str(_limit(budget))) * _total(items) + Fraction(1, 10**6))
 
 
 def allocated(items: list[Item], budget: Budget, fixed: dict[str, int], sensitivity: Sensitivity) -> dict[str, int]:
@@ -133,7 +137,8 @@ def allocated(items: list[Item], budget: Budget, fixed: dict[str, int], sensitiv
         ]
         for item, widths in zip(items, options, strict=True)
     ]
-    chosen = least_loss(choices, int(limit(budget) * sum(item.size for item in items)))
+    dearest = sum(max(choice.cost for choice in item) for item in choices)
+    chosen = least_loss(choices, min(_allowed(items, budget), dearest))
     assert chosen is not None  # check_budget has seen to it
     found = {
         site: bits

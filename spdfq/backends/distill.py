@@ -16,13 +16,12 @@ from spdfq.backends.blocks import BlockCall, block_calls, block_names
 from spdfq.backends.epochs import batch_rows, noise
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import SOFTMAX, WEIGHT, Visit, products
-from spdfq.backends.training import Training, learning, take_step
-from spdfq.errors import NonFiniteError
+from spdfq.backends.training import SAVE_SECONDS, Training, learning, take_step
+from spdfq.errors import ModelError, NonFiniteError, SpdfqError
 from spdfq.quantizers import learned_scales
 from spdfq.registry import steps
 from spdfq.runtime import Advance
 
-SAVE_SECONDS = 10.0
 _CHECK_EVERY = 10
 _C1, _C2 = 0.01**2, 0.03**2
 
@@ -59,13 +58,15 @@ class Distill(Step):
         """Train; a killed run goes on from its last stored state.
 
         Raises:
-            ModelError: ``features`` are asked for and the model has no blocks.
+            ModelError: ``features`` are asked for and the model has no blocks, or ``structure`` and it has no maps.
             NonFiniteError: the loss is not finite.
-            SpdfqError: a site was not calibrated.
+            SpdfqError: a site was not calibrated, or there is nothing to learn.
         """
         model.check_calibrated()
         scaled = scaled_activations(model, "") if self.scale_lr else {}
         named, path = self._parameters(model), calibration.state_file("distill")
+        if not named and not scaled:
+            raise SpdfqError("distill: no quantized weight to learn; set learned = 'all' or scale_lr, or leave it out")
         with (
             calibration.teacher.frozen() as float_network,
             learned_scales(scaled.values()) as scales,
@@ -96,6 +97,8 @@ class Distill(Step):
         if self.features:
             loss = loss + self.features * torch.stack(list(map(relative_error, student.blocks, teacher.blocks))).mean()
         if self.structure:
+            if not teacher.maps:
+                raise ModelError("distill: structure compares attention maps; this model has none; set structure = 0")
             similar = [map_similarity(*maps) for maps in zip(student.maps, teacher.maps, strict=True)]
             loss = loss + self.structure * (1 - torch.stack(similar).mean())
         return loss

@@ -50,10 +50,11 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
 
 def _check_templates(spec: Quantization) -> None:
     problems = []
-    for key, template in (("activations", spec.activations), ("softmax", spec.softmax), ("gelu", spec.gelu)):
+    templates = {key: getattr(spec, key) for key in ("weights", "activations", "softmax", "gelu")}
+    for key, template in templates.items():
         if template is None:
             continue
-        if any(template.axis_of(name) == 0 for name in template.stores):
+        if key != "weights" and any(template.axis_of(name) == 0 for name in template.stores):
             problems.append(f"quantization.{key}: axis 0 is that of the images; the features are on axis -1")
         if getattr(template, "folded", False):
             problems.append(f"quantization.{key}.folded: is what the step 'adalog' sets; leave it out")

@@ -1,7 +1,9 @@
 """What block-wise reconstruction is, whatever is learned: one block after the other comes back to the teacher's."""
 
 import math
+import time
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -17,7 +19,7 @@ from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import WEIGHT, Visit
 from spdfq.backends.state import Finished
 from spdfq.backends.stream import Stream, rows
-from spdfq.backends.training import learning, take_step
+from spdfq.backends.training import SAVE_SECONDS, Training, learning, take_step
 from spdfq.errors import NonFiniteError
 from spdfq.quantizers import Quantizer, learned_scales
 from spdfq.runtime import Advance
@@ -143,6 +145,8 @@ class Job:
         else:
             self._learn(teacher.network, hidden, entering, target)
             finished.keep(changes)
+            if self._path:
+                self._path.unlink(missing_ok=True)
         if self.spec.inputs == "quantized":
             with self.model.visiting(self.spec.deployed(self.model)):
                 student.leave(self.call, hidden)
@@ -166,9 +170,12 @@ class Job:
 
     @torch.enable_grad()
     def _optimise(self, hidden: Hidden, entering: Hidden, target: Hidden, importance: Hidden | None) -> None:
-        optimizer, iterations, images = self._optimizer(), self.spec.iterations, len(self.calibration.images)
+        training, iterations, images = self._training(), self.spec.iterations, len(self.calibration.images)
+        optimizer, saved = training.optimizer, time.monotonic()
         rates = [group["lr"] for group in optimizer.param_groups]
-        for iteration in range(iterations):
+        if training.iteration:
+            self.advance(training.iteration)
+        for iteration in range(training.iteration, iterations):
             share = iteration / iterations
             chosen = batch_rows(self.calibration, self.spec.batch, iteration, *self._purpose)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -181,21 +188,36 @@ class Job:
                 output = self.call.run(self.model.network, given)
             weighed = importance and rows(importance, images, chosen)
             error = self.spec.distance(output, rows(target, images, chosen), weighed)
-            take_step(optimizer, error + self.learner.penalty(share))
+            loss = error + self.learner.penalty(share)
+            take_step(optimizer, loss)
             if iteration % _CHECK_EVERY == _CHECK_EVERY - 1 or iteration == iterations - 1:
-                self._report(iteration, float(error.detach()))
+                self._report(iteration, float(error.detach()), float(loss.detach()))
+                if self._path and time.monotonic() - saved >= SAVE_SECONDS:
+                    training.iteration, saved = iteration + 1, time.monotonic()
+                    training.save(self._path)
 
     @property
     def _purpose(self) -> tuple[str | int, ...]:
         return self.spec.name, self.calibration.index, self.call.name
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        scales = [quantizer.tensors()["scale"] for quantizer in self.scaled.values()]
-        learned = ((self.learner.parameters, self.spec.lr), (scales, self.spec.scale_lr))
-        return torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in learned if parameters])
+    @property
+    def _path(self) -> Path | None:
+        """Where the state of the block is kept while it is learned."""
+        return self.calibration.state_file(f"{self.spec.name}-{self.call.name}")
 
-    def _report(self, iteration: int, error: float) -> None:
-        if not math.isfinite(error):
+    def _training(self) -> Training:
+        """What is learned of the block, as far as a killed run came."""
+        scales = {name: quantizer.tensors()["scale"] for name, quantizer in self.scaled.items()}
+        groups = ((self.learner.parameters, self.spec.lr), (list(scales.values()), self.spec.scale_lr))
+        optimizer = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in groups if parameters])
+        named = {f"learned.{index}": parameter for index, parameter in enumerate(self.learner.parameters)}
+        training = Training({**named, **scales}, optimizer)
+        if self._path and self._path.exists():
+            training.restore(self._path)
+        return training
+
+    def _report(self, iteration: int, error: float, loss: float) -> None:
+        if not math.isfinite(loss):
             raise NonFiniteError(
                 f"{self.spec.name}: the error of {self.call.name} is not finite in iteration {iteration}; try a lower "
                 "lr, or runtime.precision='float32'"

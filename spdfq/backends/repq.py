@@ -109,7 +109,7 @@ class RepQ(Step):
                 low, high = channels.aminmax(dim=1)
                 if not bool((low.isfinite() & high.isfinite()).all()):
                     raise NonFiniteError(f"repq: {groups[name].name} puts out NaN or infinity; check the images")
-                seen.setdefault(name, Statistics(channels)).add(channels, low, high)
+                seen.setdefault(name, Statistics(channels, channels.shape[1] // len(tensor))).add(channels, low, high)
             return tensor
 
         progress = calibration.runtime.progress("observing channels", len(calibration.images))

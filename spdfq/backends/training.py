@@ -11,6 +11,7 @@ from torch import Tensor
 from spdfq.errors import DataError
 from spdfq.files import read_tensors, write_tensors
 
+SAVE_SECONDS = 10.0
 _REMEDY = "delete it, or use --fresh"
 
 

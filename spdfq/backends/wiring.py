@@ -150,6 +150,9 @@ class _Watch(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         name, carrier = self.names.get(id(weight)), self.carriers.get(id(input))
+        if carrier and not _carries_last(input, carrier.signature):
+            _add(carrier.norm.others, "linear over tokens")
+            carrier = None
         if name is None:
             if carrier:
                 _add(carrier.norm.others, "linear")
@@ -179,6 +182,11 @@ def _carries(tensor: Tensor, signature: Tensor) -> bool:
     """Whether a tensor consists of the signature and nothing else, along whichever axis."""
     axes = [axis for axis, length in enumerate(tensor.shape) if length == len(signature)]
     return any(bool((tensor.movedim(axis, -1) == signature).all()) for axis in axes)
+
+
+def _carries_last(tensor: Tensor, signature: Tensor) -> bool:
+    """Whether it consists of the signature along its last axis, which is the one that a linear layer multiplies."""
+    return tensor.shape[-1] == len(signature) and bool((tensor == signature).all())
 
 
 def _tensors(value: Any) -> list[Tensor]:

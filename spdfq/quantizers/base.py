@@ -113,7 +113,8 @@ class Quantizer(nn.Module, ABC):
         low, high = rows.aminmax(dim=1)
         self._refuse(rows, low, high)
         if self._statistics is None:
-            self._statistics = Statistics(rows)
+            images = 1 if x.ndim == 0 or self.channel_axis in (0, -x.ndim) else len(x)
+            self._statistics = Statistics(rows, rows.shape[1] // images)
         self._statistics.add(rows, low, high)
 
     @torch.no_grad()

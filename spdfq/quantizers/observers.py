@@ -32,16 +32,18 @@ class Statistics:
 
     Args:
         rows: the first batch, ``[C, n]``; it is not added.
+        period: how many of the values of a row belong to one image; where it is left out, all of them.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, period: int | None = None) -> None:
         channels, length = rows.shape
         self.low = rows.new_full([channels], torch.inf)
         self.high = rows.new_full([channels], -torch.inf)
         self.batches: list[Range] = []
         self.samples = rows.new_empty([channels, 0])
-        # a factor that shared a divisor with the feature count would look at some features only
-        self._factor = next(factor for factor in count(2) if gcd(factor, length) == 1)
+        # a factor that shared a divisor with the feature count would look at some features only; of one image, so that
+        # the size of the batches does not matter
+        self._factor = next(factor for factor in count(2) if gcd(factor, period or length) == 1)
         self._limit = max(KEPT_VALUES // channels, KEPT_PER_ROW * self._factor)
         self._seen, self._stride = 0, 1
 
