@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spdfq.errors import DataError, ModelError
 from spdfq.recipe import ModelSpec
@@ -122,10 +122,17 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
-def _head(module: nn.Module) -> tuple[str, ...]:
-    """What the names of the head's weights start with, as timm configures it."""
+def _headless(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without those of the head, as timm configures it, and of what else of the head the module lacks."""
     named = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    heads = [named] if isinstance(named, str) else list(named)
+    head, around = (tuple(f"{name}." for name in names) for names in (heads, {n.partition(".")[0] for n in heads}))
+    lacks = state.keys() - module.state_dict().keys()
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not (name.startswith(head) or (name in lacks and name.startswith(around)))
+    }
 
 
 def _load_weights(module: nn.Module, path: Path, where: str) -> None:
@@ -136,12 +143,22 @@ def _load_weights(module: nn.Module, path: Path, where: str) -> None:
         raise ModelError(f"{where}: {path}: only .safetensors files are read (pickled weights can run code)")
     if not path.is_file():
         raise ModelError(f"{where}: {path}: no such file")
+    with path.open("rb"):
+        pass  # a file that may not be read is told as such
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{where}: {path}: damaged, or not a safetensors file ({error})") from None
     if getattr(module, "num_classes", None) == 0:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(_head(module))}
+        state = _headless(module, state)
+    own = module.state_dict()
+    for name in state.keys() & own.keys():
+        wanted, given = own[name].is_floating_point(), state[name].dtype
+        if wanted != given.is_floating_point or (given.itemsize == 1 and wanted):
+            raise ModelError(
+                f"{where}: {path}: {name} is {str(given).removeprefix('torch.')}, not float32, float16 or bfloat16; "
+                "convert the weights first, with the scales they were stored with"
+            )
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise DataError(f"{where}: {path}: holds NaN or infinite weights, the first of them in {broken[0]}")
     try:

@@ -13,7 +13,7 @@ from attrs import field, frozen, validators
 
 from spdfq import toml
 from spdfq.errors import RecipeError
-from spdfq.recipe import assign, digest, locate, merge, merge_parents
+from spdfq.recipe import assign, digest, lay_over, locate, merge_parents
 from spdfq.structure import structure
 
 SCHEMA = 1
@@ -238,7 +238,7 @@ class _Reader:
         data = base
         for choice in choices:
             if choice.data is not None:
-                data = merge(data, choice.data)
+                data = lay_over(data, choice.data)
         data = copy.deepcopy(data)  # the parents' tables are shared by all combinations
         for axis, choice in zip(axes, choices, strict=True):
             if choice.data is None:

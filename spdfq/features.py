@@ -103,11 +103,33 @@ def check(spec: Any, teacher: Teacher) -> None:
         )
 
 
+def _refuse_beyond(classes: int, bank: Tensor, labels: Tensor) -> None:
+    for name, found in (("bank", bank), ("dataset", labels)):
+        if len(found) and int(found.max()) >= classes:
+            raise DataError(
+                f"evaluation.{name}: has label {int(found.max())}, but the other one's classes are 0 to {classes - 1}; "
+                "labels are positions in the list of classes, so both must have the same ones"
+            )
+
+
 def reference(teacher: Teacher, spec: Any, runtime: Runtime, folder: Path | None = None) -> Reference:
     """The full-precision model's features over an evaluation spec's dataset, and their neighbours in its bank.
 
     Finished batches are kept in ``folder``, so that a killed call can be taken up again.
+
+    Raises:
+        DataError: an image is in both, or their classes are not the same.
     """
+    if None not in (spec.bank.classes, spec.dataset.classes) and spec.bank.classes != spec.dataset.classes:
+        raise DataError(
+            f"evaluation.bank: has {spec.bank.classes} classes, evaluation.dataset {spec.dataset.classes}; labels are "
+            "positions in the list of classes, so both must have the same ones"
+        )
+    if shared := set(spec.bank.identities()) & set(spec.dataset.identities()):
+        raise DataError(
+            f"evaluation.bank: holds {len(shared):,} images of evaluation.dataset, the first of them {min(shared)}; "
+            "each would be its own nearest neighbour, so give other images"
+        )
     return _answers(teacher.module, teacher, spec, runtime, "full precision", folder)
 
 
@@ -136,11 +158,6 @@ def measure(
 def _answers(
     model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, label: str, folder: Path | None
 ) -> Reference:
-    if spec.bank.classes != spec.dataset.classes:
-        raise DataError(
-            f"evaluation.bank: has {spec.bank.classes} classes, evaluation.dataset {spec.dataset.classes}; labels are "
-            "positions in the list of classes, so both must have the same ones"
-        )
     banked = attrs.evolve(spec, dataset=spec.bank)
     bank = logits_over(model, teacher, banked, runtime, f"{label}, bank", folder and folder / "bank")
     if len(bank.labels) < NEIGHBOURS:
@@ -150,6 +167,7 @@ def _answers(
         raise ModelError(
             f"{teacher.name}: gives features {list(found.logits.shape)} instead of [n, D]; pool them inside"
         )
-    classes = spec.dataset.classes or 1 + max(int(bank.labels.max()), int(found.labels.max()))
+    classes = spec.dataset.classes or spec.bank.classes or 1 + int(torch.cat([bank.labels, found.labels]).max())
+    _refuse_beyond(classes, bank.labels, found.labels)
     votes = nearest_neighbours(found.logits, bank.logits, bank.labels, classes)
     return Reference(found.logits, votes, found.labels, found.damaged)

@@ -145,6 +145,24 @@ def _own_size(module: nn.Module) -> tuple[int, int]:
     raise ModelError(f"{type(module).__name__}: its input size is unknown; give Teacher(..., input_size=(C, H, W))")
 
 
+def _sides(spec: ModelSpec, module: nn.Module) -> tuple[int, int]:
+    """Height and width of the input."""
+    if spec.img_size is None:
+        return _own_size(module)
+    return (spec.img_size, spec.img_size) if isinstance(spec.img_size, int) else spec.img_size
+
+
+@torch.no_grad()
+def _try_size(spec: ModelSpec, module: nn.Module, size: tuple[int, int, int]) -> None:
+    try:
+        module(torch.zeros(1, *size))
+    except Exception as error:  # each architecture has its own way to fail
+        raise ModelError(
+            f"model.img_size: {spec.name} cannot run on {size[1]}x{size[2]} pixels ({type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0][:160]}); take another size, or leave it out"
+        ) from None
+
+
 def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
     """The teacher a recipe names, in float32 on the CPU; the global random state is left as it was.
 
@@ -154,7 +172,7 @@ def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
         weights: false builds the architecture alone (to look at its sites).
 
     Raises:
-        ModelError: unknown name, unreachable hub, or weights that do not fit.
+        ModelError: unknown name, unreachable hub, weights that do not fit, or a size the model cannot run at.
         DataError: damaged weights.
     """
     from timm.data import resolve_model_data_config
@@ -162,7 +180,9 @@ def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
     spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
     module = build(spec, weights)
     config = resolve_model_data_config(module)
-    size = (config["input_size"][0], *_own_size(module))
+    size = (config["input_size"][0], *_sides(spec, module))
+    if spec.img_size is not None:
+        _try_size(spec, module.eval(), size)
     return Teacher(
         module.eval(),
         mean=config["mean"],

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from attrs import field, frozen, validators
 
 from spdfq.errors import RecipeError
-from spdfq.recipefile import assign, locate, merge, merge_parents, read, resolve, shipped
+from spdfq.recipefile import assign, lay_over, locate, merge_parents, read, resolve, shipped
 from spdfq.structure import component, component_list, structure, unstructure
 from spdfq.toml import dumps as to_toml
 
@@ -25,9 +25,9 @@ __all__ = [
     "RuntimeSpec",
     "assign",
     "digest",
+    "lay_over",
     "load_recipe",
     "locate",
-    "merge",
     "merge_parents",
     "read",
     "resolve",
@@ -43,6 +43,12 @@ def _none_or_several(_: Any, __: Any, value: int | None) -> None:
         raise ValueError(f"must be at least 2, or 0 for the model without its head, got {value}")
 
 
+def _sides(_: Any, __: Any, value: int | tuple[int, int] | None) -> None:
+    sides = () if value is None else (value,) if isinstance(value, int) else value
+    if any(side < 8 for side in sides):
+        raise ValueError(f"must be at least 8 pixels, got {value if isinstance(value, int) else list(sides)}")
+
+
 @frozen(kw_only=True)
 class ModelSpec:
     """The teacher: a timm name, or ``bundled:vit_fmnist``, or a timm architecture with a local checkpoint.
@@ -52,14 +58,14 @@ class ModelSpec:
         pretrained: take the weights timm knows from the hub (ignored for bundled models and local checkpoints).
         checkpoint: local safetensors weights instead of the hub's.
         num_classes: classes of the head, where they differ from the architecture's own; 0 for none.
-        img_size: side of the input in pixels, where it differs from the model's own.
+        img_size: side of the input in pixels, or ``[height, width]``, where it differs from the model's own.
     """
 
     name: str
     pretrained: bool = True
     checkpoint: str | None = None
     num_classes: int | None = field(default=None, validator=_none_or_several)
-    img_size: int | None = field(default=None, validator=validators.optional(validators.ge(8)))
+    img_size: int | tuple[int, int] | None = field(default=None, validator=_sides)
 
     @property
     def bundled(self) -> bool:

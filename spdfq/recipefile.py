@@ -10,6 +10,9 @@ from typing import Any
 
 from spdfq.errors import RecipeError
 
+# what a part says that holds the whole of a section
+_WHOLE = {"synthesis": "type", "quantization": "steps"}
+
 
 def resolve(source: str | Path | dict[str, Any], overrides: Iterable[str] = (), seed: int | None = None) -> dict:
     """The merged plain data of a recipe, before it is checked."""
@@ -72,8 +75,18 @@ def merge_parents(data: dict[str, Any], beside: Path, chain: tuple[Path, ...] = 
         raise RecipeError([f"extends: expected an array of recipe names, got {parents!r}"])
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = merge(merged, read(parent, beside, chain))
+        merged = lay_over(merged, read(parent, beside, chain))
     return merge(merged, data)
+
+
+def lay_over(data: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """Merge a part over others; its whole source of images or back-end replaces one that is there, lest they mix."""
+    kept = {
+        section: content
+        for section, content in data.items()
+        if not (section in _WHOLE and _WHOLE[section] in content and _WHOLE[section] in part.get(section, {}))
+    }
+    return merge(kept, part)
 
 
 def merge(parent: Any, child: Any, path: tuple[str, ...] = ()) -> Any:

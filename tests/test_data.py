@@ -1,5 +1,7 @@
 """Labelled images as a model wants them: folders, lists, and the bundled ones."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +90,20 @@ def test_a_folder_that_is_missing_or_empty_is_one_clear_line(tmp_path):
     )
     with pytest.raises(DataError, match=expected):
         len(ImageFolder(root=str(tmp_path)))
+
+
+def test_a_subfolder_that_may_not_be_read_is_not_taken_for_an_empty_one(folder, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    dataset = folder({"cat": {"1.png": RED}, "dog": {"1.png": RED}})
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="dog"):
+        dataset.entries()
 
 
 def test_the_fingerprint_follows_names_sizes_and_classes(folder, tmp_path):

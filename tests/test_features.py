@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from attrs import evolve
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from spdfq_cli.run import accuracy as told
 from tiny_teacher import TinyViT, recipe, tiny_teacher
@@ -163,6 +165,39 @@ def test_a_bank_with_too_few_images_or_other_classes_is_refused(tmp_path):
     (tmp_path / "only").mkdir()
     with pytest.raises(DataError, match=r"evaluation.bank: has 1 classes, evaluation.dataset 10"):
         features.reference(own(), evolve(EVALUATION, bank=ImageFolder(root=str(tmp_path))), Runtime())
+
+
+def test_images_that_are_in_the_bank_too_are_refused_whatever_the_two_are_called(tmp_path):
+    photos, links = tmp_path / "photos", tmp_path / "links"
+    for index in range(6):
+        folder = photos / f"class{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), index).save(folder / f"{index}.png")
+    links.symlink_to(photos)
+    spec = evolve(EVALUATION, dataset=ImageFolder(root=str(photos), limit=3), bank=ImageFolder(root=str(links)))
+    features.check(spec, own())
+    with pytest.raises(DataError, match=r"evaluation.bank: holds 3 images of evaluation.dataset, .*photos/class0/"):
+        features.reference(own(), spec, Runtime())
+    with pytest.raises(DataError, match=r"holds 7 images of evaluation.dataset, the first of them fmnist_test"):
+        features.reference(own(), evolve(EVALUATION, bank=evolve(TEST, limit=7)), Runtime())
+
+
+def test_a_bank_of_bare_numbers_has_the_classes_of_the_dataset():
+    class Bare(FashionMnist):
+        classes = None
+
+    found = features.reference(own(), evolve(EVALUATION, bank=Bare(split="train", limit=60)), Runtime())
+    assert found.logits.shape == (40, 10)
+    with pytest.raises(DataError, match=r"evaluation.bank: has label 9, but the other one's classes are 0 to 4"):
+        features._refuse_beyond(5, torch.tensor([9]), torch.tensor([4]))
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "caformer_s18"])
+def test_whole_weights_fit_a_backbone_whatever_else_their_head_holds(name, tmp_path):
+    whole = timm.create_model(name, num_classes=7)
+    save_file(whole.state_dict(), tmp_path / "whole.safetensors")
+    spec = ModelSpec(name=name, num_classes=0, checkpoint=str(tmp_path / "whole.safetensors"))
+    assert load_teacher(spec).headless
 
 
 def test_features_that_are_no_vectors_are_refused():

@@ -218,6 +218,15 @@ def test_parquet_of_another_layout_is_one_clear_line(tmp_path, rows, message):
         len(Parquet(files=str(tmp_path / "a.parquet")))
 
 
+def test_parquet_without_rows_or_with_a_column_twice_is_one_clear_line(tmp_path):
+    table = pa.Table.from_pylist([row(10, 1)])
+    pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
+    pq.write_table(table.append_column("label", table.column("label")), tmp_path / "twice.parquet")
+    for name, message in (("none", "holds no rows"), ("twice", "has 2 columns label; one is wanted")):
+        with pytest.raises(DataError, match=rf"^parquet: .*{name}\.parquet: {message}"):
+            len(Parquet(files=str(tmp_path / f"{name}.parquet")))
+
+
 def test_an_image_without_bytes_is_a_damaged_one(tmp_path):
     rows = [row(10, 0), {"image": {"bytes": None, "path": "elsewhere.png"}, "label": 1}, {"image": None, "label": 1}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")

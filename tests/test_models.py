@@ -1,5 +1,7 @@
 """Teachers: the bundled ones are as good as promised, any module can be one, and bad weights are one clear line."""
 
+from pathlib import Path
+
 import huggingface_hub.constants
 import pytest
 import timm
@@ -13,7 +15,7 @@ from spdfq.data import FashionMnist
 from spdfq.errors import DataError, ModelError
 from spdfq.evaluate import accuracy, logits_over
 from spdfq.models import Teacher, evaluation_mode, load_teacher
-from spdfq.recipe import Evaluation, ModelSpec
+from spdfq.recipe import Evaluation, ModelSpec, load_recipe
 from spdfq.runtime import Runtime
 from spdfq.zoo import BUNDLED, data_file
 
@@ -181,6 +183,29 @@ def test_options_an_architecture_cannot_take_are_not_blamed_on_the_hub(pretraine
     assert message.startswith("model: timm cannot build test_resnet.r160_in1k with img_size = 64 (TypeError: ")
 
 
+def test_a_size_is_that_of_the_images_also_where_the_model_does_not_state_it():
+    options = {"pretrained": False, "num_classes": 2}
+    square = load_teacher(ModelSpec(name="maxvit_rmlp_pico_rw_256", img_size=64, **options))
+    assert square.input_size == (3, 64, 64)
+    wide = load_teacher(ModelSpec(name="vit_tiny_patch16_224", img_size=(32, 64), **options))
+    assert (wide.input_size, wide.module.patch_embed.grid_size) == ((3, 32, 64), (2, 4))
+    given = load_recipe("quickstart", ["model={name='vit_tiny_patch16_224', img_size=[32, 64]}"])
+    assert given.model.img_size == (32, 64)
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_small_patch16_dinov3", 100), ("vit_tiny_patch16_224", 8)])
+def test_a_size_the_model_cannot_run_at_is_one_clear_line(name, size):
+    message = one_line(name, img_size=size, pretrained=False)
+    assert message.startswith(f"model.img_size: {name} cannot run on {size}x{size} pixels (")
+    assert message.endswith("); take another size, or leave it out")
+
+
+@pytest.mark.parametrize("size", [4, (32, 4)])
+def test_a_size_of_less_than_8_pixels_is_refused(size):
+    with pytest.raises(ValueError, match=r"must be at least 8 pixels, got"):
+        ModelSpec(name="vit_tiny_patch16_224", img_size=size)
+
+
 # local weights
 
 
@@ -195,6 +220,23 @@ def saved(tmp_path):
 
 def spec(path):
     return ModelSpec(name="bundled:vit_fmnist", checkpoint=str(path))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_codes_are_refused_by_name(saved, dtype):
+    path, state = saved
+    save_file({name: tensor.to(dtype) for name, tensor in state.items() if tensor.is_floating_point()}, path)
+    with pytest.raises(ModelError, match=rf"is {str(dtype)[6:]}, not float32, float16 or bfloat16; convert the"):
+        load_teacher(spec(path))
+
+
+def test_a_checkpoint_that_may_not_be_read_is_told_as_such(saved, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match="weights"):
+        load_teacher(spec(saved[0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

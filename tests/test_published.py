@@ -350,6 +350,15 @@ def test_a_row_names_the_part_that_makes_its_images_where_one_is_shipped(name):
             assert row.images == parts[row.method]
 
 
+@pytest.mark.parametrize("name", TABLE)
+def test_other_images_on_top_of_a_paper_recipe_are_compared_with_their_own_row(name):
+    for row in load_recipe(f"paper/{name}").published.rows:
+        bits = [] if row.bits == "W4A4" else [f"bits/{row.bits.lower()}"]
+        spec = load_recipe({"extends": [f"paper/{name}", *bits, *([row.images] if row.images else [])]})
+        if row.images:
+            assert compare(spec, metrics(images=50_000))["top1"] == row.top1
+
+
 def test_swins_have_the_learning_rate_of_their_own():
     rates = {name: load_recipe(f"paper/{name}").synthesis.optimizer.lr for name in TABLE}
     assert {rates[name] for name in TABLE if name.startswith("swin")} == {0.25}

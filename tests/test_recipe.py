@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdfq.errors import RecipeError
-from spdfq.recipe import Recipe, digest, load_recipe, locate, merge, resolve, shipped, to_toml
-from spdfq.recipefile import whole
+from spdfq.recipe import Recipe, digest, load_recipe, locate, resolve, shipped, to_toml
+from spdfq.recipefile import merge, whole
 from spdfq.structure import structure
 
 OPTIMIZE = {
@@ -263,12 +263,29 @@ def test_merging(parent, child, merged):
     assert (parent, child) == before
 
 
+def test_a_whole_source_of_images_or_back_end_replaces_that_of_the_parents_before():
+    alone, over = (load_recipe({"extends": parents}) for parents in (WHOLE, [*SPDFQ, *WHOLE]))
+    assert over.to_dict() == alone.to_dict()
+
+
+def test_what_is_no_whole_source_or_back_end_merges(folder):
+    few = folder("few.toml", "[synthesis]\nimages = 8\n")
+    found = load_recipe({"extends": ["quickstart", str(few), "bits/w3a3"]})
+    assert found.synthesis.images == 8
+    assert found.synthesis.losses == load_recipe("quickstart").synthesis.losses
+    assert (found.quantization.label, len(found.quantization.steps)) == ("W3A3", 2)
+
+
 def test_a_merged_recipe_shares_nothing_with_its_parts():
     parent, child = {"a": {"b": {"c": 1}}}, {"d": {"e": [1]}}
     found = merge(parent, child)
     found["a"]["b"]["c"] = 2
     found["d"]["e"].append(2)
     assert (parent, child) == ({"a": {"b": {"c": 1}}}, {"d": {"e": [1]}})
+
+
+WHOLE = ["models/vit_fmnist", "images/psaq_vit", "backends/minmax"]
+SPDFQ = ["images/spdfq", "backends/plus"]
 
 
 @pytest.mark.parametrize("extends", ["'images/spdfq'", "[1]", "{ a = 1 }"])

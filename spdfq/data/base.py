@@ -35,7 +35,7 @@ class LabelledImages:
     """
 
     limit: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
-    subset_seed: int = field(default=0, validator=validators.ge(0))
+    subset_seed: int = field(default=0, validator=[validators.ge(0), validators.lt(2**63)])
 
     def __len__(self) -> int:
         raise TypeError(f"{type(self).__name__} does not define __len__")
@@ -51,6 +51,10 @@ class LabelledImages:
         Each batch is of ``batch`` positions, the last one of what remains; damaged images are missing from it.
         """
         raise TypeError(f"{type(self).__name__} does not define batches")
+
+    def identities(self) -> Iterator[str]:
+        """A name of each image used that is the same in every dataset the image is in."""
+        raise TypeError(f"{type(self).__name__} does not define identities")
 
     def fingerprint(self) -> str:
         """A hash of what the images are; results that depend on them are kept under it."""

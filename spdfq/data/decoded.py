@@ -1,6 +1,7 @@
 """Datasets of encoded images (JPEG, PNG ...), wherever they lie: decoded, prepared as timm does, the damaged named."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -106,6 +107,15 @@ class DecodedImages(LabelledImages):
             count = f"{len(missing):,} of {len(missing) + len(listing):,} images"
             raise DataError(f"{self.title}: {count} are not there, the first is {missing[0]}; check root and labels")
         return hashlib.sha256(repr(listing).encode()).hexdigest()[:20]
+
+    def identities(self) -> Iterator[str]:
+        """Where each image lies; see `LabelledImages.identities`."""
+        folders: dict[Path, str] = {}
+        for entry in self.used():
+            file, *within = entry.place if isinstance(entry.place, tuple) else (entry.place,)
+            if file.parent not in folders:  # looked up once: there may be a million images in it
+                folders[file.parent] = os.path.realpath(file.parent)
+            yield " ".join(map(str, (os.path.join(folders[file.parent], file.name), *within)))
 
     def used(self) -> list[Entry]:
         """The images of the subset."""

@@ -47,6 +47,10 @@ class FashionMnist(LabelledImages):
         for pixels, target in zip(images.split(batch), labels.split(batch), strict=True):
             yield Batch(teacher.normalise(_fitted(pixels.float() / 255, teacher.input_size)), target.long())
 
+    def identities(self) -> Iterator[str]:
+        """Position of each in its file; see `LabelledImages.identities`."""
+        return (f"{self._path().name} {index}" for index in self.chosen(len(self._whole()[1])))
+
     def fingerprint(self) -> str:
         """A hash of the images."""
         return hashlib.sha256(self._path().read_bytes()).hexdigest()[:20]
@@ -55,11 +59,15 @@ class FashionMnist(LabelledImages):
         return data_file(f"fmnist_{self.split}.safetensors")
 
     def _load(self) -> tuple[Tensor, Tensor]:
+        images, labels = self._whole()
+        chosen = self.chosen(len(labels))
+        return images[chosen], labels[chosen]
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
         from safetensors.torch import load_file
 
         stored = load_file(self._path())
-        chosen = self.chosen(len(stored["labels"]))
-        return stored["images"][chosen], stored["labels"][chosen]
+        return stored["images"], stored["labels"]
 
 
 def _fitted(pixels: Tensor, size: tuple[int, int, int]) -> Tensor:

@@ -1,5 +1,7 @@
 """Folders of images: a subfolder for each class, or one flat folder and a list of labels."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from attrs import frozen
@@ -50,7 +52,7 @@ class ImageFolder(DecodedImages):
         found = [
             Entry(str(path.relative_to(self.root)), label, path)
             for label, folder in enumerate(self._folders())
-            for path in sorted(folder.rglob("*"))
+            for path in sorted(_files(folder))
             if path.suffix.lower() in IMAGE_SUFFIXES
         ]
         if not found:
@@ -98,6 +100,16 @@ class ImageList(DecodedImages):
 
     def _read(self) -> Labels:
         return read_labels(Path(self.labels))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All below; a folder that may not be read is an error, not an empty one."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for above, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(above) / name for name in names)
 
 
 def _folder(title: str, root: str) -> Path:

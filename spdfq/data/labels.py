@@ -62,6 +62,8 @@ def _plain(path: Path, lines: list[str]) -> Iterator[tuple[int, str, str]]:
     """Line number, name and class."""
     for number, line in enumerate(lines, 1):
         found = line.rsplit(maxsplit=1)
+        if "\0" in line:
+            raise _wrong(path, number, f"holds a zero byte, so it is no text; {_WANTED}")
         if len(found) == 2:
             yield number, found[0], found[1]
         elif line.strip().isdecimal():

@@ -95,12 +95,16 @@ def _shard(path: Path, stamp: Any) -> _Shard:
             classes = _classes(file.schema_arrow.metadata or {})
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"parquet: {path}: damaged, or not a Parquet file ({error}); fetch it again") from None
+    if not labels:
+        raise DataError(f"parquet: {path}: holds no rows; leave it out of the pattern")
     if any(label is None or label < 0 for label in labels):
         raise DataError(f"parquet: {path}: has rows without a label, as test splits do; give another split")
     return _Shard(path, labels, groups, classes)
 
 
 def _check(path: Path, schema: Any, pyarrow: Any) -> None:
+    if twice := [name for name in (_IMAGE, _LABEL) if schema.names.count(name) > 1]:
+        raise DataError(f"parquet: {path}: has {schema.names.count(twice[0])} columns {twice[0]}; one is wanted")
     types: dict[str, Any] = dict(zip(schema.names, schema.types, strict=True))
     image, label = types.get(_IMAGE), types.get(_LABEL)
     parts = {part.name: part.type for part in image} if image is not None and pyarrow.types.is_struct(image) else {}
