@@ -247,3 +247,14 @@ def test_the_page_of_models_lists_the_members_that_are_measured():
     rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \|", (root / "docs/models.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) >= 30
     assert sorted(rows) == sorted(members), "run: python tools/support_matrix.py"
+
+
+def test_every_module_of_timm_with_attention_has_a_member_that_is_measured():
+    root, folder = Path(__file__).parent.parent, Path(timm.models.__file__).parent
+    source = (root / "tools/families.py").read_text(encoding="utf-8")
+    names = re.findall(r'"([a-z0-9_]+)"', source)
+    measured = {timm.models.model_entrypoint(name).__module__ for name in names if timm.is_model(name)}
+    attends = re.compile(r"class \w*(?:Attention|Attn)|scaled_dot_product_attention|softmax\(|EvaBlock|AttentionPool")
+    found = {path.stem for path in folder.glob("[a-z]*.py") if attends.search(path.read_text(encoding="utf-8"))}
+    missing = {stem for stem in found if timm.list_models(module=stem)} - {name.rpartition(".")[2] for name in measured}
+    assert missing == set()

@@ -187,11 +187,11 @@ def _start(family: Family) -> str:
 
 
 def replaced(page: str, rows: list[Row]) -> str:
-    """The table of a page with the lines of these families instead of its own."""
-    new = {_start(row.family): line(row) for row in rows}
-    return "\n".join(
-        next((text for start, text in new.items() if old.startswith(start)), old) for old in page.splitlines()
-    )
+    """The table of a page with the lines of these families instead of its own, or beside them."""
+    head, old, new = table([]), page.splitlines(), {_start(row.family): line(row) for row in rows}
+    starts = [_start(family) for family in FAMILIES]
+    kept = {start: text for start in starts for text in old if text.startswith(start)} | new
+    return "\n".join([head, *(kept[start] for start in starts if start in kept)])
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ class _Recorder(AttentionMode):
         super().__init__()
         self.model, self.names, self.needs, self.rows, self.pruned = model, names, needs, rows, grid
         prefix, self.has_class = prefix_tokens(model)
-        self.patches = getattr(getattr(_trunk(model), "patch_embed", None), "grid_size", None)
+        self.patches: tuple[int, int] | None = None
         self.record = AttentionRecord(prefix=prefix, has_class=self.has_class)
         self.batch = 0
         self.image: tuple[int, ...] = (1, 1)
@@ -144,8 +144,16 @@ class _Recorder(AttentionMode):
         self.softmaxes.clear()
         images = next(iter((*inputs, *named.values())))
         self.batch, self.image = len(images), tuple(getattr(images, "shape", ())[2:])
+        self.patches = self._patch_grid()
         if len(self.image) != 2 or min(self.image) < _SMALLEST_IMAGE:
             self.image = (1, 1)
+
+    def _patch_grid(self) -> tuple[int, int] | None:
+        """What the model states, unless that is for images of another size, as models that take any size do."""
+        embed = getattr(_trunk(self.model), "patch_embed", None)
+        side = getattr(embed, "img_size", None)
+        other = isinstance(side, (tuple, list)) and len(self.image) == 2 and tuple(side) != self.image
+        return None if other else getattr(embed, "grid_size", None)
 
     def end(self, *_: Any) -> None:
         self._refuse_unrecorded()
