@@ -9,10 +9,10 @@ from spdfq_cli.catalogue import init, list_, show
 from spdfq_cli.measure import measure
 from spdfq_cli.run import check, evaluate, run
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import SpdfqError, is_out_of_memory
 
 INTERRUPTED = 130
-_LESS = "out of memory: lower synthesis.images or synthesis.group, or the batch of a step or of the evaluation"
+_LESS_MEMORY = "lower synthesis.images or synthesis.group, or the batch of a step or of the evaluation"
 
 
 class Commands(click.Group):
@@ -37,9 +37,10 @@ class Commands(click.Group):
         except BrokenPipeError:
             raise  # what reads the output has gone: click ends quietly
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            click.echo(f"error: {_LESS}", err=True)
+            said = str(error).partition("\n")[0] or type(error).__name__
+            click.echo(f"error: out of memory ({said}); {_LESS_MEMORY}", err=True)
             ctx.exit(2)
         except OSError as error:
             if error.filename is None:
@@ -49,12 +50,6 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on", err=True)
             ctx.exit(INTERRUPTED)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether the machine or its accelerator is full; torch has no exception of its own for the former."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -126,13 +126,25 @@ def _headless(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights without those of the head, as timm configures it, and of what else of the head the module lacks."""
     named = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = [named] if isinstance(named, str) else list(named)
-    head, around = (tuple(f"{name}." for name in names) for names in (heads, {n.partition(".")[0] for n in heads}))
+    of_head = tuple(f"{name}." for name in heads)
+    beside_head = tuple(f"{name.partition('.')[0]}." for name in heads)
     lacks = state.keys() - module.state_dict().keys()
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if not (name.startswith(head) or (name in lacks and name.startswith(around)))
-    }
+    gone = {name for name in state if name.startswith(of_head)}
+    gone |= {name for name in lacks if name.startswith(beside_head)}
+    return {name: tensor for name, tensor in state.items() if name not in gone}
+
+
+def _check_tensors(own: dict[str, Tensor], state: dict[str, Tensor], where: str) -> None:
+    """Refuse codes where weights are wanted, and weights that are not finite."""
+    weights = {name: tensor for name, tensor in state.items() if name in own and own[name].is_floating_point()}
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            raise ModelError(
+                f"{where}: {name} is {str(tensor.dtype).removeprefix('torch.')}, not float32, float16 or bfloat16; "
+                "convert the weights first, with the scales they were stored with"
+            )
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise DataError(f"{where}: holds NaN or infinite weights, the first of them in {broken[0]}")
 
 
 def _load_weights(module: nn.Module, path: Path, where: str) -> None:
@@ -151,16 +163,7 @@ def _load_weights(module: nn.Module, path: Path, where: str) -> None:
         raise DataError(f"{where}: {path}: damaged, or not a safetensors file ({error})") from None
     if getattr(module, "num_classes", None) == 0:
         state = _headless(module, state)
-    own = module.state_dict()
-    for name in state.keys() & own.keys():
-        wanted, given = own[name].is_floating_point(), state[name].dtype
-        if wanted != given.is_floating_point or (given.itemsize == 1 and wanted):
-            raise ModelError(
-                f"{where}: {path}: {name} is {str(given).removeprefix('torch.')}, not float32, float16 or bfloat16; "
-                "convert the weights first, with the scales they were stored with"
-            )
-    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise DataError(f"{where}: {path}: holds NaN or infinite weights, the first of them in {broken[0]}")
+    _check_tensors(module.state_dict(), state, f"{where}: {path}")
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -13,7 +13,8 @@ from attrs import field, frozen, validators
 
 from spdfq import toml
 from spdfq.errors import RecipeError
-from spdfq.recipe import assign, digest, lay_over, locate, merge_parents
+from spdfq.recipe import assign, digest, locate, merge, merge_parents
+from spdfq.recipefile import lay_over
 from spdfq.structure import structure
 
 SCHEMA = 1
@@ -31,8 +32,8 @@ class Gap:
     """
 
     axis: str
-    floor: str | float
-    ceiling: str | float
+    floor: str | int | float | bool
+    ceiling: str | int | float | bool
 
 
 @frozen(kw_only=True)
@@ -199,7 +200,9 @@ class _Reader:
             return
         shown = {axis.name: [choice.shown for choice in axis.choices] for axis in axes}
         if gap.axis not in shown:
-            self.problems.append(f"gap.axis: there is no axis {gap.axis!r} in this file, but {', '.join(shown)}")
+            self.problems.append(
+                f"gap.axis: there is no axis {gap.axis!r} in this file, but {', '.join(shown) or 'none'}"
+            )
             return
         values = shown[gap.axis]
         self.problems += [
@@ -234,11 +237,19 @@ class _Reader:
             for choices, slug in zip(chosen, slugs, strict=True)
         )
 
+    def _laid_over(self, data: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+        """A part over the base: what the file itself says stays, where the part says nothing else of it."""
+        laid = lay_over(data, part)
+        for section, own in self.spec.base.items():
+            if section in part and _type(data.get(section)) == _type(part[section]):
+                laid[section] = merge(own, laid[section])
+        return laid
+
     def _applied(self, axes: tuple[Axis, ...], choices: tuple[Choice, ...], base: dict[str, Any]) -> dict[str, Any]:
         data = base
         for choice in choices:
             if choice.data is not None:
-                data = lay_over(data, choice.data)
+                data = self._laid_over(data, choice.data)
         data = copy.deepcopy(data)  # the parents' tables are shared by all combinations
         for axis, choice in zip(axes, choices, strict=True):
             if choice.data is None:
@@ -247,6 +258,11 @@ class _Reader:
                 except RecipeError as error:
                     self.problems += [f"keys.{problem.removeprefix('--set ')}" for problem in error.problems]
         return data
+
+
+def _type(content: Any) -> Any:
+    """The type that a section states, if any."""
+    return content.get("type") if isinstance(content, dict) else content
 
 
 def _flat(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

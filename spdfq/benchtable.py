@@ -86,7 +86,7 @@ def _closed(gap: Gap, rows: list[Row], values: Row) -> str:
     if not seeds:
         return ""
     floor, own, ceiling = (statistics.mean(each[seed] for seed in sorted(seeds)) for each in found)
-    return f"{(own - floor) / (ceiling - floor):.0%}" if ceiling > floor else ""
+    return f"{(own - floor) / (ceiling - floor):z.0%}" if ceiling > floor else ""
 
 
 def _top1(row: Row) -> float:

@@ -103,15 +103,6 @@ def check(spec: Any, teacher: Teacher) -> None:
         )
 
 
-def _refuse_beyond(classes: int, bank: Tensor, labels: Tensor) -> None:
-    for name, found in (("bank", bank), ("dataset", labels)):
-        if len(found) and int(found.max()) >= classes:
-            raise DataError(
-                f"evaluation.{name}: has label {int(found.max())}, but the other one's classes are 0 to {classes - 1}; "
-                "labels are positions in the list of classes, so both must have the same ones"
-            )
-
-
 def reference(teacher: Teacher, spec: Any, runtime: Runtime, folder: Path | None = None) -> Reference:
     """The full-precision model's features over an evaluation spec's dataset, and their neighbours in its bank.
 
@@ -171,3 +162,13 @@ def _answers(
     _refuse_beyond(classes, bank.labels, found.labels)
     votes = nearest_neighbours(found.logits, bank.logits, bank.labels, classes)
     return Reference(found.logits, votes, found.labels, found.damaged)
+
+
+def _refuse_beyond(classes: int, bank: Tensor, labels: Tensor) -> None:
+    """Refuse labels that are no positions in the list of classes."""
+    for name, found in (("bank", bank), ("dataset", labels)):
+        if len(found) and int(found.max()) >= classes:
+            raise DataError(
+                f"evaluation.{name}: has label {int(found.max())}, but the other one's classes are 0 to {classes - 1}; "
+                "labels are positions in the list of classes, so both must have the same ones"
+            )

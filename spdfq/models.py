@@ -10,7 +10,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from spdfq.architectures import build
-from spdfq.errors import ModelError
+from spdfq.errors import ModelError, is_out_of_memory
 from spdfq.recipe import ModelSpec
 
 
@@ -145,7 +145,7 @@ def _own_size(module: nn.Module) -> tuple[int, int]:
     raise ModelError(f"{type(module).__name__}: its input size is unknown; give Teacher(..., input_size=(C, H, W))")
 
 
-def _sides(spec: ModelSpec, module: nn.Module) -> tuple[int, int]:
+def _input_sides(spec: ModelSpec, module: nn.Module) -> tuple[int, int]:
     """Height and width of the input."""
     if spec.img_size is None:
         return _own_size(module)
@@ -157,6 +157,8 @@ def _try_size(spec: ModelSpec, module: nn.Module, size: tuple[int, int, int]) ->
     try:
         module(torch.zeros(1, *size))
     except Exception as error:  # each architecture has its own way to fail
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"model.img_size: {spec.name} cannot run on {size[1]}x{size[2]} pixels ({type(error).__name__}: "
             f"{str(error).strip().partition(chr(10))[0][:160]}); take another size, or leave it out"
@@ -180,7 +182,7 @@ def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
     spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
     module = build(spec, weights)
     config = resolve_model_data_config(module)
-    size = (config["input_size"][0], *_sides(spec, module))
+    size = (config["input_size"][0], *_input_sides(spec, module))
     if spec.img_size is not None:
         _try_size(spec, module.eval(), size)
     return Teacher(

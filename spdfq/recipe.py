@@ -9,7 +9,7 @@ from typing import Any, Literal
 from attrs import field, frozen, validators
 
 from spdfq.errors import RecipeError
-from spdfq.recipefile import assign, lay_over, locate, merge_parents, read, resolve, shipped
+from spdfq.recipefile import assign, locate, merge, merge_parents, read, resolve, shipped
 from spdfq.structure import component, component_list, structure, unstructure
 from spdfq.toml import dumps as to_toml
 
@@ -25,9 +25,9 @@ __all__ = [
     "RuntimeSpec",
     "assign",
     "digest",
-    "lay_over",
     "load_recipe",
     "locate",
+    "merge",
     "merge_parents",
     "read",
     "resolve",

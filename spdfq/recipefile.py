@@ -81,12 +81,14 @@ def merge_parents(data: dict[str, Any], beside: Path, chain: tuple[Path, ...] = 
 
 def lay_over(data: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     """Merge a part over others; its whole source of images or back-end replaces one that is there, lest they mix."""
-    kept = {
-        section: content
-        for section, content in data.items()
-        if not (section in _WHOLE and _WHOLE[section] in content and _WHOLE[section] in part.get(section, {}))
-    }
-    return merge(kept, part)
+    both = [section for section in _WHOLE if _is_whole(data, section) and _is_whole(part, section)]
+    return merge({section: content for section, content in data.items() if section not in both}, part)
+
+
+def _is_whole(data: dict[str, Any], section: str) -> bool:
+    """Whether a section is a component's name, or says what only a whole one does."""
+    content = data.get(section)
+    return isinstance(content, str) or (isinstance(content, dict) and _WHOLE[section] in content)
 
 
 def merge(parent: Any, child: Any, path: tuple[str, ...] = ()) -> Any:

@@ -215,7 +215,8 @@ def _noun(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return "an array"
+        items = typing.get_args(hint)
+        return "an array" if Ellipsis in items else f"an array of {len(items)} values"
     return _NOUNS.get(hint, str(hint))
 
 

@@ -140,6 +140,29 @@ def test_windows_padded_beyond_the_image_are_refused_and_say_which_sizes_are_not
         model(torch.randn(2, 3, 48, 48))
 
 
+def test_a_model_of_any_size_is_judged_by_the_images_it_is_given():
+    model = build("swin", strict_img_size=False)
+    with record_attention(model, {CLASS_ATTENTION}) as record:
+        model(torch.randn(2, 3, 64, 64))
+    assert record.grids == [(4, 4)] * 4
+
+
+@pytest.mark.parametrize(("inside", "outside", "grid"), [((32, 32), (24, 32), (4, 4)), ((32, 64), (32, 32), (4, 8))])
+def test_a_wrapper_that_resizes_to_another_shape_is_looked_through(inside, outside, grid):
+    class Resized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = build("vit", img_size=inside)
+
+        def forward(self, images):
+            return self.model(F.interpolate(images, inside))
+
+    model = Resized()
+    with record_attention(model, {CLASS_ATTENTION}) as record:
+        model(torch.randn(2, 3, *outside))
+    assert record.grids == [grid] * 2
+
+
 def test_padded_windows_that_a_model_multiplies_by_itself_are_refused():
     model = timm.create_model(
         "swinv2_tiny_window8_256", img_size=40, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2)

@@ -279,6 +279,28 @@ def test_a_widened_axis_or_a_changed_base_runs_what_is_missing_only(write, ran, 
     assert run_bench(write(), out=tmp_path / "out").reused == 0
 
 
+def test_what_the_base_itself_says_stays_where_a_part_says_nothing_else(tmp_path):
+    (tmp_path / "own.toml").write_text(
+        """
+        [base]
+        extends = ["quickstart"]
+        [base.synthesis]
+        group = 8
+        images = 16
+        [base.quantization]
+        gelu = { type = "uniform", bits = 8 }
+        [parents]
+        images = ["images/gaussian_noise", "images/spdfq"]
+        backend = ["backends/repq", "backends/blockwise"]
+        """
+    )
+    cells = {combination.slug: combination.data for combination in read_plan(str(tmp_path / "own.toml")).combinations}
+    assert all(data["quantization"]["gelu"]["bits"] == 8 for data in cells.values())
+    assert cells["spdfq-repq"]["synthesis"]["group"] == 8
+    assert cells["spdfq-repq"]["synthesis"]["images"] == 32  # which the part says
+    assert "group" not in cells["gaussian_noise-repq"]["synthesis"]
+
+
 def test_a_renamed_axis_keeps_its_results(write, ran, tmp_path):
     run_bench(write(), out=tmp_path / "out")
     result = run_bench(write(BENCH.replace("images = [", "source = [")), out=tmp_path / "out")

@@ -100,6 +100,14 @@ def test_a_gap_over_a_key_takes_its_values(tmp_path):
     assert plan(tmp_path, text).gap.ceiling == 8
 
 
+def test_a_gap_may_lie_between_no_and_yes(tmp_path):
+    text = BENCH.partition("[gap]")[0] + (
+        '[keys]\n"quantization.weights.symmetric" = [false, true]\n'
+        '[gap]\naxis = "quantization.weights.symmetric"\nfloor = false\nceiling = true\n'
+    )
+    assert "from False to True" in caption(plan(tmp_path, text), rows())
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

@@ -11,7 +11,7 @@ from tiny_backend import RUNTIME, back_end, images, quantized, teacher, teacher_
 from torch import nn
 
 from spdfq.backends import place, quantize, sensitivity
-from spdfq.backends.budget import Item, allocated, items, least
+from spdfq.backends.budget import Item, allocated, items, least_cost
 from spdfq.backends.knapsack import Choice, least_loss
 from spdfq.backends.sensitivity import bits_within
 from spdfq.errors import NonFiniteError, RecipeError
@@ -281,7 +281,7 @@ def test_a_budget_is_the_number_that_was_written(weights, bits):
 def test_the_least_that_can_be_reached_is_reached():
     for size, fixed in ((189, 6), (666048, 5), (1342080, 3)):
         counted, given = [Item(("a",), size), Item(("b",), 7)], {"b": fixed}
-        low = least(counted, Budget(weights=8.0), given) / (size + 7)
+        low = least_cost(counted, Budget(weights=8.0), given) / (size + 7)
         assert allocated(counted, Budget(weights=low), given, {}) == {"a": 2}
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import spdfq
 from spdfq import bench, features, pipeline
 from spdfq.checkpoint import save_quantized
-from spdfq.data import FashionMnist, ImageFolder
+from spdfq.data import FashionMnist, ImageFolder, LabelledImages
 from spdfq.errors import DataError, ModelError, RecipeError
 from spdfq.features import NEIGHBOURS, nearest_neighbours, similarity
 from spdfq.losses import AttentionPriorLoss, PatchSimilarityEntropyLoss, TotalVariationLoss
@@ -182,6 +182,14 @@ def test_images_that_are_in_the_bank_too_are_refused_whatever_the_two_are_called
         features.reference(own(), evolve(EVALUATION, bank=evolve(TEST, limit=7)), Runtime())
 
 
+def test_a_dataset_that_cannot_name_its_images_is_measured_all_the_same():
+    class Nameless(FashionMnist):
+        identities = LabelledImages.identities
+
+    found = features.reference(own(), evolve(EVALUATION, bank=Nameless(split="train", limit=60)), Runtime())
+    assert len(found.labels) == 40
+
+
 def test_a_bank_of_bare_numbers_has_the_classes_of_the_dataset():
     class Bare(FashionMnist):
         classes = None
@@ -194,8 +202,8 @@ def test_a_bank_of_bare_numbers_has_the_classes_of_the_dataset():
 
 @pytest.mark.parametrize("name", ["levit_128s", "caformer_s18"])
 def test_whole_weights_fit_a_backbone_whatever_else_their_head_holds(name, tmp_path):
-    whole = timm.create_model(name, num_classes=7)
-    save_file(whole.state_dict(), tmp_path / "whole.safetensors")
+    whole = timm.create_model(name, num_classes=7).half()
+    save_file({key: value.half() for key, value in whole.state_dict().items()}, tmp_path / "whole.safetensors")
     spec = ModelSpec(name=name, num_classes=0, checkpoint=str(tmp_path / "whole.safetensors"))
     assert load_teacher(spec).headless
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdfq.errors import RecipeError
-from spdfq.recipe import Recipe, digest, load_recipe, locate, resolve, shipped, to_toml
-from spdfq.recipefile import merge, whole
+from spdfq.recipe import Recipe, digest, load_recipe, locate, merge, resolve, shipped, to_toml
+from spdfq.recipefile import whole
 from spdfq.structure import structure
 
 OPTIMIZE = {
@@ -266,6 +266,13 @@ def test_merging(parent, child, merged):
 def test_a_whole_source_of_images_or_back_end_replaces_that_of_the_parents_before():
     alone, over = (load_recipe({"extends": parents}) for parents in (WHOLE, [*SPDFQ, *WHOLE]))
     assert over.to_dict() == alone.to_dict()
+
+
+def test_a_bare_name_is_a_whole_source_and_a_wrong_section_one_line(folder):
+    bare = folder("bare.toml", "synthesis = 'optimize'\n")
+    assert resolve({"extends": ["quickstart", "images/psaq_vit", str(bare)]})["synthesis"] == "optimize"
+    with pytest.raises(RecipeError, match="synthesis: expected"):
+        load_recipe({"extends": ["quickstart", str(folder("number.toml", "synthesis = 3\n"))]})
 
 
 def test_what_is_no_whole_source_or_back_end_merges(folder):

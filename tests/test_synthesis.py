@@ -339,9 +339,7 @@ def test_crops_without_labels_are_advised_against():
 def test_pruning_that_comes_too_late_is_said():
     pruned = {"losses": {"ce": CrossEntropyLoss()}, "sampler": WholeImageSampler()}
     late = OptimizedImages(**pruned, iterations=5, pruning=TokenPruning(at=(3, 5, 9)))
-    assert late.advice() == [
-        "pruning: leaves no patches out before iterations [5, 9], as there are only 5; lower at",
-    ]
+    assert late.advice() == ["pruning.at: [5, 9] is never reached in 5 iterations; lower it"]
     assert OptimizedImages(**pruned, iterations=10, pruning=TokenPruning(at=(3, 5, 9))).advice() == []
 
 

@@ -131,7 +131,8 @@ class _Recorder(AttentionMode):
         super().__init__()
         self.model, self.names, self.needs, self.rows, self.pruned = model, names, needs, rows, grid
         prefix, self.has_class = prefix_tokens(model)
-        self.patches: tuple[int, int] | None = None
+        self.patches = getattr(getattr(_trunk(model), "patch_embed", None), "grid_size", None)
+        self.resized = False
         self.record = AttentionRecord(prefix=prefix, has_class=self.has_class)
         self.batch = 0
         self.image: tuple[int, ...] = (1, 1)
@@ -144,16 +145,14 @@ class _Recorder(AttentionMode):
         self.softmaxes.clear()
         images = next(iter((*inputs, *named.values())))
         self.batch, self.image = len(images), tuple(getattr(images, "shape", ())[2:])
-        self.patches = self._patch_grid()
+        self.resized = self._is_resized()
         if len(self.image) != 2 or min(self.image) < _SMALLEST_IMAGE:
             self.image = (1, 1)
 
-    def _patch_grid(self) -> tuple[int, int] | None:
-        """What the model states, unless that is for images of another size, as models that take any size do."""
-        embed = getattr(_trunk(self.model), "patch_embed", None)
-        side = getattr(embed, "img_size", None)
-        other = isinstance(side, (tuple, list)) and len(self.image) == 2 and tuple(side) != self.image
-        return None if other else getattr(embed, "grid_size", None)
+    def _is_resized(self) -> bool:
+        """Whether the images are not of the size the model states, as those of models that take any size."""
+        stated = getattr(getattr(_trunk(self.model), "patch_embed", None), "img_size", None)
+        return isinstance(stated, (tuple, list)) and len(self.image) == 2 and tuple(stated) != self.image
 
     def end(self, *_: Any) -> None:
         self._refuse_unrecorded()
@@ -292,7 +291,7 @@ class _Recorder(AttentionMode):
             return self.pruned
         if stated := self._stated(name, tokens):
             return stated
-        if self.patches is None and (found := self._inferred(query, tokens)):
+        if (self.patches is None or self.resized) and (found := self._inferred(query, tokens)):
             return found
         expected = self.patches or self._window(name)
         layout = f"the {expected[0]}x{expected[1]} token grid" if expected else f"a {self._shape()} token grid"
@@ -305,11 +304,16 @@ class _Recorder(AttentionMode):
         return (size[0], size[1]) if isinstance(size, (tuple, list)) and len(size) == 2 else None
 
     def _refuse_padding(self, name: str, windows: Tensor) -> None:
-        """Windows that reach beyond the image hold tokens without pixels, which must not pass for the image's."""
+        """Windows that reach beyond the image hold tokens without pixels, which must not pass for the image's.
+
+        Seen where a block or the model states its token grid, and is given images of the size that is for (Swin).
+        """
         block = self.model.get_submodule(name.rpartition(".")[0])
         tokens = getattr(block, "input_resolution", self.patches)
         count = len(windows) // self.batch * windows.shape[-2]
-        if tokens is not None and len(windows) > self.batch and count > tokens[0] * tokens[1]:
+        if self.resized or tokens is None or len(windows) <= self.batch:
+            return
+        if count > tokens[0] * tokens[1]:
             raise ModelError(
                 f"{name}: its windows reach beyond the {tokens[0]}x{tokens[1]} tokens, with {count} in all; choose a "
                 "model.img_size whose token grid is a multiple of the window in every stage, or leave out the losses "

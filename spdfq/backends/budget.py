@@ -89,7 +89,7 @@ def _multiplications(model: QuantizedModel, example: Tensor) -> Counter[str]:
     return found
 
 
-def least(items: list[Item], budget: Budget, fixed: dict[str, int]) -> int:
+def least_cost(items: list[Item], budget: Budget, fixed: dict[str, int]) -> int:
     """What the items cost at least, in bits or bit operations; ``fixed`` sites have their bits."""
     smallest = min(budget.choices)
     return sum(item.size * prod(fixed.get(site, smallest) for site in item.sites) for item in items)
@@ -105,7 +105,7 @@ def check_budget(model: QuantizedModel, budget: Budget, fixed: dict[str, int], e
     key = "weights" if budget.weights is not None else "operations"
     if not any(site not in fixed for item in found for site in item.sites):
         raise RecipeError([f"quantization.budget: every site that {key} counts is in float or has bits of its own"])
-    if _allowed(found, budget) < (low := least(found, budget, fixed)):
+    if _allowed(found, budget) < (low := least_cost(found, budget, fixed)):
         lowest = ceil(Fraction(1000 * low, _total(found))) / 1000
         raise RecipeError([f"quantization.budget.{key}: {_limit(budget)} cannot be reached; the least is {lowest:.3f}"])
     return found
@@ -122,6 +122,7 @@ def _total(items: list[Item]) -> int:
 
 def _allowed(items: list[Item], budget: Budget) -> int:
     """What the items may cost, a whole number: of the budget as it is written, not as a binary fraction next to it."""
+    # a millionth of a bit: a budget printed with 16 digits from a cost is met by that cost
     return floor(Fraction(str(_limit(budget))) * _total(items) + Fraction(1, 10**6))
 
 

@@ -123,8 +123,10 @@ class Job:
     learner: Learner = field(init=False)
     activations: Activations = field(init=False)
     scaled: dict[str, Quantizer] = field(init=False)
+    path: Path | None = field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.path = self.calibration.state_file(f"{self.spec.name}-{self.call.name}")  # while the block is learned
         self.learner = self.spec.learner(self.model, self.call.name)
         self.activations = Activations(self.model, self.spec.drop)
         self.scaled = scaled_activations(self.model, f"{self.call.name}.") if self.spec.scale_lr else {}
@@ -145,8 +147,8 @@ class Job:
         else:
             self._learn(teacher.network, hidden, entering, target)
             finished.keep(changes)
-            if self._path:
-                self._path.unlink(missing_ok=True)
+            if self.path:
+                self.path.unlink(missing_ok=True)
         if self.spec.inputs == "quantized":
             with self.model.visiting(self.spec.deployed(self.model)):
                 student.leave(self.call, hidden)
@@ -192,18 +194,13 @@ class Job:
             take_step(optimizer, loss)
             if iteration % _CHECK_EVERY == _CHECK_EVERY - 1 or iteration == iterations - 1:
                 self._report(iteration, float(error.detach()), float(loss.detach()))
-                if self._path and time.monotonic() - saved >= SAVE_SECONDS:
+                if self.path and time.monotonic() - saved >= SAVE_SECONDS:
                     training.iteration, saved = iteration + 1, time.monotonic()
-                    training.save(self._path)
+                    training.save(self.path)
 
     @property
     def _purpose(self) -> tuple[str | int, ...]:
         return self.spec.name, self.calibration.index, self.call.name
-
-    @property
-    def _path(self) -> Path | None:
-        """Where the state of the block is kept while it is learned."""
-        return self.calibration.state_file(f"{self.spec.name}-{self.call.name}")
 
     def _training(self) -> Training:
         """What is learned of the block, as far as a killed run came."""
@@ -212,8 +209,8 @@ class Job:
         optimizer = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in groups if parameters])
         named = {f"learned.{index}": parameter for index, parameter in enumerate(self.learner.parameters)}
         training = Training({**named, **scales}, optimizer)
-        if self._path and self._path.exists():
-            training.restore(self._path)
+        if self.path and self.path.exists():
+            training.restore(self.path)
         return training
 
     def _report(self, iteration: int, error: float, loss: float) -> None:

@@ -70,7 +70,7 @@ def student_factory(teacher: Teacher, spec: Quantization, runtime: Runtime) -> C
 
     def make(images: Tensor) -> QuantizedStudent:
         model, done = place(teacher, spec), []
-        for index, step in enumerate(spec.steps):
+        for index, step in enumerate(student_section(spec).steps):
             _run(step, index, model, images, teacher, quiet)
             done.append((index, cast(Step, step)))
             if all(quantizer.frozen for quantizer in model.quantizers.values()):

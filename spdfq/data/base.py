@@ -53,8 +53,8 @@ class LabelledImages:
         raise TypeError(f"{type(self).__name__} does not define batches")
 
     def identities(self) -> Iterator[str]:
-        """A name of each image used that is the same in every dataset the image is in."""
-        raise TypeError(f"{type(self).__name__} does not define identities")
+        """A name of each image used that is the same in every dataset the image is in; none where that is unknown."""
+        return iter(())
 
     def fingerprint(self) -> str:
         """A hash of what the images are; results that depend on them are kept under it."""

@@ -109,7 +109,7 @@ class DecodedImages(LabelledImages):
         return hashlib.sha256(repr(listing).encode()).hexdigest()[:20]
 
     def identities(self) -> Iterator[str]:
-        """Where each image lies; see `LabelledImages.identities`."""
+        """Where each image lies, links to folders followed; see `LabelledImages.identities`."""
         folders: dict[Path, str] = {}
         for entry in self.used():
             file, *within = entry.place if isinstance(entry.place, tuple) else (entry.place,)

@@ -79,21 +79,14 @@ class OptimizedImages(Source):
 
     def advice(self) -> list[str]:
         """Combinations that run but are known to lose accuracy, to cost time for nothing, or to change nothing."""
-        unreached = [at for at in self.pruning.at if at >= self.iterations] if self.pruning else []
-        if unreached:
-            return [
-                f"pruning: leaves no patches out before iterations {unreached}, as there are only "
-                f"{self.iterations}; lower at",
-                *self._sampling_advice(),
-            ]
-        return self._sampling_advice()
-
-    def _sampling_advice(self) -> list[str]:
+        lines = []
+        if self.pruning and (late := [at for at in self.pruning.at if at >= self.iterations]):
+            lines.append(f"pruning.at: {late} is never reached in {self.iterations} iterations; lower it")
         if isinstance(self.sampler, MultiSemanticSampler) and isinstance(self.target, NoTarget):
-            return ["multi_semantic crops have no use without labels; set sampler = 'whole_image'"]
-        if isinstance(self.sampler, MultiSemanticSampler) and not isinstance(self.target, SoftLabelTarget):
-            return ["multi_semantic without soft labels is known to lose accuracy; set target = 'soft_label'"]
-        return []
+            lines.append("multi_semantic crops have no use without labels; set sampler = 'whole_image'")
+        elif isinstance(self.sampler, MultiSemanticSampler) and not isinstance(self.target, SoftLabelTarget):
+            lines.append("multi_semantic without soft labels is known to lose accuracy; set target = 'soft_label'")
+        return lines
 
     def check(self, teacher: Teacher) -> None:
         """Refuse what needs classes where the teacher has none, and attention that cannot be recorded or pruned."""
