@@ -75,7 +75,7 @@ flips = st.booleans() | st.tuples(st.booleans(), st.booleans())
 moves = st.builds(Move, flip=flips, shift=st.tuples(st.integers(-9, 9), st.integers(-9, 9)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(chain=st.lists(moves, max_size=3).map(tuple))
 def test_maps_with_a_token_for_each_pixel_go_exactly_where_the_images_go(chain):
     images = torch.arange(2 * 5 * 6.0).view(2, 1, 5, 6)
@@ -86,7 +86,7 @@ def test_maps_with_a_token_for_each_pixel_go_exactly_where_the_images_go(chain):
     assert torch.equal(followed(chain, images, (5, 6), nearest=True), moved)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(move=moves)
 def test_maps_between_tokens_are_interpolated_or_go_to_the_nearest_token(move):
     patch = 4

@@ -33,7 +33,7 @@ from spdfq.runtime import generator
 from spdfq.synth import Move
 
 PATCH = 4
-few = settings(deadline=None, max_examples=40)
+few = settings(deadline=None, max_examples=25)
 
 
 def random(*shape, seed=0, dtype=torch.float32):

@@ -9,7 +9,7 @@ from spdfq.errors import DataError
 from spdfq.quantizers.packing import pack, unpack
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.data(), st.integers(1, 8), st.lists(st.integers(0, 5), max_size=3))
 def test_codes_survive_at_exactly_their_width(data, bits, shape):
     count = torch.Size(shape).numel()

@@ -18,7 +18,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     prior=st.sampled_from(PRIORS),
     components=st.integers(1, 6),

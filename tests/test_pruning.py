@@ -165,7 +165,7 @@ def test_a_prior_covers_the_patches_that_are_left_and_sums_to_one_over_them():
 # resuming
 
 
-@pytest.mark.parametrize("iteration", [1, 2, 5, 9])
+@pytest.mark.parametrize("iteration", [2, 9])
 def test_a_pruned_run_resumes_to_the_bit(tmp_path, monkeypatch, iteration):
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     teacher = tiny_teacher()

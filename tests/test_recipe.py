@@ -467,7 +467,7 @@ def typed(value):
     return [typed(item) for item in value] if isinstance(value, list) else (type(value), value)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(data)
 def test_written_toml_reads_back_exactly(written):
     assert typed(tomllib.loads(to_toml(written))) == typed(written)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from spdfq.errors import SpdfqError
 from spdfq.synth import CropPlan, MultiSemanticSampler, WholeImageSampler
 
-few = settings(deadline=None, max_examples=60)
+few = settings(deadline=None, max_examples=30)
 SAMPLERS = st.builds(
     MultiSemanticSampler,
     st.integers(1, 4),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from spdfq.errors import SpdfqError
 from spdfq.synth import OneHotTarget, SoftLabelTarget
 
-few = settings(deadline=None, max_examples=60)
+few = settings(deadline=None, max_examples=30)
 TARGETS = [SoftLabelTarget(), OneHotTarget()]
 every_target = pytest.mark.parametrize("target", TARGETS, ids=["soft_label", "one_hot"])
 

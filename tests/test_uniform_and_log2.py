@@ -14,7 +14,7 @@ from spdfq.quantizers import (
     UniformQuantizer,
 )
 
-few = settings(deadline=None, max_examples=40)
+few = settings(deadline=None, max_examples=25)
 
 float32 = st.floats(-(2.0**100), 2.0**100, width=32)
 
