@@ -77,7 +77,7 @@ def _from_hub(name: str, options: dict[str, Any]) -> Any:
         return timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # timm, huggingface_hub, its HTTP client and safetensors each raise their own
         _built(name, options)  # a mistake in the options is told as such
-        reason = "it cannot be reached" if constants.HF_HUB_OFFLINE else _first_line(error)
+        reason = "it cannot be reached" if constants.HF_HUB_OFFLINE else first_line(error)
         raise ModelError(
             f"model.name: the weights of {name} could not be taken from the hub ({reason}); check the network, or give "
             "local ones: model.checkpoint = 'weights.safetensors'"
@@ -106,7 +106,7 @@ def _built(name: str, options: dict[str, Any]) -> Any:
         return timm.create_model(name, pretrained=False, **options)
     except Exception as error:  # what an architecture raises at arguments it cannot take is its own affair
         given = ", ".join(f"{key} = {value}" for key, value in options.items()) or "its own settings"
-        raise ModelError(f"model: timm cannot build {name} with {given} ({_first_line(error)})") from error
+        raise ModelError(f"model: timm cannot build {name} with {given} ({first_line(error)})") from error
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
@@ -118,7 +118,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong in somebody else's words, kept to one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 

@@ -9,7 +9,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from spdfq.architectures import build
+from spdfq.architectures import build, first_line
 from spdfq.errors import ModelError, is_out_of_memory
 from spdfq.recipe import ModelSpec
 
@@ -160,8 +160,8 @@ def _try_size(spec: ModelSpec, module: nn.Module, size: tuple[int, int, int]) ->
         if is_out_of_memory(error):
             raise
         raise ModelError(
-            f"model.img_size: {spec.name} cannot run on {size[1]}x{size[2]} pixels ({type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0][:160]}); take another size, or leave it out"
+            f"model.img_size: {spec.name} cannot run on {size[1]}x{size[2]} pixels ({first_line(error)}); take another "
+            "size, or leave it out"
         ) from None
 
 

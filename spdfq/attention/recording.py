@@ -309,11 +309,9 @@ class _Recorder(AttentionMode):
         Seen where a block or the model states its token grid, and is given images of the size that is for (Swin).
         """
         block = self.model.get_submodule(name.rpartition(".")[0])
-        tokens = getattr(block, "input_resolution", self.patches)
+        tokens = None if self.resized else getattr(block, "input_resolution", self.patches)
         count = len(windows) // self.batch * windows.shape[-2]
-        if self.resized or tokens is None or len(windows) <= self.batch:
-            return
-        if count > tokens[0] * tokens[1]:
+        if tokens is not None and len(windows) > self.batch and count > tokens[0] * tokens[1]:
             raise ModelError(
                 f"{name}: its windows reach beyond the {tokens[0]}x{tokens[1]} tokens, with {count} in all; choose a "
                 "model.img_size whose token grid is a multiple of the window in every stage, or leave out the losses "

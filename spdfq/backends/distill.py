@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -16,7 +15,7 @@ from spdfq.backends.blocks import BlockCall, block_calls, block_names
 from spdfq.backends.epochs import batch_rows, noise
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import SOFTMAX, WEIGHT, Visit, products
-from spdfq.backends.training import SAVE_SECONDS, Training, learning, take_step
+from spdfq.backends.training import SAVE_SECONDS, Training, adam, learning, take_step
 from spdfq.errors import ModelError, NonFiniteError, SpdfqError
 from spdfq.quantizers import learned_scales
 from spdfq.registry import steps
@@ -74,7 +73,7 @@ class Distill(Step):
             calibration.runtime.progress("distilling", self.iterations) as advance,
         ):
             own = dict(zip(scaled, scales, strict=True))
-            training = Training({**named, **own}, self._optimizer(named.values(), scales))
+            training = Training({**named, **own}, adam((list(named.values()), self.lr), (scales, self.scale_lr)))
             if path and path.exists():
                 training.restore(path)
             calls = block_calls(float_network, block_names(model), calibration.images[:1]) if self.features else []
@@ -85,10 +84,6 @@ class Distill(Step):
     def _parameters(self, model: QuantizedModel) -> dict[str, Tensor]:
         named: dict[str, Tensor] = dict(model.network.named_parameters())
         return named if self.learned == "all" else {name: named[name] for name in model.weight_names()}
-
-    def _optimizer(self, weights: Iterable[Tensor], scales: list[Tensor]) -> torch.optim.Adam:
-        groups = ((list(weights), self.lr), (scales, self.scale_lr))
-        return torch.optim.Adam([{"params": leaves, "lr": lr} for leaves, lr in groups if leaves])
 
     def loss(self, student: "Seen", teacher: "Seen") -> Tensor:
         """The sum of the weighted terms."""

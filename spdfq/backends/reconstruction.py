@@ -19,7 +19,7 @@ from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import WEIGHT, Visit
 from spdfq.backends.state import Finished
 from spdfq.backends.stream import Stream, rows
-from spdfq.backends.training import SAVE_SECONDS, Training, learning, take_step
+from spdfq.backends.training import SAVE_SECONDS, Training, adam, learning, take_step
 from spdfq.errors import NonFiniteError
 from spdfq.quantizers import Quantizer, learned_scales
 from spdfq.runtime import Advance
@@ -205,8 +205,7 @@ class Job:
     def _training(self) -> Training:
         """What is learned of the block, as far as a killed run came."""
         scales = {name: quantizer.tensors()["scale"] for name, quantizer in self.scaled.items()}
-        groups = ((self.learner.parameters, self.spec.lr), (list(scales.values()), self.spec.scale_lr))
-        optimizer = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in groups if parameters])
+        optimizer = adam((self.learner.parameters, self.spec.lr), (list(scales.values()), self.spec.scale_lr))
         named = {f"learned.{index}": parameter for index, parameter in enumerate(self.learner.parameters)}
         training = Training({**named, **scales}, optimizer)
         if self.path and self.path.exists():

@@ -38,6 +38,11 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
+def adam(*groups: tuple[list[Tensor], float]) -> torch.optim.Adam:
+    """Adam of the groups that hold anything, each with its learning rate."""
+    return torch.optim.Adam([{"params": leaves, "lr": lr} for leaves, lr in groups if leaves])
+
+
 @define(eq=False)
 class Training:
     """Tensors on their way under Adam, that can be stored and taken up again to the bit.
