@@ -23,7 +23,7 @@ def fractions(parts: int, device: torch.device) -> Tensor:
 def power(numerator: Tensor, table: Tensor) -> Tensor:
     """``2 ** (-numerator / len(table))`` for whole numbers, by the table of fractions and an exact power of two."""
     octaves = torch.exp2(-(numerator // len(table)).float())
-    return octaves * table[numerator % len(table)]
+    return octaves * table.take(numerator % len(table))
 
 
 @frozen(eq=False)
