@@ -3,8 +3,9 @@
 At the size of ViT-S with 256 patches, for a group of 32 images and 12 blocks: patch similarity entropy beside a
 broadcast cosine and the whole kernel density tensor, and head similarity beside a broadcast of all pairs of maps. Time:
 the two ways take turns block by block in one process, so that a busy machine slows both. Memory (on Linux): each way
-runs all blocks in a process of its own; what counts is by how much its peak exceeds what was there before. Where the
-direct way would not fit into memory, its peak follows from those of one and two blocks, since each block adds the same.
+runs all blocks in a process of its own; what counts is by how much its peak exceeds what was there before, less the
+gradients that either way has to give. Where the direct way would not fit into memory, its peak follows from those of
+one and two blocks, since each block adds the same.
 """
 
 import argparse
@@ -143,7 +144,10 @@ def memory(loss: str, size: Size) -> dict[str, Any]:
         direct = peak(loss, "direct", size)
     elif size.blocks > 1:
         direct = one + (size.blocks - 1) * (peak(loss, "direct", evolve(size, blocks=2)) - one)
+    gradients = size.blocks * sum(tensor.nbytes for tensor in operands(loss, 0, size)) / 2**20
+    ours, direct = ours - gradients, direct - gradients
     return {
+        "gradients_mib": round(gradients, 1),
         "ours_mib": round(ours, 1),
         "direct_mib": round(direct, 1),
         "direct_extrapolated_from_two_blocks": not fits,
