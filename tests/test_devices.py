@@ -18,11 +18,17 @@ from spdfq.runtime import Runtime
 DEVICES = ["simulated"]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
-PARTS_OF_OTHERS = {"images/psaq_vit_v2", "backends/plus"}
+PARTS_OF_OTHERS = {
+    "images/psaq_vit_v2",
+    "images/spdfq_psaq",
+    "images/spdfq_swin",
+    "backends/plus",
+    "backends/three_stage",
+}
 IMAGES = [name for name in shipped() if name.startswith("images/") and "real" not in name]
 BACKENDS = [name for name in shipped() if name.startswith("backends/")]
 IMAGES, BACKENDS = ([name for name in names if name not in PARTS_OF_OTHERS] for names in (IMAGES, BACKENDS))
-WINDOWED = ["images/spdfq_swin", "images/psaq_vit", "images/mimiq"]
+WINDOWED = ["images/spdfq_swin", "images/psaq_vit"]
 
 
 def teacher(architecture="vit"):
