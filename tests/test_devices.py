@@ -9,7 +9,6 @@ from tiny import build
 
 from spdfq.api import make_images
 from spdfq.backends import quantize
-from spdfq.backends.model import QuantizedModel
 from spdfq.models import Teacher
 from spdfq.recipe import load_recipe, shipped
 from spdfq.registry import observers, quantizers
@@ -25,9 +24,10 @@ PARTS_OF_OTHERS = {
     "backends/plus",
     "backends/three_stage",
 }
-IMAGES = [name for name in shipped() if name.startswith("images/") and "real" not in name]
-BACKENDS = [name for name in shipped() if name.startswith("backends/")]
-IMAGES, BACKENDS = ([name for name in names if name not in PARTS_OF_OTHERS] for names in (IMAGES, BACKENDS))
+IMAGES, BACKENDS = (
+    [name for name in shipped() if name.startswith(kind) and name not in PARTS_OF_OTHERS and "real" not in name]
+    for kind in ("images/", "backends/")
+)
 WINDOWED = ["images/spdfq_swin", "images/psaq_vit"]
 
 
@@ -123,7 +123,7 @@ def test_a_model_is_quantized_where_it_is(name, architecture, elsewhere, monkeyp
     chosen, images = recipe("images/gaussian_noise", name), torch.randn(2, 3, 32, 32)
 
     def work(teacher, runtime):
-        model: QuantizedModel = quantize(teacher, images, chosen.quantization, runtime)
+        model = quantize(teacher, images, chosen.quantization, runtime)
         with torch.no_grad():
             return model(images.to(runtime.device)).cpu()
 
