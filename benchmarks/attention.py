@@ -5,6 +5,7 @@ turns, so that a busy machine slows both; the ratio is that of their fastest rep
 """
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from spdfq.attention import explicit_attention
 
 TOKENS, HEAD_DIMS, BATCH, WIDTH = (50, 65, 82, 101, 145, 197, 257), (32, 64), 32, 192
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def fused_attention(query, key, value, mask, scale):
@@ -26,17 +28,17 @@ def fused_attention(query, key, value, mask, scale):
 WAYS = {"explicit": explicit_attention, "fused": fused_attention}
 
 
-def measure(tokens: int, head_dim: int, repetitions: int, device: str) -> dict:
-    shape = (BATCH, WIDTH // head_dim, tokens, head_dim)
-    operands = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
-    gradient = torch.randn(shape, device=device)
+def measure(dtype: str, tokens: int, head_dim: int, repetitions: int, device: str) -> dict:
+    shape, kind = (BATCH, WIDTH // head_dim, tokens, head_dim), DTYPES[dtype]
+    operands = [torch.randn(shape, device=device, dtype=kind, requires_grad=True) for _ in range(3)]
+    gradient = torch.randn(shape, device=device, dtype=kind)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(repetitions):
         for way, function in WAYS.items():
             seconds[way].append(timed(function, operands, gradient))
     fastest = {f"{way}_ms": round(1e3 * min(values), 3) for way, values in seconds.items()}
     ratio = round(fastest["fused_ms"] / fastest["explicit_ms"], 3)
-    return {"tokens": tokens, "head_dim": head_dim, **fastest, "fused_over_explicit": ratio}
+    return {"dtype": dtype, "tokens": tokens, "head_dim": head_dim, **fastest, "fused_over_explicit": ratio}
 
 
 def timed(function, operands, gradient) -> float:
@@ -76,6 +78,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--out", type=Path, help="write JSON here, for example benchmarks/results/attention.json")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -83,10 +86,9 @@ def main() -> None:
     about = {**machine(arguments.device), "batch": BATCH, "width": WIDTH, "repetitions": arguments.repetitions}
     print(json.dumps(about))
     rows = []
-    for tokens in TOKENS:
-        for head_dim in HEAD_DIMS:
-            rows.append(measure(tokens, head_dim, arguments.repetitions, arguments.device))
-            print(json.dumps(rows[-1]), flush=True)
+    for case in itertools.product(arguments.dtypes, TOKENS, HEAD_DIMS):
+        rows.append(measure(*case, arguments.repetitions, arguments.device))
+        print(json.dumps(rows[-1]), flush=True)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")

@@ -365,6 +365,17 @@ def test_the_explicit_and_the_fused_way_agree(mask):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "tokens", "explicit"),
+    [(torch.float32, 65, True), (torch.float32, 66, False), (torch.bfloat16, 200, True), (torch.bfloat16, 201, False)],
+)
+def test_few_tokens_are_explicit_products_on_a_cpu_more_in_bfloat16(dtype, tokens, explicit):
+    query = torch.randn(1, 1, tokens, 8, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    output = attend(query, query, query, None, 0.3)
+    assert output.dtype == dtype
+    assert ("ScaledDotProduct" in output.grad_fn.name()) is not explicit
+
+
+@pytest.mark.parametrize(
     "options", [{"is_causal": True}, {"enable_gqa": True}, {"scale": 0.1}, {"is_causal": True, "scale": 2.0}]
 )
 def test_every_option_of_a_tapped_call_is_honoured(options):

@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 
 from spdfq.errors import ModelError
 
-# queries x keys up to which explicit products keep up with the fused kernel on a CPU, forward and backward:
-# benchmarks/attention.py
-_EXPLICIT_LIMIT_CPU = 64 * 64
+# queries x keys up to which explicit products keep up with the fused kernel on a CPU, forward and backward; the fused
+# one is slow there in bfloat16: benchmarks/attention.py
+_EXPLICIT_LIMIT_CPU = 65 * 65
+_EXPLICIT_LIMIT_CPU_BFLOAT16 = 200 * 200
 SOFTMAX_FUNCTIONS = frozenset({torch.softmax, Tensor.softmax, F.softmax})
 PRODUCT_FUNCTIONS = frozenset(
     {torch.matmul, torch.linalg.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum}
@@ -88,7 +89,8 @@ def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention output by the faster way: explicit products for few tokens on a CPU, the fused kernel elsewhere."""
-    few = query.shape[-2] * key.shape[-2] <= _EXPLICIT_LIMIT_CPU
+    limit = _EXPLICIT_LIMIT_CPU_BFLOAT16 if query.dtype == torch.bfloat16 else _EXPLICIT_LIMIT_CPU
+    few = query.shape[-2] * key.shape[-2] <= limit
     if query.device.type == "cpu" and few:
         return explicit_attention(query, key, value, mask, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
