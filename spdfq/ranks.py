@@ -1,5 +1,6 @@
 """Several processes on one recipe (torchrun): who does what, and what one tells the others."""
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -73,6 +74,16 @@ def join() -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=_PATIENCE)
+        # gloo's threads outlive the interpreter otherwise, and now and then abort a process that has done its work
+        atexit.register(_leave)
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def _leave() -> None:
+    """End the group, if it has not ended."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

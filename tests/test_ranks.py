@@ -1,11 +1,14 @@
 """Two processes on one recipe give what one gives."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from spdfq.ranks import Ranks, join
@@ -54,6 +57,27 @@ def test_every_item_is_done_by_one_process(count):
     shares = [Ranks(rank, count).share(items) for rank in range(count)]
     assert sorted(item for share in shares for item in share) == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_group_ends_before_the_interpreter_does(monkeypatch):
+    """Without it gloo's threads now and then aborted a process that had done its work (pytorch/pytorch#179291)."""
+    at_exit = []
+    begin = partial(dist.init_process_group, store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(dist, "init_process_group", begin)
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    try:
+        join()
+        assert dist.is_initialized()
+        join()
+        (leave,) = at_exit
+        leave()
+        assert not dist.is_initialized()
+        leave()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch):
