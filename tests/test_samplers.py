@@ -153,6 +153,22 @@ def test_crops_are_due_every_so_many_iterations():
     assert [iteration for iteration in range(8) if plan.due(iteration)] == [0, 3, 6]
 
 
+@pytest.mark.parametrize("layout", ["cells", "split"])
+def test_boxes_drawn_anew_keep_the_number_of_crops_and_their_classes(layout):
+    sampler = MultiSemanticSampler(layout=layout, every=2, redraw=3)
+    plan = sampler.sample(8, (12, 20), 7, seeded(2))
+    again, same = (sampler.redrawn(plan, (12, 20), seeded(seed)) for seed in (3, 3))
+    assert torch.equal(again.owners, plan.owners)
+    assert torch.equal(again.labels, plan.labels)
+    assert (again.every, again.redraw) == (2, 3)
+    assert torch.equal(again.boxes, same.boxes)
+    assert not torch.equal(again.boxes, plan.boxes)
+    images = random(8, 3, 12, 20)
+    plan.views(images, (8, 8))
+    expected = torch.stack(list(slices(again, images, (8, 8))))
+    assert torch.allclose(again.views(images, (8, 8)), expected), "no map of the old boxes is left"
+
+
 def test_an_image_shows_the_classes_of_all_its_crops():
     plan = CropPlan(
         boxes=torch.tensor([[0, 0, 2, 2]] * 4), owners=torch.tensor([0, 0, 0, 2]), labels=torch.tensor([1, 3, 1, 0])
@@ -167,7 +183,9 @@ def test_images_too_small_to_cut_are_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_patches": 0}, {"max_patches": 5}, {"layout": "free"}, {"jitter": 0.4}, {"every": 0}], ids=str
+    "wrong",
+    [{"max_patches": 0}, {"max_patches": 5}, {"layout": "free"}, {"jitter": 0.4}, {"every": 0}, {"redraw": -1}],
+    ids=str,
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):

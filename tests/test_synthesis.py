@@ -154,6 +154,23 @@ def test_crops_that_are_not_due_are_not_forwarded():
     assert sizes == [2 + len(group.plan.boxes), 2] * 2
 
 
+def test_crops_are_drawn_anew_every_so_many_iterations_whatever_came_before():
+    spec = recipe(sampler=MultiSemanticSampler(redraw=2))
+    group = Group(spec, tiny_teacher(), RUNTIME, 0, 4)
+    boxes = []
+    for iteration in range(6):
+        group._forward(iteration)
+        boxes.append(group.plan.boxes)
+    assert all(torch.equal(boxes[first], boxes[first + 1]) for first in (0, 2, 4))
+    assert not torch.equal(boxes[0], boxes[2])
+    assert not torch.equal(boxes[2], boxes[4])
+    resumed = Group(spec, tiny_teacher(), RUNTIME, 0, 4)
+    resumed._forward(5)
+    assert torch.equal(resumed.plan.boxes, boxes[5])
+    result = spec.synthesize(tiny_teacher(), RUNTIME)
+    assert not torch.equal(result.boxes, group.plan.boxes), "those of the last iteration are shown"
+
+
 def test_the_prior_follows_roll_and_flip():
     # with moves of whole patches, alignment to a prior that follows is alignment of the unmoved image
     class Still(nn.Module):

@@ -52,6 +52,7 @@ class Group:
         self.size: tuple[int, int] = teacher.input_size[1:]
         self.columns = (*spec.losses, *OWN_COLUMNS)
         self.kept: dict[Any, Any] = {}
+        self.turn = 0
         self.plan: CropPlan = spec.sampler.sample(count, self.size, teacher.num_classes, self.generator("sampler"))
         self.labels: Tensor | None = None
         self.targets: Tensor | None = None
@@ -140,6 +141,7 @@ class Group:
     def _forward(self, iteration: int) -> LossInputs:
         """A pass of the teacher over the augmented images and, where they are due, the crops; and of the student."""
         images, changes, tokens = self._seen(iteration)
+        self._redraw(iteration)
         crops = self.plan.views(self.state.images, self.size) if self.plan.due(iteration) else None
         logits, record = self.passes.recorded(images, crops, self.spec.needs, tokens)
         inputs = self._inputs(images, logits, record, iteration, changes, tokens)
@@ -147,6 +149,13 @@ class Group:
             student = self.rival.ready(self.state.images, iteration)
             inputs.student_logits, inputs.student_attention = self._answer(student, images, tokens)
         return inputs
+
+    def _redraw(self, iteration: int) -> None:
+        """The crops of this iteration, where they do not stay what they were."""
+        turn = iteration // self.plan.redraw if self.plan.redraw else 0
+        if turn != self.turn:
+            self.turn = turn
+            self.plan = self.spec.sampler.redrawn(self.plan, self.size, self.generator("sampler", turn))
 
     def _seen(self, iteration: int) -> tuple[Tensor, tuple[Change, ...], Tensor | None]:
         """The images as they are, augmented for an iteration, how, and the patch tokens that take part."""
@@ -221,6 +230,7 @@ class Group:
         result = SyntheticImages(
             images=self.state.images.detach().cpu(), curves=self.state.curve.cpu().unsqueeze(0), columns=self.columns
         )
+        self._redraw(self.spec.iterations - 1)
         if self.labels is not None:
             result.boxes, result.owners, result.labels = self.plan.boxes, self.plan.owners, self.plan.labels
         priors = {name: loss for name, loss in self.spec.losses.items() if isinstance(loss, AttentionPriorLoss)}

@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal, get_args
 
 import torch
-from attrs import define, field, frozen, validators
+from attrs import define, evolve, field, frozen, validators
 from torch import Tensor
 
 from spdfq.errors import SpdfqError
@@ -23,12 +23,14 @@ class CropPlan:
         owners: ``[M]`` image of each region.
         labels: ``[M]`` class of each region.
         every: the regions are forwarded as views of their own every so many iterations; 0 is never.
+        redraw: their boxes are drawn anew every so many iterations; 0 is never.
     """
 
     boxes: Tensor
     owners: Tensor
     labels: Tensor
     every: int = 1
+    redraw: int = 0
     _maps: dict = field(factory=dict, init=False, repr=False)
 
     def due(self, iteration: int) -> bool:
@@ -109,6 +111,8 @@ class MultiSemanticSampler:
             patches tile it (unpublished).
         jitter: how far, in sides of what is cut, a cut may lie from the middle (unpublished).
         every: forward the crops every so many iterations (unpublished).
+        redraw: draw where the patches of an image are anew every so many iterations, their number and classes kept; 0
+            keeps them for the whole run (unpublished).
     """
 
     needs_classes: ClassVar[bool] = True
@@ -117,6 +121,7 @@ class MultiSemanticSampler:
     layout: Layout = field(default="cells", validator=validators.in_(get_args(Layout)), kw_only=True)
     jitter: float = field(default=0.1, validator=[validators.ge(0.0), validators.le(0.3)], kw_only=True)
     every: int = field(default=1, validator=validators.ge(1), kw_only=True)
+    redraw: int = field(default=0, validator=validators.ge(0), kw_only=True)
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """Draw a plan for ``count`` images of ``size`` pixels, ``num_classes`` classes to choose from.
@@ -130,12 +135,26 @@ class MultiSemanticSampler:
         owners: list[int] = []
         for image in range(count):
             patches = int(torch.randint(1, self.max_patches + 1, (), generator=generator))
-            draw = self._cells if self.layout == "cells" else self._parts
-            chosen = draw(patches, size, generator)
-            boxes += chosen
-            owners += [image] * len(chosen)
+            boxes += self._boxes(patches, size, generator)
+            owners += [image] * patches
         labels = torch.randint(num_classes, (len(boxes),), generator=generator)
-        return CropPlan(boxes=torch.tensor(boxes), owners=torch.tensor(owners), labels=labels, every=self.every)
+        return CropPlan(
+            boxes=torch.tensor(boxes),
+            owners=torch.tensor(owners),
+            labels=labels,
+            every=self.every,
+            redraw=self.redraw,
+        )
+
+    def redrawn(self, plan: CropPlan, size: tuple[int, int], generator: torch.Generator) -> CropPlan:
+        """A plan of `sample` with other boxes: as many in each image, of the same classes."""
+        counts = torch.bincount(plan.owners).tolist()
+        boxes = [box for patches in counts for box in self._boxes(patches, size, generator)]
+        return evolve(plan, boxes=torch.tensor(boxes))
+
+    def _boxes(self, patches: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
+        draw = self._cells if self.layout == "cells" else self._parts
+        return draw(patches, size, generator)
 
     def _cells(self, patches: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
         y, x = (self._cut(side, generator) for side in size)
