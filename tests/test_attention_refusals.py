@@ -133,9 +133,7 @@ def mixed(name):
 @pytest.mark.parametrize("needs", [{CLASS_ATTENTION}, {ATTENTION_OUTPUTS}], ids=str)
 def test_windows_padded_beyond_the_image_are_refused_and_say_which_sizes_are_not(needs):
     model = build("swin", img_size=48)  # 12x12 tokens are whole windows of 4x4, the second stage's 6x6 are not
-    expected = (
-        r"^layers\.1\.blocks\.0\.attn: its windows reach beyond the 6x6 tokens, with 64 in all; choose a model\.img"
-    )
+    expected = r"^layers\.1\.blocks\.0\.attn: its windows reach beyond the 6x6 tokens; choose a model\.img"
     with pytest.raises(ModelError, match=expected), record_attention(model, needs):
         model(torch.randn(2, 3, 48, 48))
 
@@ -163,12 +161,44 @@ def test_a_wrapper_that_resizes_to_another_shape_is_looked_through(inside, outsi
     assert record.grids == [grid] * 2
 
 
-def test_padded_windows_that_a_model_multiplies_by_itself_are_refused():
-    model = timm.create_model(
-        "swinv2_tiny_window8_256", img_size=40, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2)
-    ).eval()
-    with pytest.raises(ModelError, match=r"reach beyond the 10x10 tokens, with 144 in all"), record_attention(model):
-        model(torch.randn(2, 3, 40, 40))
+WINDOWED = {
+    "swinv2_tiny_window8_256": {"window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)},
+    "tiny_vit_5m_224": {
+        "embed_dims": (16, 16, 16),
+        "depths": (1, 1, 1),
+        "num_heads": (2, 2, 2),
+        "window_sizes": (4, 4, 4),
+    },
+    "sam2_hiera_tiny": {
+        "q_pool": 1,
+        "embed_dim": 16,
+        "num_heads": 1,
+        "stages": (1, 2),
+        "window_spec": (4, 4),
+        "global_att_blocks": (),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "padded", "whole", "said"),
+    [
+        ("swinv2_tiny_window8_256", 40, 64, r"layers\.0\.blocks\.0\.attn: its windows reach beyond the 10x10 tokens"),
+        ("tiny_vit_5m_224", 80, 64, r"stages\.1\.blocks\.0\.attn: its windows reach beyond the 10x10 tokens"),
+        ("sam2_hiera_tiny", 48, 64, r"blocks\.2\.attn: its windows reach beyond the 6x6 tokens"),
+    ],
+)
+def test_padded_windows_are_refused_whatever_the_model_states(name, padded, whole, said):
+    def run(side):
+        sized = {"img_size": side} if name.startswith("swin") else {}
+        model = timm.create_model(name, **sized, **WINDOWED[name]).eval()
+        with record_attention(model) as record:
+            model(torch.randn(2, 3, side, side))
+        return record
+
+    with pytest.raises(ModelError, match=said):
+        run(padded)
+    assert len(run(whole).names) >= 2
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch.nn.functional as F
 from attrs import define, field
 from torch import Tensor, nn
 
@@ -139,10 +140,12 @@ class _Recorder(AttentionMode):
         self.serials = itertools.count()
         self.softmaxes: dict[int, str] = {}
         self.multiplies: str | None = None
+        self.padded: dict[str, str] = {}
 
     def begin(self, _: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
         self.record.clear()
         self.softmaxes.clear()
+        self.padded.clear()
         images = next(iter((*inputs, *named.values())))
         self.batch, self.image = len(images), tuple(getattr(images, "shape", ())[2:])
         self.resized = self._is_resized()
@@ -169,6 +172,8 @@ class _Recorder(AttentionMode):
         if func in SOFTMAX_FUNCTIONS and result.ndim > 2 and not self._pools():
             over_keys = kwargs.get("dim", (*args, None, None)[1]) in (-1, result.ndim - 1)
             self._open(result, over_keys)
+        elif func is F.pad and result.ndim == 4 and result.shape != args[0].shape:
+            self.padded[self._name()] = "x".join(map(str, args[0].shape[1:3]))
         elif func in PRODUCT_FUNCTIONS and args and not self._pools():
             self._close(args[0], result)
         return result
@@ -219,7 +224,7 @@ class _Recorder(AttentionMode):
         name, kept, patches = self._name(), self._kept(probabilities), slice(self.record.prefix, None)
         if QUERIES_AND_KEYS in self.needs:
             raise ModelError(f"{name}: multiplies its queries and keys by itself; {_REMEDY}")
-        self._refuse_padding(name, probabilities)
+        self._refuse_padding(name)
         grid = self._stated(name, probabilities.shape[-1] - self.record.prefix)
         assert grid is not None
         self.record.grids.append(grid)
@@ -256,7 +261,7 @@ class _Recorder(AttentionMode):
     def _note(self, query: Tensor, key: Tensor) -> None:
         name = self._name()
         self.record.grids.append(self._grid(name, query, key))
-        self._refuse_padding(name, query)
+        self._refuse_padding(name)
         self.record.names.append(name)
         if QUERIES_AND_KEYS in self.needs:
             kept = self._kept(query)
@@ -303,19 +308,12 @@ class _Recorder(AttentionMode):
         size = getattr(self.model.get_submodule(name), "window_size", None)
         return (size[0], size[1]) if isinstance(size, (tuple, list)) and len(size) == 2 else None
 
-    def _refuse_padding(self, name: str, windows: Tensor) -> None:
-        """Windows that reach beyond the image hold tokens without pixels, which must not pass for the image's.
-
-        Seen where a block or the model states its token grid, and is given images of the size that is for (Swin).
-        """
-        block = self.model.get_submodule(name.rpartition(".")[0])
-        tokens = None if self.resized else getattr(block, "input_resolution", self.patches)
-        count = len(windows) // self.batch * windows.shape[-2]
-        if tokens is not None and len(windows) > self.batch and count > tokens[0] * tokens[1]:
+    def _refuse_padding(self, name: str) -> None:
+        """Windows that reach beyond the image hold tokens without pixels, which must not pass for the image's."""
+        if tokens := self.padded.get(name.rpartition(".")[0]):
             raise ModelError(
-                f"{name}: its windows reach beyond the {tokens[0]}x{tokens[1]} tokens, with {count} in all; choose a "
-                "model.img_size whose token grid is a multiple of the window in every stage, or leave out the losses "
-                "that need attention"
+                f"{name}: its windows reach beyond the {tokens} tokens; choose a model.img_size whose token grid is a "
+                "multiple of the window in every stage, or leave out the losses that need attention"
             )
 
     def _stated(self, name: str, tokens: int) -> tuple[int, int] | None:
