@@ -318,6 +318,7 @@ def test_a_cell_whose_folder_is_gone_is_run_again(write, ran, tmp_path):
 
 
 def test_a_row_of_another_precision_is_not_kept(write, ran, tmp_path, monkeypatch):
+    monkeypatch.setattr("spdfq.runtime._fast_bfloat16", lambda device: False)
     run_bench(write(), out=tmp_path / "out")
     monkeypatch.setattr("spdfq.runtime._fast_bfloat16", lambda device: True)
     assert run_bench(write(), out=tmp_path / "out").reused == 0
