@@ -23,6 +23,7 @@ from spdfq.checkpoint import save_quantized
 from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.pipeline import check, evaluate_run, run
 from spdfq.recipe import digest, load_recipe
+from spdfq.runtime import pick_precision
 from spdfq.store import lock_folder
 from spdfq.synth import SyntheticImages, loop
 from spdfq.zoo import data_file
@@ -126,7 +127,8 @@ def test_run_json_says_what_was_run_and_what_came_of_it(finished, recipe):
     assert record["images"] == {"type": "optimize", "count": IMAGES, "damaged": []}
     steps = ["calibrate", "blockwise"]
     assert record["backend"] == {"label": "W4A4", "placement": "matmul_inputs", "steps": steps}
-    assert (record["device"], record["precision"], record["threads"], record["seed"]) == ("cpu", "float32", 1, 0)
+    assert (record["device"], record["threads"], record["seed"]) == ("cpu", 1, 0)
+    assert record["precision"] == pick_precision("auto", torch.device("cpu"))
     assert record["versions"]["torch"] == torch.__version__
 
 
