@@ -128,13 +128,23 @@ def least_error(candidates: list[Range], samples: Tensor, quantizer: "Quantizer"
     return lows, highs
 
 
-def percentile(ordered: Tensor, fraction: float) -> Tensor:
-    """The quantile ``[C]`` of ascending rows ``[C, n]``, linear between neighbours."""
-    # torch.quantile refuses more than 2**24 values, and would sort again for each candidate
-    position = fraction * (ordered.shape[1] - 1)
-    below = int(position)
-    above = min(below + 1, ordered.shape[1] - 1)
-    return ordered[:, below].lerp(ordered[:, above], position - below)
+def percentiles(samples: Tensor, fractions: tuple[float, ...]) -> list[Range]:
+    """For each p the quantiles 1 - p and p ``[C]`` of rows ``[C, n]``, linear between neighbours; p is above 0.5.
+
+    Only both ends of a row are sorted, as far as the smallest p reaches; torch.quantile refuses more than 2**24 values.
+    """
+    last = samples.shape[1] - 1
+    reach = min(int((1 - min(fractions)) * last) + 3, last + 1)
+    lowest = samples.topk(reach, largest=False).values
+    highest = samples.topk(reach).values.flip(1)
+
+    def quantile(end: Tensor, first: int, fraction: float) -> Tensor:
+        position = fraction * last
+        below = int(position)
+        above = min(below + 1, last)
+        return end[:, below - first].lerp(end[:, above - first], position - below)
+
+    return [(quantile(lowest, 0, 1 - p), quantile(highest, last + 1 - reach, p)) for p in fractions]
 
 
 @observers.register("minmax")
@@ -204,9 +214,7 @@ class PercentileMseObserver(Observer):
 
     def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
         """The best candidate of each row of ``samples`` ``[C, n]``."""
-        ordered = samples.sort(dim=1).values
-        candidates = [(percentile(ordered, 1 - p), percentile(ordered, p)) for p in self.percentiles]
-        return least_error(candidates, samples, quantizer)
+        return least_error(percentiles(samples, self.percentiles), samples, quantizer)
 
 
 def check_steps(_: Any, attribute: "Attribute[int]", value: int) -> None:
