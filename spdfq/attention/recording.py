@@ -172,7 +172,7 @@ class _Recorder(AttentionMode):
         if func in SOFTMAX_FUNCTIONS and result.ndim > 2 and not self._pools():
             over_keys = kwargs.get("dim", (*args, None, None)[1]) in (-1, result.ndim - 1)
             self._open(result, over_keys)
-        elif func is F.pad and result.ndim == 4 and result.shape != args[0].shape:
+        elif func is F.pad and args and result.ndim == 4 and result.shape != args[0].shape:
             self.padded[self._name()] = "x".join(map(str, args[0].shape[1:3]))
         elif func in PRODUCT_FUNCTIONS and args and not self._pools():
             self._close(args[0], result)
