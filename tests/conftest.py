@@ -1,9 +1,47 @@
-"""What every test shares: no network, and one thread, so that results do not depend on the machine."""
+"""What tests share: no network, one thread and no store of one's own, so that results do not depend on the machine."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ.pop("SPDFQ_STORE", None)
 
+import pytest
 import torch
+from attrs import evolve
 
 torch.set_num_threads(1)
+
+
+# a run for all tests that look at one; what makes it is imported only then, so that other tests start sooner
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A test image of each class, in folders."""
+    from tiny_run import save_photos
+
+    return save_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def recipe(photos):
+    """The recipe of the finished run."""
+    from tiny_run import recipe_on
+
+    return recipe_on(photos)
+
+
+@pytest.fixture(scope="session")
+def first_run(recipe, tmp_path_factory):
+    """A run in its folder beside its store, to be copied and not touched."""
+    from spdfq.pipeline import run
+
+    return run(recipe, out=tmp_path_factory.mktemp("project") / "runs/first")
+
+
+@pytest.fixture(scope="module")
+def finished(first_run, tmp_path_factory):
+    """A finished run; its store is shared by the tests of a file, and by no others."""
+    runs = shutil.copytree(first_run.folder.parent, tmp_path_factory.mktemp("project") / "runs")
+    return evolve(first_run, folder=runs / first_run.folder.name)

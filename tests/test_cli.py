@@ -3,26 +3,18 @@
 import json
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
-import attrs
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 from spdfq_cli.main import main
 from spdfq_cli.run import accuracy
+from tiny_cli import SMALL, small_recipe, spdfq
 
-from spdfq import pipeline, toml
-from spdfq.commented import commented
-from spdfq.describe import arguments, body, describe
+from spdfq import pipeline
 from spdfq.errors import SpdfqError
-from spdfq.recipe import load_recipe, shipped
-from spdfq.recipefile import whole
-from spdfq.registry import REGISTRIES
 
-COMPLETE = [name for name in shipped() if whole(name)]
 METRICS = {
     "images": 2000,
     "fp": {"top1": 91.25, "top5": 99.8},
@@ -40,39 +32,11 @@ RECORD = {
         "quantize": {"seconds": 0.1, "reused": True, "key": "b"},
     },
 }
-SMALL = """
-[model]
-name = "bundled:vit_fmnist"
-
-[synthesis]
-type = "optimize"
-images = 4
-iterations = 2
-[synthesis.losses.attention_prior]
-[synthesis.losses.soft_cross_entropy]
-[synthesis.losses.total_variation]
-weight = 0.05
-
-[quantization]
-placement = "matmul_inputs"
-weights = { type = "uniform", bits = 4, granularity = "channel" }
-activations = { type = "uniform", bits = 4 }
-softmax = { type = "log2", bits = 4 }
-[[quantization.steps]]
-type = "calibrate"
-observer = "minmax"
-weight_observer = "minmax"
-
-[evaluation]
-dataset = "fashion_mnist"
-"""
 
 
 @pytest.fixture
 def small(tmp_path):
-    path = tmp_path / "small.toml"
-    path.write_text(SMALL)
-    return str(path)
+    return small_recipe(tmp_path)
 
 
 @pytest.fixture
@@ -94,10 +58,6 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "run", fake_run)
     monkeypatch.setattr(pipeline, "evaluate_run", fake_evaluate)
     return seen
-
-
-def spdfq(*arguments):
-    return CliRunner().invoke(main, list(map(str, arguments)), prog_name="spdfq")
 
 
 def test_help_needs_neither_torch_nor_timm():
@@ -302,109 +262,6 @@ def test_a_defect_keeps_its_traceback(monkeypatch, error):
 
     monkeypatch.setattr(pipeline, "run", broken)
     assert spdfq("run", "quickstart").exception is error
-
-
-def test_list_names_every_component_and_every_shipped_recipe():
-    listed = spdfq("list").output.split("\n\n")
-    blocks = {block.split("\n")[0]: [line.split()[0] for line in block.split("\n")[1:] if line] for block in listed}
-    assert {kind: blocks[kind] for kind in REGISTRIES} == {kind: r.names() for kind, r in REGISTRIES.items()}
-    assert blocks["recipe"] == shipped()
-    assert "quickstart" in blocks["recipe"]
-
-
-def test_list_of_a_kind_gives_summary_and_paper():
-    line = next(line for line in spdfq("list", "loss").output.splitlines() if "attention_prior" in line)
-    assert line.endswith("follows a prior map drawn for it. [arXiv:2412.16553]")
-
-
-def test_show_gives_keys_defaults_types_meaning_paper_and_place():
-    shown = spdfq("show", "prior", "gaussian_mixture").output
-    assert "  max_components = 5    whole number\n      most Gaussians in one map" in shown
-    assert '  combine = "sum"    "sum" or "max"\n' in shown
-    assert "paper   arXiv:2412.16553\nsource  spdfq.losses.priors:" in shown
-
-
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, r in REGISTRIES.items() for name in r.names()])
-def test_every_key_of_every_component_is_documented(kind, name):
-    fields = describe(REGISTRIES[kind].get(name))
-    assert [field.name for field in fields if not field.doc] == []
-    assert spdfq("show", kind, name).exit_code == 0
-
-
-@pytest.mark.parametrize("name", shipped())
-def test_show_recipe_prints_toml(name):
-    shown = tomllib.loads(spdfq("show", "recipe", name).stdout)
-    assert shown == load_recipe(name).to_dict() if name in COMPLETE else shown
-
-
-@pytest.mark.parametrize("name", COMPLETE)
-def test_init_prints_a_recipe_that_checks_and_says_the_same(name, tmp_path):
-    path = tmp_path / "my.toml"
-    path.write_text(spdfq("init", name).stdout)
-    assert load_recipe(str(path)).to_dict() == load_recipe(name).to_dict()
-    if load_recipe(name).model.bundled:  # the others are too big to be built here
-        assert spdfq("check", path).output.endswith("ok\n")
-
-
-def test_a_commented_recipe_says_what_every_key_means(small):
-    text = commented(load_recipe(small))
-    assert load_recipe(tomllib.loads(text)).to_dict() == load_recipe(small).to_dict()
-    assert (
-        "# images optimised together; everything batch-wide is defined over a group. (whole number)\ngroup = 32\n"
-        in text
-    )
-    assert '[synthesis.target]\ntype = "one_hot"  # or none, soft_label\n' in text
-    assert (
-        "# classes of the head, where they differ from the architecture's own; 0 for none. (whole number)\n"
-        "# num_classes =\n" in text
-    )
-
-
-def test_toml_reads_back_with_tables_in_their_order():
-    data = {
-        "text": 'é "quoted"\n\x7f',
-        "numbers": [1, -2.5, 1e-05, True],
-        "empty": {},
-        "a table": {"z": {"inner": {"x": 1}}, "a": {"y": 2}, "plain": 3},
-        "list": [{"t": {"u": [{"v": "w"}]}}, {}],
-        "nothing": [],
-    }
-    read = tomllib.loads(toml.dumps(data))
-    assert read == data
-    assert [key for key in read["a table"] if key != "plain"] == ["z", "a"]
-
-
-def test_toml_writes_small_tables_on_one_line_unless_that_changes_their_order():
-    assert toml.dumps({"q": {"w": {"bits": 4}, "a": {"bits": 8}}}) == "[q]\nw = { bits = 4 }\na = { bits = 8 }\n"
-    assert "[q.a]\nbits = 8" in toml.dumps({"q": {"w": {"deep": {"bits": 4}}, "a": {"bits": 8}}})
-
-
-@attrs.frozen
-class Documented:
-    """One line.
-
-    More on ``it``.
-
-    Args:
-        first: what it
-            means.
-        second: other.
-
-    Returns:
-        Nothing.
-    """
-
-    first: int
-    second: tuple[float, ...] | None = None
-
-
-def test_docstrings_are_taken_apart():
-    assert arguments(Documented.__doc__) == {"first": "what it means.", "second": "other."}
-    assert body(Documented) == "More on `it`.\n\nReturns:\n    Nothing."
-    assert [(field.type, field.default) for field in describe(Documented)] == [
-        ("whole number", "required"),
-        ("[number, ...]", "none"),
-    ]
 
 
 def test_every_line_of_an_error_is_marked(monkeypatch):

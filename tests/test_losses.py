@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_losses import exactly, random
 from torch.autograd import gradcheck
 
 from spdfq.attention import AttentionRecord
@@ -34,14 +35,6 @@ from spdfq.synth import Move
 
 PATCH = 4
 few = settings(deadline=None, max_examples=25)
-
-
-def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def exactly(x):
-    return pytest.approx(x, rel=1e-5)
 
 
 # attention prior: the function

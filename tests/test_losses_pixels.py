@@ -8,6 +8,7 @@ import torch
 from tiny import build
 from tiny_backend import images as colour_images
 from tiny_backend import quantized
+from tiny_losses import exactly, random
 from torch.autograd import gradcheck
 
 from spdfq.attention import QUERIES_AND_KEYS, AttentionRecord, record_attention
@@ -28,14 +29,6 @@ from spdfq.losses.functional import (
     total_variation,
 )
 from spdfq.runtime import generator
-
-
-def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def exactly(x):
-    return pytest.approx(x, rel=1e-5)
 
 
 def seeded(seed):

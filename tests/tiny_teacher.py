@@ -105,5 +105,9 @@ def idle(**changes):
     return acting(None, -1, **changes)
 
 
+def not_a_number(inputs):
+    return inputs.images.sum() * float("nan")
+
+
 def same(first, second):
     return torch.equal(first.images, second.images) and torch.equal(first.curves, second.curves)

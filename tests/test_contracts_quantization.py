@@ -1,0 +1,110 @@
+"""Contracts of whatever is registered for quantizing: quantizers, observers, and steps of the back-end."""
+
+import attrs
+import pytest
+import tiny_backend
+import torch
+from registered import RUNTIME, every, made, seeded
+
+from spdfq.backends import Calibration
+from spdfq.checkpoint import load_quantized, save_quantized
+from spdfq.registry import registry
+
+# quantizers and observers
+
+
+def frozen(quantizer, x, observer=None):
+    quantizer.observe(x)
+    quantizer.freeze(observer)
+    return quantizer
+
+
+def values(quantizer):
+    """One column: channels, where a quantizer has them, lie along the last axis."""
+    x = torch.randn(500, 1, generator=seeded())
+    return x if quantizer.signed else x.abs()
+
+
+@every("quantizer")
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_quantizer_is_idempotent_monotone_and_bounded(name, bits):
+    quantizer = made("quantizer", name, bits=bits)
+    x = values(quantizer)
+    frozen(quantizer, x)
+    once = quantizer(x)
+    assert torch.equal(quantizer(once), once)
+    order = x.flatten().argsort()
+    assert (once.flatten()[order].diff() >= 0).all()
+    step = once.unique().diff().max()
+    assert once.min() >= x.min() - step
+    assert once.max() <= x.max() + step
+    assert len(once.unique()) <= quantizer.levels == 2**bits
+    assert torch.equal(quantizer.decode(quantizer.codes(x)), once)
+    assert quantizer(torch.zeros(1, 1)) == 0
+    assert quantizer.integers in ("yes", "with tables")
+
+
+@every("quantizer")
+def test_a_quantizer_passes_a_gradient(name):
+    quantizer = made("quantizer", name, bits=4)
+    x = values(quantizer).requires_grad_()
+    frozen(quantizer, x)(x).sum().backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad > 0).float().mean() > 0.5
+
+
+@every("observer")
+@pytest.mark.parametrize("quantizer_name", registry("quantizer").names())
+def test_an_observer_chooses_a_range_within_what_was_seen(name, quantizer_name):
+    observer, quantizer = made("observer", name), made("quantizer", quantizer_name, bits=4)
+    x = values(quantizer).flatten()
+    samples = torch.stack([x, 100 * x, torch.zeros(500)])
+    low, high = samples.aminmax(dim=1)
+    chosen_low, chosen_high = observer.choose(samples, low, high, quantizer)
+    assert chosen_low.shape == chosen_high.shape == (3,)
+    assert (chosen_low >= low.clamp(max=0)).all()  # every range is extended to contain zero
+    assert (chosen_high <= high.clamp(min=0)).all()
+    assert (chosen_low <= chosen_high).all()
+    assert torch.allclose(chosen_high[1], 100 * chosen_high[0], rtol=1e-3)
+
+
+# steps of the back-end
+
+
+def stepped(name, runtime=RUNTIME, seed=0):
+    """A calibrated model after a step with its defaults, shortened where it iterates, and its teacher."""
+    chosen = tiny_backend.teacher("vit")
+    placement = "quantization.placement='psaq'" if name == "ptf" else "quantization.placement='matmul_inputs'"
+    model, step = tiny_backend.quantized(chosen, placement), made("step", name)
+    if "iterations" in attrs.fields_dict(type(step)):
+        step = attrs.evolve(step, iterations=3)
+    torch.manual_seed(seed)
+    step.run(model, Calibration(teacher=chosen, images=tiny_backend.images(), runtime=runtime))
+    return model, chosen
+
+
+@every("step")
+def test_a_step_leaves_a_model_that_works_and_comes_back_from_a_checkpoint(name, tmp_path):
+    model, chosen = stepped(name)
+    logits = model(tiny_backend.images(3, seed=1))
+    assert logits.isfinite().all()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    save_quantized(model, tmp_path, chosen)
+    again = load_quantized(tmp_path, tiny_backend.network("vit"))
+    assert torch.equal(again(tiny_backend.images(3, seed=1)), logits)
+
+
+@every("step")
+def test_a_step_leaves_the_teacher_alone_and_nothing_on_the_networks(name):
+    model, chosen = stepped(name)
+    fresh = tiny_backend.network("vit")
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in chosen.module.state_dict().items())
+    for module in (*chosen.module.modules(), *model.network.modules()):
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@every("step")
+def test_a_step_is_decided_by_its_inputs_and_the_recipes_seed(name):
+    first, second = (stepped(name, seed=seed)[0].network.state_dict() for seed in (1, 2))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())

@@ -1,0 +1,41 @@
+"""The command line, called from within a test, and a small recipe for it."""
+
+from click.testing import CliRunner
+from spdfq_cli.main import main
+
+SMALL = """
+[model]
+name = "bundled:vit_fmnist"
+
+[synthesis]
+type = "optimize"
+images = 4
+iterations = 2
+[synthesis.losses.attention_prior]
+[synthesis.losses.soft_cross_entropy]
+[synthesis.losses.total_variation]
+weight = 0.05
+
+[quantization]
+placement = "matmul_inputs"
+weights = { type = "uniform", bits = 4, granularity = "channel" }
+activations = { type = "uniform", bits = 4 }
+softmax = { type = "log2", bits = 4 }
+[[quantization.steps]]
+type = "calibrate"
+observer = "minmax"
+weight_observer = "minmax"
+
+[evaluation]
+dataset = "fashion_mnist"
+"""
+
+
+def small_recipe(folder):
+    path = folder / "small.toml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def spdfq(*arguments):
+    return CliRunner().invoke(main, list(map(str, arguments)), prog_name="spdfq")
