@@ -11,12 +11,13 @@ from spdfq.backends import quantize as run_backend
 from spdfq.backends.student import student_factory
 from spdfq.models import Teacher
 from spdfq.recipe import Recipe, load_recipe
-from spdfq.runtime import Runtime, make_runtime
+from spdfq.runtime import Runtime, make_runtime, own_threads
 from spdfq.synth import SyntheticImages
 
 AnyRecipe = Recipe | str | Path | dict[str, Any]
 
 
+@own_threads()
 def synthesize(
     teacher: Teacher, recipe: AnyRecipe, *, overrides: Iterable[str] = (), seed: int | None = None
 ) -> Tensor:
@@ -52,6 +53,7 @@ def make_images(recipe: Recipe, teacher: Teacher, runtime: Runtime, folder: Path
     return images
 
 
+@own_threads()
 def quantize(
     teacher: Teacher, images: Tensor, recipe: AnyRecipe, *, overrides: Iterable[str] = (), seed: int | None = None
 ) -> QuantizedModel:

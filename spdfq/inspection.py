@@ -17,11 +17,12 @@ from spdfq.provenance import data_fingerprints
 from spdfq.recipe import Recipe, digest
 from spdfq.report import write_report, write_sheet
 from spdfq.report.measures import MEASURES_FILE
-from spdfq.runtime import Runtime, make_runtime, silent
+from spdfq.runtime import Runtime, make_runtime, own_threads, silent
 from spdfq.store import lock_folder
 from spdfq.synth import SyntheticImages
 
 
+@own_threads()
 def measure_runs(
     folders: Sequence[str | Path],
     *,

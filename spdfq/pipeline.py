@@ -28,7 +28,7 @@ from spdfq.ranks import join
 from spdfq.recipe import Evaluation, Recipe, digest, load_recipe, to_toml
 from spdfq.report import write_pictures, write_report
 from spdfq.report.measures import MEASURES_FILE
-from spdfq.runtime import Advance, Runtime, make_runtime, silent
+from spdfq.runtime import Advance, Runtime, make_runtime, own_threads, silent
 from spdfq.store import STATE, StageRecord, Store, lock_folder, store_beside
 from spdfq.structure import unstructure
 from spdfq.synth import SyntheticImages
@@ -59,6 +59,7 @@ class RunResult:
     stages: dict[str, dict[str, Any]]
 
 
+@own_threads()
 def run(
     source: Recipe | str | Path | dict[str, Any],
     *,
@@ -91,14 +92,13 @@ def run(
     recipe = load_recipe(source, overrides, seed)
     folder = Path(out) if out else _default_folder(source, recipe, bool(overrides or seed is not None))
     teacher = _checked_teacher(recipe)
-    ranks, threads = join(), torch.get_num_threads()
+    ranks = join()
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
     kept = Store(store, fresh, ranks) if store else store_beside(folder, fresh, ranks)
     lock = lock_folder(folder) if ranks.leads else None
     try:
         return _Run(recipe, folder, teacher, runtime, kept, announce if ranks.leads else _unheard).result()
     finally:
-        torch.set_num_threads(threads)
         if lock:
             lock.release()
 
@@ -112,6 +112,7 @@ def check(
     return recipe.warnings()
 
 
+@own_threads()
 def evaluate_run(
     folder: str | Path, *, overrides: Iterable[str] = (), device: str | None = None, progress: Progress = silent
 ) -> dict[str, Any]:

@@ -285,12 +285,14 @@ class Recipe:
         advice = getattr(self.synthesis, "advice", None)
         lines = [f"synthesis: {line}" for line in advice()] if advice else []
         back_end = self.quantization
-        if back_end.gelu is not None and back_end.gelu.bits != back_end.activations.bits:
-            lines.append(
-                f"quantization.gelu: {back_end.gelu.bits} bits, but activations have {back_end.activations.bits}; set "
-                f"gelu.bits = {back_end.activations.bits} where the label W{back_end.weights.bits}"
-                f"A{back_end.activations.bits} is meant to hold"
-            )
+        wanted = back_end.activations.bits
+        softmax = back_end.softmax if "softmax" in back_end.placement.kinds else None
+        lines += [
+            f"quantization.{key}: {quantizer.bits} bits, but activations have {wanted}; set {key}.bits = {wanted} "
+            f"where the label W{back_end.weights.bits}A{wanted} is meant to hold"
+            for key, quantizer in (("softmax", softmax), ("gelu", back_end.gelu))
+            if quantizer is not None and quantizer.bits != wanted
+        ]
         if self.model.random:
             lines.append("model: random weights; set pretrained = true or give a checkpoint")
         if self.published and not self.published.is_of(self.model):

@@ -85,10 +85,20 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Inside, a runtime may set the number of threads; on exit it is what it was. Decorates functions too."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def make_runtime(
     spec: Any, seed: int, device: str | None = None, progress: Any = silent, ranks: Ranks = ALONE
 ) -> Runtime:
-    """A runtime for a recipe's ``[runtime]`` section; ``device`` replaces the section's own.
+    """A runtime for a recipe's ``[runtime]`` section; ``device`` replaces the section's own. See `own_threads`.
 
     Raises:
         SpdfqError: the device is not there.

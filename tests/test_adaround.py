@@ -3,12 +3,13 @@
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from attrs import evolve
-from tiny_backend import RUNTIME, Interrupted, images, quantized, state_of, taken, teacher
+from tiny_backend import RUNTIME, Interrupted, back_end, images, quantized, state_of, taken, teacher, teacher_of
 
-from spdfq.backends import AdaRound, Blockwise, reconstruction
+from spdfq.backends import AdaRound, Blockwise, Calibrate, place, reconstruction
 from spdfq.backends.activations import Activations
 from spdfq.backends.adaround import Rounding, rectified
 from spdfq.backends.blocks import block_calls
@@ -217,6 +218,30 @@ def test_importance_weighs_the_error():
     weights = torch.tensor([[9.0, 2.0, 9.0], [9.0, 9.0, 0.0]])
     assert STEP.distance((ones,), (far,), None).item() == pytest.approx((4 + 1) / 2)
     assert STEP.distance((ones,), (far,), (weights,)).item() == pytest.approx(2 * 4 / 2)
+
+
+def test_the_error_is_summed_over_channels_wherever_a_block_has_them():
+    tokens, maps = torch.zeros(2, 49, 8), torch.zeros(2, 8, 7, 6)
+    last, moved = reconstruction.channels_last((tokens, maps), 8)
+    assert last.shape == tokens.shape
+    assert moved.shape == (2, 7, 6, 8)
+    assert reconstruction.channels_last((maps.permute(0, 2, 3, 1),), 8)[0].shape == (2, 7, 6, 8)
+
+
+def test_channels_of_a_model_of_maps_are_its_blocks_own():
+    sizes = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 16), "num_heads": (1, 2, 2, 2), "window_size": 2}
+    module = timm.create_model("davit_tiny", pretrained=False, num_classes=10, **sizes)
+    chosen = teacher_of(module.eval())
+    lengths = []
+
+    class Seeing(AdaRound):
+        def distance(self, output, target, importance):
+            lengths.append([tensor.shape[-1] for tensor in (*output, *target, *importance)])
+            return super().distance(output, target, importance)
+
+    model = taken(Calibrate(), place(chosen, back_end(UNIFORM)), chosen, images=images(COUNT))
+    reconstruct(model, chosen, Seeing(iterations=1, batch=BATCH, fisher=True))
+    assert lengths == [[width] * 3 for width in (8, 8, 16, 16, 16, 16, 16, 16)]
 
 
 @pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=8, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])

@@ -56,6 +56,14 @@ def test_the_loss_is_the_divergence_from_the_teacher():
     assert STEP.loss(seen(ours), seen(theirs)).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+def test_features_of_a_teacher_without_a_head_are_compared_as_they_are():
+    features = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    student, seen = Seen(features + 1, [], []), Seen(features, [], [])
+    expected = (5 / features.square().sum(1)).mean()
+    torch.testing.assert_close(Distill().loss(student, seen, headless=True), expected)
+    assert Distill().loss(student, seen).item() == pytest.approx(0, abs=1e-6), "a softmax sees no shift"
+
+
 def test_a_model_without_attention_maps_has_no_structure_to_learn():
     with pytest.raises(ModelError, match=r"^distill: structure compares attention maps; this model has none; set"):
         FULL.loss(seen([[0.0]], [torch.ones(1)]), seen([[0.0]], [torch.ones(1)]))
@@ -120,7 +128,7 @@ def test_the_loss_is_that_of_the_quantized_model(monkeypatch):
 def test_every_block_and_every_attention_is_compared(monkeypatch):
     compared = []
     monkeypatch.setattr(
-        Distill, "loss", lambda step, ours, theirs: compared.append((ours, theirs)) or ours.logits.sum()
+        Distill, "loss", lambda step, ours, theirs, headless: compared.append((ours, theirs)) or ours.logits.sum()
     )
     train(quantized("swin", UNIFORM), teacher("swin"), evolve(FULL, iterations=1, batch=COUNT))
     ((ours, theirs),) = compared
@@ -133,7 +141,9 @@ def test_every_block_and_every_attention_is_compared(monkeypatch):
 
 def test_nothing_is_watched_that_is_not_asked_for(monkeypatch):
     compared = []
-    monkeypatch.setattr(Distill, "loss", lambda step, ours, theirs: compared.append(ours) or ours.logits.sum())
+    monkeypatch.setattr(
+        Distill, "loss", lambda step, ours, theirs, headless: compared.append(ours) or ours.logits.sum()
+    )
     train(quantized("vit"), teacher("vit"), evolve(STEP, iterations=1))
     assert (compared[0].blocks, compared[0].maps) == ([], [])
 

@@ -18,6 +18,7 @@ from spdfq.quantizers import (
     ProgressiveObserver,
     RunningMinMaxObserver,
     UniformQuantizer,
+    searched,
 )
 from spdfq.quantizers.observers import Statistics, least_error
 
@@ -136,6 +137,34 @@ def test_progressive_judges_each_row_of_a_large_weight_by_enough_of_it():
     fresh = UniformQuantizer(granularity="channel")
     plain, found = (squares(x, frozen_on(x, fresh, observer)) for observer in (MinMaxObserver(), ProgressiveObserver()))
     assert found < 0.85 * plain
+
+
+@pytest.mark.parametrize("features", [256, 96, 210])
+def test_samples_are_thinned_without_leaving_out_features(features):
+    x = torch.arange(features).float().expand(4, 50, features)
+    seen = UniformQuantizer()
+    seen.observe(x)
+    for count in (2000, 5000, 11000, 10**6):
+        thinned = seen._statistics.thinned(count)
+        assert len(thinned.unique()) == features
+        assert thinned.shape[1] < 2 * count
+
+
+def test_progressive_sees_features_far_from_all_others():
+    x = torch.randn(32, 64, 256, generator=torch.Generator().manual_seed(0)) * 0.3
+    x[..., 1] += 4
+    x[..., 130] -= 4
+    errors = [squares(x, frozen_on(x, UniformQuantizer(), each)) for each in (ProgressiveObserver(), GridMseObserver())]
+    assert errors[0] < 1.05 * errors[1]
+
+
+def test_a_base_is_judged_by_all_features(monkeypatch):
+    x = torch.randn(32, 50, 768, generator=torch.Generator().manual_seed(0))
+    x *= torch.where(torch.arange(768) % 2 == 0, 0.1, 1.5)
+    x = torch.nn.functional.gelu(x)
+    by_a_part = squares(x, frozen_on(x, AdaptiveLogQuantizer(shift=0.17)))
+    monkeypatch.setattr(searched, "_JUDGED", 2**30)
+    assert by_a_part < 1.01 * squares(x, frozen_on(x, AdaptiveLogQuantizer(shift=0.17)))
 
 
 def test_progressive_spends_no_candidates_on_an_end_that_plays_no_part():

@@ -14,7 +14,8 @@ from tiny_teacher import tiny_teacher
 import spdfq
 from spdfq.checkpoint import save_quantized
 from spdfq.errors import DataError, RecipeError, SpdfqError
-from spdfq.pipeline import check, run
+from spdfq.inspection import measure_runs
+from spdfq.pipeline import check, evaluate_run, run
 from spdfq.recipe import digest, load_recipe
 from spdfq.runtime import pick_precision
 
@@ -89,6 +90,26 @@ def test_threads_are_the_runs_own_and_its_files_are_for_all_to_read(recipe, tmp_
     assert json.loads((result.folder / "run.json").read_text())["threads"] == 1
     mode = (result.folder / "quantized/model.safetensors").stat().st_mode
     assert mode & 0o777 == (result.folder / "run.json").stat().st_mode & 0o777
+
+
+def test_threads_are_the_callers_own_whatever_is_called(finished, recipe, tmp_path):
+    teacher, before, one = spdfq.load_teacher("bundled:vit_fmnist"), torch.get_num_threads(), ["runtime.threads=1"]
+    calls = [
+        lambda: spdfq.synthesize(teacher, recipe, overrides=one),
+        lambda: spdfq.quantize(teacher, torch.zeros(1, 1, 28, 28), recipe, overrides=one),
+        lambda: evaluate_run(finished.folder, overrides=one),
+        lambda: measure_runs([finished.folder], overrides=one),
+    ]
+    try:
+        for call in calls:
+            torch.set_num_threads(2)
+            call()
+            assert torch.get_num_threads() == 2
+        with pytest.raises(SpdfqError, match="no nowhere device"):
+            run(recipe, overrides=one, device="nowhere", out=tmp_path / "out")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_metrics_are_those_of_the_saved_model(finished, photos):

@@ -26,6 +26,7 @@ from spdfq.backends.model import find_sites
 from spdfq.backends.products import KINDS, POINTS, products
 from spdfq.checkpoint import load_quantized, save_quantized
 from spdfq.describe import describe
+from spdfq.models import load_teacher
 from spdfq.pipeline import _backend
 from spdfq.quantizers import UniformQuantizer
 from spdfq.recipe import load_recipe
@@ -268,11 +269,25 @@ def test_gelu_outputs_can_have_a_quantizer_of_their_own():
     assert gated.site_table()["notes"] == ["gelu: no quantized site takes what a GELU puts out"]
 
 
-def test_gelu_bits_that_differ_from_the_label_are_told():
+def test_bits_that_differ_from_the_label_are_told():
     recipe = {"extends": ["models/vit_fmnist", "images/gaussian_noise", "backends/adalog", "bits/w3a3"]}
-    (line,) = [line for line in load_recipe(recipe).warnings() if "gelu" in line]
+    (line,) = load_recipe(recipe).warnings()
     assert line.startswith("quantization.gelu: 4 bits, but activations have 3; set gelu.bits = 3")
+    (line,) = load_recipe(recipe, ["quantization.gelu.bits=3", "quantization.softmax.bits=8"]).warnings()
+    assert line.startswith("quantization.softmax: 8 bits, but activations have 3; set softmax.bits = 3")
     assert not load_recipe(recipe, ["quantization.gelu.bits=3"]).warnings()
+    unplaced = ["quantization.placement='weights_only'", "quantization.gelu.bits=3", "quantization.softmax.bits=8"]
+    assert not load_recipe(recipe, unplaced).warnings()
+
+
+def test_a_last_layer_whose_input_is_quantized_before_it_is_noted():
+    def placed(model):
+        recipe = load_recipe({"extends": [f"models/{model}", "images/gaussian_noise", "backends/minmax"]})
+        return place(load_teacher(recipe.model, weights=False), recipe.quantization).notes
+
+    note = "overrides: head takes what was quantized at a point before it, whose bits are not the override's"
+    assert placed("vit_fmnist") == [note]
+    assert placed("swin_fmnist") == []
 
 
 # every registered quantizer where it can stand, and its checkpoint

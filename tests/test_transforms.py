@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_backend import RUNTIME, back_end, images, network, quantized, teacher
+from tiny_backend import RUNTIME, back_end, images, network, quantized, teacher, teacher_of
 from torch import nn
 
 from spdfq.backends import AdaLog, Calibration, PowerOfTwoFactors, quantize
 from spdfq.checkpoint import load_quantized, save_quantized
 from spdfq.errors import ModelError, SpdfqError
-from spdfq.quantizers import AdaptiveLogQuantizer, MinMaxObserver, PowerOfTwoFactorQuantizer
+from spdfq.quantizers import AdaptiveLogQuantizer, MinMaxObserver, PowerOfTwoFactorQuantizer, UniformQuantizer
 from spdfq.recipe import load_recipe
 
 SHIFT = 0.16997
@@ -116,6 +116,35 @@ def test_without_residual_sums_there_is_nothing_to_do():
     spec = back_end("quantization.steps=['calibrate', 'ptf']")
     with pytest.raises(SpdfqError, match=r"ptf: no residual sum is quantized; set quantization.placement = 'psaq'"):
         quantize(teacher("vit"), images(), spec, RUNTIME)
+
+
+class Maps(nn.Module):
+    """A sum of maps, then a sum of tokens that a LayerNorm takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.norm = nn.Conv2d(8, 8, 1), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, maps):
+        tokens = (maps + self.conv(maps)).flatten(2).transpose(1, 2)
+        return self.norm(tokens + self.fc(tokens)).mean(1)
+
+
+def test_maps_that_no_layer_norm_takes_are_left_as_they_are_and_noted():
+    module = nn.Sequential(nn.Conv2d(3, 8, (4, 6), (4, 6)), Maps(), nn.Linear(8, 10))
+    model = quantize(
+        teacher_of(module.eval()), images(), back_end(PSAQ, "quantization.steps=['calibrate', 'ptf']"), RUNTIME
+    )
+    sums = {
+        model.sites[name].shape: quantizer
+        for name, quantizer in model.quantizers.items()
+        if name.startswith("1.residual")
+    }
+    assert {shape: type(quantizer) for shape, quantizer in sums.items()} == {
+        (1, 8, 8, 5): UniformQuantizer,
+        (1, 40, 8): PowerOfTwoFactorQuantizer,
+    }
+    assert model.notes == ["ptf: 1.residual is left as it is: its channels are not on the last axis"]
 
 
 def test_a_site_that_images_never_reach_is_named():

@@ -57,7 +57,7 @@ class AdaRound(Reconstruction):
         return Rounding(self, model, names)
 
     def distance(self, output: Hidden, target: Hidden, importance: Hidden | None) -> Tensor:
-        """The squared difference, summed over the last axis and averaged over the others."""
+        """The squared difference, summed over the channels and averaged over the other axes."""
         errors = [(ours.float() - theirs.float()).square() for ours, theirs in zip(output, target, strict=True)]
         if importance:
             errors = [error * weight for error, weight in zip(errors, importance, strict=True)]

@@ -5,13 +5,13 @@ import time
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from attrs import define, field, frozen, validators
 from torch import Tensor, nn
 
 from spdfq.backends.activations import Activations, scaled_activations
 from spdfq.backends.base import Calibration, Step
 from spdfq.backends.blocks import BlockCall, block_calls, block_names
+from spdfq.backends.divergence import divergence
 from spdfq.backends.epochs import batch_rows, noise
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import SOFTMAX, WEIGHT, Visit, products
@@ -30,8 +30,9 @@ _C1, _C2 = 0.01**2, 0.03**2
 class Distill(Step):
     """Train the whole quantized model towards the teacher: KL divergence of the logits, block outputs, attention maps.
 
-    Adam with cosine decay and a straight-through gradient. ``structure`` is MimiQ's head-wise term (arXiv 2407.20021),
-    one minus the structural similarity of the teacher's and the student's attention maps, head by head.
+    Of a teacher without a head, the relative squared difference of the features instead of the divergence. Adam with
+    cosine decay and a straight-through gradient. ``structure`` is MimiQ's head-wise term (arXiv 2407.20021), one minus
+    the structural similarity of the teacher's and the student's attention maps, head by head.
 
     Args:
         iterations: optimiser steps.
@@ -85,10 +86,9 @@ class Distill(Step):
         named: dict[str, Tensor] = dict(model.network.named_parameters())
         return named if self.learned == "all" else {name: named[name] for name in model.weight_names()}
 
-    def loss(self, student: "Seen", teacher: "Seen") -> Tensor:
-        """The sum of the weighted terms."""
-        ours, theirs = (seen.logits.float().log_softmax(-1) for seen in (student, teacher))
-        loss = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    def loss(self, student: "Seen", teacher: "Seen", headless: bool = False) -> Tensor:
+        """The sum of the weighted terms; see `divergence` for ``headless``."""
+        loss = divergence(student.logits, teacher.logits, headless).mean()
         if self.features:
             loss = loss + self.features * torch.stack(list(map(relative_error, student.blocks, teacher.blocks))).mean()
         if self.structure:
@@ -210,7 +210,7 @@ class _Loop:
         self.pair.activations.seed(noise(self.calibration, self.training.iteration, *purpose))
         with self.calibration.runtime.autocast():
             student, teacher = self.pair.student(images), self.pair.wanted(images)
-        return self.spec.loss(student, teacher)
+        return self.spec.loss(student, teacher, self.calibration.teacher.headless)
 
     def _check(self, loss: float) -> None:
         done = self.training.iteration

@@ -3,18 +3,24 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spdfq.backends.blocks import BlockCall, Hidden
+from spdfq.backends.divergence import divergence
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import Visit
 
 
 def squared_gradients(
-    teacher: nn.Module, model: QuantizedModel, call: BlockCall, images: Tensor, batch: int, quantized: Visit
+    teacher: nn.Module,
+    model: QuantizedModel,
+    call: BlockCall,
+    images: Tensor,
+    batch: int,
+    quantized: Visit,
+    headless: bool = False,
 ) -> Hidden:
-    """Squared gradients of the KL divergence from the teacher at a block's output, with mean 1 (BRECQ, 2102.05426).
+    """Squared gradients of the divergence from the teacher at a block's output, with mean 1 (BRECQ, 2102.05426).
 
     The network is quantized up to the block and float behind it, so the gradient is of what quantization did so far.
 
@@ -25,15 +31,18 @@ def squared_gradients(
         images: ``[n, C, H, W]``.
         batch: images per forward pass.
         quantized: how the sites up to the block are quantized.
+        headless: see `divergence`.
     """
-    parts = [_gradients(teacher, model, call, part, quantized) for part in images.split(batch)]
+    parts = [_gradients(teacher, model, call, part, quantized, headless) for part in images.split(batch)]
     joined = tuple(torch.cat(column).square_() for column in zip(*parts, strict=True))
     mean = sum(float(tensor.sum()) for tensor in joined) / sum(tensor.numel() for tensor in joined)
     # where nothing changes the output, everything matters alike
     return tuple(tensor / mean if mean else torch.ones_like(tensor) for tensor in joined)
 
 
-def _gradients(teacher: nn.Module, model: QuantizedModel, call: BlockCall, images: Tensor, quantized: Visit) -> Hidden:
+def _gradients(
+    teacher: nn.Module, model: QuantizedModel, call: BlockCall, images: Tensor, quantized: Visit, headless: bool
+) -> Hidden:
     found: list[Tensor] = []
 
     def behind(_: nn.Module, __: Any, output: Any) -> Any:
@@ -50,7 +59,7 @@ def _gradients(teacher: nn.Module, model: QuantizedModel, call: BlockCall, image
         return tensor if found else quantized(name, kind, tensor)
 
     with torch.no_grad():
-        wanted = teacher(images).log_softmax(-1)
+        wanted = teacher(images)
     handle = model.network.get_submodule(call.name).register_forward_hook(behind)
     try:
         with torch.enable_grad(), model.visiting(visit):
@@ -58,5 +67,4 @@ def _gradients(teacher: nn.Module, model: QuantizedModel, call: BlockCall, image
     finally:
         handle.remove()
     # each image by itself: a mean would scale with the batch
-    loss = F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="sum")
-    return torch.autograd.grad(loss, found)
+    return torch.autograd.grad(divergence(logits, wanted, headless).sum(), found)

@@ -126,7 +126,11 @@ class QuantizedModel(nn.Module):
         """Give a site that has a quantizer another one."""
         self.quantizers[name] = quantizer
         owner, _, leaf = name.rpartition(".")
-        self.network.get_submodule(owner).add_module(f"{leaf}_quantizer", quantizer)
+        module = self.network.get_submodule(owner)
+        if isinstance(module, nn.Sequential):  # which would run it as one of its layers
+            self.add_module(f"{name}_quantizer".replace(".", "_"), quantizer)
+        else:
+            module.add_module(f"{leaf}_quantizer", quantizer)
 
     def note(self, step: str, lines: Iterable[str]) -> None:
         """Keep what a step did not do, and why, for ``sites.json``."""

@@ -8,7 +8,7 @@ import torch
 
 from spdfq.backends.budget import check_budget
 from spdfq.backends.model import QuantizedModel, Site, find_sites
-from spdfq.backends.products import GELU, POINTS, SOFTMAX, WEIGHT
+from spdfq.backends.products import GELU, INPUT, POINTS, SOFTMAX, WEIGHT, input_site
 from spdfq.errors import RecipeError
 from spdfq.models import Teacher
 from spdfq.quantizers import Quantizer
@@ -43,6 +43,7 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
     model = QuantizedModel(teacher.module, sites, quantizers, leftovers).to(teacher.device)
     if spec.gelu is not None and not any(sites[name].maker == GELU for name in quantizers):
         model.note("gelu", ["no quantized site takes what a GELU puts out"])
+    model.note("overrides", _fed_elsewhere(teacher, spec, model))
     if spec.budget:
         check_budget(model, spec.budget, fixed, example)
     return model
@@ -103,6 +104,18 @@ def _patterns(teacher: Teacher, override: Override, path: str, problems: list[st
             )
         found += [(f"{module}.*", f"{path}.roles") for module in modules]
     return found
+
+
+def _fed_elsewhere(teacher: Teacher, spec: Quantization, model: QuantizedModel) -> list[str]:
+    """A line for each layer of a role whose weight has the override's bits and whose input has no site of its own."""
+    if INPUT not in spec.placement.kinds:
+        return []
+    modules = [name for each in spec.overrides for role in each.roles for name in _modules_of(teacher.module, role)]
+    return [
+        f"{name} takes what was quantized at a point before it, whose bits are not the override's"
+        for name in modules
+        if f"{name}.weight" in model.quantizers and input_site(f"{name}.weight") not in model.sites
+    ]
 
 
 def _modules_of(module: Any, role: str) -> list[str]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from attrs import define, field, validators
+from torch import nn
 
 from spdfq.backends.base import Calibration, Step
 from spdfq.backends.calibrate import observe_activations
@@ -22,6 +23,7 @@ class PowerOfTwoFactors(Step):
 
     Their quantizers become ``power_of_two_factor`` of the same bits: one scale, and 1, 2, 4 or 8 for each channel
     (FQ-ViT, arXiv 2111.13824, section 3.2). Put it after ``calibrate``, under a placement of residual sums (``psaq``).
+    Maps that no LayerNorm can take, because their channels are not on the last axis, keep theirs and are noted.
 
     Args:
         observer: chooses the range of all channels.
@@ -42,6 +44,11 @@ class PowerOfTwoFactors(Step):
         names = [name for name in model.quantizers if model.sites[name].kind == RESIDUAL]
         if not names:
             raise SpdfqError("ptf: no residual sum is quantized; set quantization.placement = 'psaq'")
+        widths = {norm.normalized_shape[-1] for norm in model.network.modules() if isinstance(norm, nn.LayerNorm)}
+        shapes = {name: model.sites[name].shape for name in names}
+        maps = [name for name, shape in shapes.items() if len(shape) == 4 and shape[-1] not in widths]
+        model.note("ptf", (f"{name} is left as it is: its channels are not on the last axis" for name in maps))
+        names = [name for name in names if name not in maps]
         for name in names:
             model.replace_quantizer(name, PowerOfTwoFactorQuantizer(bits=model.quantizers[name].bits))
         observe_activations(model, calibration, names, self.batch)

@@ -27,6 +27,14 @@ from spdfq.runtime import Advance
 _CHECK_EVERY = 10
 
 
+def channels_last(hidden: Hidden, width: int) -> Hidden:
+    """Maps ``[n, width, h, w]``, as convolutions have them, with the channels at the end like everything else."""
+    return tuple(
+        tensor.movedim(1, -1) if tensor.ndim == 4 and tensor.shape[1] == width != tensor.shape[-1] else tensor
+        for tensor in hidden
+    )
+
+
 class Learner:
     """Base class of what is learned of a block.
 
@@ -61,7 +69,7 @@ class Reconstruction(Step, ABC):
         inputs: what enters the quantized block: the ``quantized`` prefix's output, or the ``teacher``'s (unpublished).
         drop: share of the activations, and of what enters the block, that each step leaves in float (QDrop,
             arXiv 2203.05740, with 0.5).
-        fisher: weigh the error at each value by its squared gradient of the KL divergence from the teacher (BRECQ,
+        fisher: weigh the error at each value by its squared gradient of the divergence from the teacher (BRECQ,
             arXiv 2102.05426).
         scale_lr: learning rate of the activations' scales (LSQ, arXiv 1902.08153; 4e-5 in QDrop); 0 keeps them.
     """
@@ -82,7 +90,7 @@ class Reconstruction(Step, ABC):
 
     @abstractmethod
     def distance(self, output: Hidden, target: Hidden, importance: Hidden | None) -> Tensor:
-        """The error of a block's output, a scalar; ``importance`` weighs its values."""
+        """The error of a block's output, a scalar, channels on the last axis; ``importance`` weighs its values."""
 
     def rate(self, share: float) -> float:
         """Factor of the learning rate when ``share`` (0 to 1) of the iterations are done: a cosine to zero."""
@@ -121,6 +129,7 @@ class Job:
     calibration: Calibration
     advance: Advance
     learner: Learner = field(init=False)
+    width: int = field(init=False)
     activations: Activations = field(init=False)
     scaled: dict[str, Quantizer] = field(init=False)
     path: Path | None = field(init=False)
@@ -128,6 +137,8 @@ class Job:
     def __attrs_post_init__(self) -> None:
         self.path = self.calibration.state_file(f"{self.spec.name}-{self.call.name}")  # while the block is learned
         self.learner = self.spec.learner(self.model, self.call.name)
+        weights = [name for name in self.model.weight_names() if name.startswith(f"{self.call.name}.")]
+        self.width = len(self.model.weight(weights[-1])) if weights else 0  # of what the block puts out
         self.activations = Activations(self.model, self.spec.drop)
         self.scaled = scaled_activations(self.model, f"{self.call.name}.") if self.spec.scale_lr else {}
 
@@ -157,7 +168,13 @@ class Job:
         importance = None
         if self.spec.fisher:
             importance = squared_gradients(
-                teacher, self.model, self.call, self.calibration.images, self.spec.batch, self.spec.deployed(self.model)
+                teacher,
+                self.model,
+                self.call,
+                self.calibration.images,
+                self.spec.batch,
+                self.spec.deployed(self.model),
+                self.calibration.teacher.headless,
             )
         with (
             learned_scales(self.scaled.values()),
@@ -188,8 +205,12 @@ class Job:
                 given = self.activations.mixed(rows(entering, images, chosen), given)
             with self.calibration.runtime.autocast():
                 output = self.call.run(self.model.network, given)
-            weighed = importance and rows(importance, images, chosen)
-            error = self.spec.distance(output, rows(target, images, chosen), weighed)
+            wanted, weighed = rows(target, images, chosen), importance and rows(importance, images, chosen)
+            error = self.spec.distance(
+                channels_last(output, self.width),
+                channels_last(wanted, self.width),
+                weighed and channels_last(weighed, self.width),
+            )
             loss = error + self.learner.penalty(share)
             take_step(optimizer, loss)
             if iteration % _CHECK_EVERY == _CHECK_EVERY - 1 or iteration == iterations - 1:

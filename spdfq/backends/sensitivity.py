@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from spdfq.backends.base import Calibration
 from spdfq.backends.budget import Sensitivity, allocated, check_budget
 from spdfq.backends.calibrate import Calibrate
+from spdfq.backends.divergence import divergence
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.place import overridden, place
 from spdfq.errors import NonFiniteError
@@ -26,7 +26,7 @@ def bits_within(
 ) -> dict[str, int]:
     """The bits of every site that has a choice, of least total sensitivity within the budget.
 
-    The sensitivity of a site is the KL divergence from the teacher's output when it alone is quantized. Those of all
+    The sensitivity of a site is the `divergence` from the teacher's output when it alone is quantized. Those of all
     sites are taken to add up.
 
     Args:
@@ -70,11 +70,11 @@ def _divergences(
 ) -> Iterable[tuple[str, float]]:
     images, batch = calibration.images[:count], Calibrate().batch
     with calibration.teacher.frozen() as network:
-        wanted = torch.cat([network(part) for part in images.split(batch)]).log_softmax(-1)
+        wanted = torch.cat([network(part) for part in images.split(batch)])
     for site in sites:
         with model.visiting(_Only(model, site)):
             logits = torch.cat([model.network(part) for part in images.split(batch)])
-        value = float(F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="batchmean"))
+        value = float(divergence(logits, wanted, calibration.teacher.headless).mean())
         if not value < float("inf"):
             raise NonFiniteError(f"{site}: quantized alone, the output is not finite; check the images")
         yield site, max(value, 0.0)

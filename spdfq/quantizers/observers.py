@@ -41,9 +41,8 @@ class Statistics:
         self.high = rows.new_full([channels], -torch.inf)
         self.batches: list[Range] = []
         self.samples = rows.new_empty([channels, 0])
-        # a factor that shared a divisor with the feature count would look at some features only; of one image, so that
-        # the size of the batches does not matter
-        self._factor = next(factor for factor in count(2) if gcd(factor, period or length) == 1)
+        self._period = period or length  # of one image, so that the size of the batches does not matter
+        self._factor = self._stride_from(2)
         self._limit = max(KEPT_VALUES // channels, KEPT_PER_ROW * self._factor)
         self._seen, self._stride = 0, 1
 
@@ -58,12 +57,20 @@ class Statistics:
         self.samples = torch.cat([self.samples, rows[:, start :: self._stride]], dim=1)
         self._seen += rows.shape[1]
 
+    def thinned(self, count: int) -> Tensor:
+        """About so many samples of each row, evenly: ``[C, n]``, less than twice as many."""
+        return self.samples[:, :: self._stride_from(max(self.samples.shape[1] // count, 1))]
+
     def moved(self, by: Tensor) -> "Statistics":
         """What would have been kept, had ``by`` float32 ``[C]`` been taken off every value."""
         other = copy(self)
         other.low, other.high, other.samples = self.low - by, self.high - by, self.samples - by[:, None]
         other.batches = [(low - by, high - by) for low, high in self.batches]
         return other
+
+    def _stride_from(self, least: int) -> int:
+        # a stride that shared a divisor with the feature count would look at some features only
+        return next(stride for stride in count(least) if gcd(stride, self._period) == 1)
 
     def _make_room(self, total: int) -> None:
         while -(-total // self._stride) > self._limit:

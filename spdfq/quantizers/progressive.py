@@ -6,7 +6,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from spdfq.quantizers.observers import KEPT_PER_ROW, Observer, Range, check_smallest, check_steps
+from spdfq.quantizers.observers import KEPT_PER_ROW, Observer, Range, Statistics, check_smallest, check_steps
 from spdfq.registry import observers
 
 if TYPE_CHECKING:
@@ -38,9 +38,14 @@ class ProgressiveObserver(Observer):
     kept: int = field(default=3, validator=check_steps)
     refinements: int = field(default=3, validator=check_steps)
 
+    def range_of(self, seen: Statistics, quantizer: "Quantizer") -> Range:
+        """The range for all that was observed, judged by a part of it."""
+        return self.choose(
+            seen.thinned(max(_JUDGED // len(seen.samples), KEPT_PER_ROW)), seen.low, seen.high, quantizer
+        )
+
     def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: "Quantizer") -> Range:
         """The best pair of each row of ``samples`` ``[C, n]``."""
-        samples = samples[:, :: max(samples.shape[1] // max(_JUDGED // len(samples), KEPT_PER_ROW), 1)]
         one_sided = quantizer.one_ended or bool((low >= 0).all())
         grid = torch.linspace(1.0, self.smallest, self.steps, device=low.device)
         around = (1.0 - self.smallest) / (self.steps - 1) * torch.tensor([0.0, -0.5, 0.5], device=low.device)

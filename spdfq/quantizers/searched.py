@@ -48,7 +48,7 @@ class SearchedQuantizer(Quantizer):
 
     def fit(self, seen: Statistics, observer: Observer) -> Parameters:
         """The parameters for what was observed: number, range and number again, in turn."""
-        samples = seen.samples[:, :: -(-seen.samples.numel() // _JUDGED)]
+        samples = seen.thinned(max(_JUDGED // len(seen.samples), 1))
         try:
             self._choice = self._best(samples, seen.low, seen.high)
             low, high = observer.range_of(seen, self)
