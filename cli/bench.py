@@ -34,6 +34,10 @@ def bench(ctx: click.Context, file: str, out: str | None, device: str | None, qu
         options.print_json({"folder": str(result.folder), "cells": result.rows})
     else:
         _print_table(result)
+    if quiet and not as_json:
+        for row in result.rows:
+            if row["error"]:
+                click.echo(f"failed: {row['folder']}: {row['error']}", err=True)
     ctx.exit(1 if result.failed else 0)
 
 

@@ -43,9 +43,8 @@ class Commands(click.Group):
             click.echo(f"error: out of memory ({said}); {_LESS_MEMORY}", err=True)
             ctx.exit(2)
         except OSError as error:
-            if error.filename is None:
-                raise
-            click.echo(f"error: {error.filename}: {error.strerror}", err=True)
+            place = f"{error.filename}: " if error.filename is not None else ""
+            click.echo(f"error: {place}{error.strerror or error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on", err=True)

@@ -18,7 +18,7 @@ from spdfq.provenance import data_fingerprints, source_digest, versions
 from spdfq.ranks import join
 from spdfq.recipe import Recipe, digest, load_recipe
 from spdfq.runtime import pick_device, pick_precision, silent
-from spdfq.store import store_beside
+from spdfq.store import lock_folder, store_beside
 
 Row = dict[str, Any]
 _CODE = ("spdfq.backends.quantize", "spdfq.checkpoint", "spdfq.evaluate", "spdfq.features")
@@ -81,7 +81,7 @@ def run_bench(
 
     Raises:
         RecipeError: the file or any cell's recipe has mistakes; all of them, before anything runs.
-        SpdfqError: several processes were started.
+        SpdfqError: several processes were started, or another one is writing this bench.
         DataError: a model's checkpoint is not there, or an earlier call's results.jsonl is damaged.
     """
     if join().count > 1:
@@ -91,17 +91,20 @@ def run_bench(
         announce(f"warning: {warning}")
     folder = out or Path("runs") / plan.name
     cells = [_cell(combination, seed, folder, device) for combination in plan.combinations for seed in plan.seeds]
-    kept = _finished(cells, folder)
-    announce(f"{len(cells)} cells planned, {len(kept)} reused, {len(cells) - len(kept)} to run")
-    folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, Row] = dict(kept)
-    for number, cell in enumerate(cells, 1):
-        name, reused = cell.folder.name, cell.folder.name in kept
-        if not reused:
-            rows[name] = _run(cell, folder, device, progress)
-        announce(f"[{number}/{len(cells)}] {name}: {_outcome(rows[name])}{' (reused)' if reused else ''}")
-        _write(folder, plan, [rows[other.folder.name] for other in cells if other.folder.name in rows])
-    announce(_stages([row for name, row in rows.items() if name not in kept]))
+    lock = lock_folder(folder)
+    try:
+        kept = _finished(cells, folder)
+        announce(f"{len(cells)} cells planned, {len(kept)} reused, {len(cells) - len(kept)} to run")
+        rows: dict[str, Row] = dict(kept)
+        for number, cell in enumerate(cells, 1):
+            name, reused = cell.folder.name, cell.folder.name in kept
+            if not reused:
+                rows[name] = _run(cell, folder, device, progress)
+            announce(f"[{number}/{len(cells)}] {name}: {_outcome(rows[name])}{' (reused)' if reused else ''}")
+            _write(folder, plan, [rows[other.folder.name] for other in cells if other.folder.name in rows])
+        announce(_stages([row for name, row in rows.items() if name not in kept]))
+    finally:
+        lock.release()
     found = [rows[cell.folder.name] for cell in cells]
     return BenchResult(folder, plan, found, len(kept), sum(row["error"] is not None for row in found))
 

@@ -13,7 +13,7 @@ from attrs import field, frozen, validators
 
 from spdfq import toml
 from spdfq.errors import RecipeError
-from spdfq.recipe import assign, digest, locate, merge, merge_parents
+from spdfq.recipe import assign_all, digest, locate, merge, merge_parents
 from spdfq.recipefile import lay_over
 from spdfq.structure import structure
 
@@ -132,7 +132,7 @@ def read_plan(source: str) -> Plan:
     """
     path = locate(source)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError([f"{path}: not valid TOML: {error}"]) from None
     problems: list[str] = []
@@ -151,6 +151,8 @@ class _Reader:
 
     def plan(self, name: str) -> Plan:
         base = self._base()
+        if "seed" in self.spec.base:
+            self.problems.append("base.seed: give seeds = [...] at the top instead")
         self._check_values("seeds", self.spec.seeds)
         keys = dict(_flat(self.spec.keys))
         axes = (*map(self._parents_axis, self.spec.parents.items()), *(self._key_axis(key, keys) for key in keys))
@@ -251,12 +253,9 @@ class _Reader:
             if choice.data is not None:
                 data = self._laid_over(data, choice.data)
         data = copy.deepcopy(data)  # the parents' tables are shared by all combinations
-        for axis, choice in zip(axes, choices, strict=True):
-            if choice.data is None:
-                try:
-                    assign(data, f"{axis.name}={toml.value(choice.value)}")
-                except RecipeError as error:
-                    self.problems += [f"keys.{problem.removeprefix('--set ')}" for problem in error.problems]
+        keyed = [(axis.name, choice.value) for axis, choice in zip(axes, choices, strict=True) if choice.data is None]
+        problems = assign_all(data, (f"{key}={toml.value(value)}" for key, value in keyed))
+        self.problems += [f"keys.{problem.removeprefix('--set ')}" for problem in problems]
         return data
 
 

@@ -34,11 +34,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically.
+
+    Raises:
+        DataError: there is no room for it.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda temporary: save_file(stored, temporary, metadata=metadata))
+    try:
+        replace_file(path, lambda temporary: save_file(stored, temporary, metadata=metadata))
+    except SafetensorError as error:
+        raise DataError(f"{path}: could not be written ({error}); is there room for it?") from None
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,14 +8,16 @@ from typing import Any
 from attrs import define, field
 from torch import Tensor
 
-from spdfq.errors import DataError
+from spdfq.errors import DataError, SpdfqError
 from spdfq.files import write_text
+from spdfq.finished import finished_recipe, finished_teacher
 from spdfq.measures import Centroids, dataset_centroids, measure_images, prior_overlap
-from spdfq.models import Teacher, load_teacher
-from spdfq.pipeline import Progress, finished_recipe
+from spdfq.models import Teacher
+from spdfq.pipeline import Progress
 from spdfq.provenance import data_fingerprints
+from spdfq.ranks import join
 from spdfq.recipe import Recipe, digest
-from spdfq.report import write_report, write_sheet
+from spdfq.report import check_sheet, write_report, write_sheet
 from spdfq.report.measures import MEASURES_FILE
 from spdfq.runtime import Runtime, make_runtime, own_threads, silent
 from spdfq.store import lock_folder
@@ -49,6 +51,10 @@ def measure_runs(
         SpdfqError: anything the user can mend; the message says where and how.
     """
     overrides = tuple(overrides)
+    if sheet:
+        check_sheet(Path(sheet))
+    if join().count > 1:
+        raise SpdfqError("images are measured in one process; start it without torchrun")
     runs = [_Run.found(Path(folder), overrides, device, progress) for folder in folders]
     known: dict[str, tuple[Teacher, Centroids | None]] = {}
     rows, pictures = [], []
@@ -89,7 +95,7 @@ class _Run:
         return data_fingerprints(self.recipe.evaluation)
 
     def teacher_and_centroids(self) -> tuple[Teacher, Centroids | None]:
-        teacher = load_teacher(self.recipe.model)
+        teacher = finished_teacher(self.folder, self.recipe)
         teacher.module.to(self.runtime.device)
         return teacher, dataset_centroids(teacher, self.recipe.evaluation, self.runtime)
 

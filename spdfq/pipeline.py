@@ -15,12 +15,12 @@ from torch import Tensor
 from spdfq import evaluate, features
 from spdfq.api import make_images
 from spdfq.backends import quantize
-from spdfq.backends.place import place
 from spdfq.backends.student import student_section
 from spdfq.checkpoint import load_checkpoint, save_quantized
-from spdfq.errors import RecipeError
+from spdfq.checks import check_fit, checked_teacher, spare
 from spdfq.evaluate import accuracy, left_out
 from spdfq.files import write_text
+from spdfq.finished import finished_recipe, finished_teacher, record
 from spdfq.models import Teacher, load_teacher
 from spdfq.provenance import data_fingerprints, device_name, git_commit, source_digest, versions
 from spdfq.published import check_full_precision, compare
@@ -91,13 +91,14 @@ def run(
     overrides = tuple(overrides)
     recipe = load_recipe(source, overrides, seed)
     folder = Path(out) if out else _default_folder(source, recipe, bool(overrides or seed is not None))
-    teacher = _checked_teacher(recipe)
+    spare(source, folder)
+    teacher, told = checked_teacher(recipe)
     ranks = join()
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
     kept = Store(store, fresh, ranks) if store else store_beside(folder, fresh, ranks)
     lock = lock_folder(folder) if ranks.leads else None
     try:
-        return _Run(recipe, folder, teacher, runtime, kept, announce if ranks.leads else _unheard).result()
+        return _Run(recipe, folder, teacher, runtime, kept, announce if ranks.leads else _unheard).result(told)
     finally:
         if lock:
             lock.release()
@@ -108,8 +109,7 @@ def check(
 ) -> list[str]:
     """Everything that can be checked without weights and data: warnings are returned, problems raised all at once."""
     recipe = load_recipe(source, overrides, seed)
-    _check_fit(recipe, load_teacher(recipe.model, weights=False))
-    return recipe.warnings()
+    return check_fit(recipe, load_teacher(recipe.model, weights=False))
 
 
 @own_threads()
@@ -136,7 +136,7 @@ def evaluate_run(
     spec, ranks = recipe.evaluation, join()
     model, _, _ = load_checkpoint(Path(folder) / "quantized")
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
-    teacher = load_teacher(recipe.model)
+    teacher = finished_teacher(folder, recipe)
     saved = (Path(folder) / "quantized" / "config.json").read_text(encoding="utf-8")
     key = _key(teacher.fingerprint(), saved, _evaluation_key(spec, _judge(teacher)), runtime.device.type)
     teacher.module.to(runtime.device)
@@ -150,53 +150,15 @@ def evaluate_run(
     return metrics
 
 
-def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of a finished run, its evaluation or runtime overridden.
-
-    Raises:
-        RecipeError: no run folder, or an override of what a finished run is.
-    """
-    overrides = tuple(overrides)
-    if fixed := [line for line in overrides if not line.strip().startswith(("evaluation", "runtime"))]:
-        raise RecipeError([f"--set {line}: cannot change a finished run; run its recipe.toml again" for line in fixed])
-    path = Path(folder) / "recipe.toml"
-    if not path.is_file():
-        raise RecipeError([f"{folder}: not a run folder (it holds no recipe.toml); give the folder a run printed"])
-    return load_recipe(str(path), overrides)
-
-
 def _unheard(_: str) -> None:
     """What ranks other than the first announce."""
 
 
 def _default_folder(source: Any, recipe: Recipe, changed: bool) -> Path:
-    name = Path(str(source)).stem if isinstance(source, (str, Path)) else "recipe"
+    path = Path(str(source)) if isinstance(source, (str, Path)) else Path("recipe")
+    name = path.resolve().parent.name if path.name == "recipe.toml" else path.stem  # as a run folder has it
     suffix = "" if not changed and isinstance(source, (str, Path)) else f"-{digest(recipe.to_dict())[:6]}"
     return Path("runs") / f"{name}{suffix}"
-
-
-def _checked_teacher(recipe: Recipe) -> Teacher:
-    """The teacher, after everything that can be wrong with the recipe was looked at."""
-    data_fingerprints((recipe.synthesis, recipe.evaluation))  # first: a missing folder costs no download of weights
-    teacher = load_teacher(recipe.model)
-    _check_fit(recipe, teacher)
-    return teacher
-
-
-def _check_fit(recipe: Recipe, teacher: Teacher) -> None:
-    """Raise everything in the recipe that this teacher cannot have, all at once."""
-    problems: list[str] = []
-    for attempt in (
-        lambda: recipe.synthesis.check(teacher),
-        lambda: place(teacher, recipe.quantization),
-        lambda: features.check(recipe.evaluation, teacher),
-    ):
-        try:
-            attempt()
-        except RecipeError as error:
-            problems += error.problems
-    if problems:
-        raise RecipeError(problems)
 
 
 def _judge(teacher: Teacher) -> Any:
@@ -227,8 +189,10 @@ class _Run:
     fingerprint: str = field(default="", init=False)
     warnings: list[str] = field(factory=list, init=False)
 
-    def result(self) -> RunResult:
-        for line in self.recipe.warnings():
+    def result(self, told: list[str]) -> RunResult:
+        if record(self.folder).get("recipe_digest") not in (None, digest(self.recipe.to_dict())):
+            self.announce(f"{self.folder}: held the run of another recipe, which this one replaces")
+        for line in told:
             self._warn(line)
         self.fingerprint = self.teacher.fingerprint()
         self.teacher.module.to(self.runtime.device)
@@ -359,6 +323,7 @@ class _Run:
             "recipe_digest": digest(recipe.to_dict()),
             "model": {
                 "name": teacher.name,
+                "fingerprint": self.fingerprint,
                 "parameters": teacher.parameters,
                 "input_size": list(teacher.input_size),
                 "num_classes": teacher.num_classes,

@@ -50,7 +50,7 @@ def check_full_precision(recipe: Recipe, teacher: Teacher, logits: Tensor, label
     allowed = f"allowed ±{TOLERANCE + sampling:.2f} points"
     if sampling:
         allowed += f": {TOLERANCE} and {_STANDARD_ERRORS} standard errors of {count} of {spec.images} images"
-    if abs(here - spec.fp) <= TOLERANCE + sampling:
+    if round(abs(here - spec.fp), 6) <= TOLERANCE + sampling:
         paper = f", in the paper {spec.paper_fp:.2f} %" if spec.paper_fp else ""
         return f"full precision: known {spec.fp:.2f} %{paper}, here {here:.2f} % ({allowed})"
     raise ModelError(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from attrs import field, frozen, validators
 
 from spdfq.errors import RecipeError
-from spdfq.recipefile import assign, locate, merge, merge_parents, read, resolve, shipped
+from spdfq.recipefile import assign_all, locate, merge, merge_parents, read, resolve, shipped
 from spdfq.structure import component, component_list, structure, unstructure
 from spdfq.toml import dumps as to_toml
 
@@ -23,7 +23,7 @@ __all__ = [
     "Quantization",
     "Recipe",
     "RuntimeSpec",
-    "assign",
+    "assign_all",
     "digest",
     "load_recipe",
     "locate",

@@ -17,13 +17,7 @@ _WHOLE = {"synthesis": "type", "quantization": "steps"}
 def resolve(source: str | Path | dict[str, Any], overrides: Iterable[str] = (), seed: int | None = None) -> dict:
     """The merged plain data of a recipe, before it is checked."""
     data = merge_parents(dict(source), Path()) if isinstance(source, dict) else read(str(source))
-    problems: list[str] = []
-    for assignment in overrides:
-        try:
-            assign(data, assignment)
-        except RecipeError as error:
-            problems += error.problems
-    if problems:
+    if problems := assign_all(data, overrides):
         raise RecipeError(problems)
     if seed is not None:
         data["seed"] = seed
@@ -62,21 +56,27 @@ def read(name: str, beside: Path = Path(), chain: tuple[Path, ...] = ()) -> dict
     if path.resolve() in chain:
         raise RecipeError([f"{name}: extends itself by way of {' -> '.join(p.stem for p in chain)}"])
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError([f"{path}: not valid TOML: {error}"]) from None
+    if "extends" in data and not _names(data["extends"]):
+        raise RecipeError([f"{path}: extends: expected an array of recipe names, got {data['extends']!r}"])
     return merge_parents(data, path.parent, (*chain, path.resolve()))
 
 
 def merge_parents(data: dict[str, Any], beside: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Merge the parents named under ``extends`` from left to right, then the data itself."""
     parents = data.pop("extends", [])
-    if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
+    if not _names(parents):
         raise RecipeError([f"extends: expected an array of recipe names, got {parents!r}"])
     merged: dict[str, Any] = {}
     for parent in parents:
         merged = lay_over(merged, read(parent, beside, chain))
     return merge(merged, data)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def lay_over(data: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +112,25 @@ def merge(parent: Any, child: Any, path: tuple[str, ...] = ()) -> Any:
 def _implied(path: Sequence[str], otherwise: str) -> str:
     """The type of a table that does not say it."""
     return path[-1] if list(path[-2:-1]) == ["losses"] else otherwise
+
+
+def assign_all(data: dict[str, Any], assignments: Iterable[str]) -> list[str]:
+    """Carry out assignments on the merged data, and return what is wrong with them.
+
+    Whole tables and types come before what is in them, whatever the order: a type would discard what was set.
+    """
+    problems: list[str] = []
+    for assignment in sorted(assignments, key=_depth):
+        try:
+            assign(data, assignment)
+        except RecipeError as error:
+            problems += error.problems
+    return problems
+
+
+def _depth(assignment: str) -> int:
+    parts = assignment.partition("=")[0].strip().split(".")
+    return len(parts) - (parts[-1] == "type")
 
 
 def assign(data: dict[str, Any], assignment: str) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "toml", "files", "ranks", "registry", "structure", "recipefile", "recipe", "runtime", "attention"},
     {"zoo", "architectures", "models", "data", "predictions", "losses", "quantizers"},
     {"synth", "backends", "evaluate", "features", "measures", "export"},
-    {"checkpoint", "store", "provenance", "published", "report"},
+    {"checkpoint", "store", "provenance", "published", "report", "finished", "checks"},
     {"pipeline", "inspection", "api"},
     {"benchfile", "benchtable", "bench", "describe", "commented"},
     {"__init__"},

@@ -14,6 +14,7 @@ from spdfq.bench import run_bench
 from spdfq.errors import DataError, SpdfqError
 from spdfq.ranks import Ranks
 from spdfq.recipe import load_recipe
+from spdfq.store import lock_folder
 
 
 @pytest.fixture
@@ -177,6 +178,14 @@ def test_several_processes_are_refused(write, ran, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bench_that_another_process_is_writing_is_refused(write, ran, tmp_path):
+    lock = lock_folder(tmp_path / "out")
+    with pytest.raises(SpdfqError, match="out: another process is writing this"):
+        run_bench(write(), out=tmp_path / "out")
+    lock.release()
+    assert run_bench(write(), out=tmp_path / "out").failed == 0
+
+
 def test_a_failing_cell_is_recorded_and_the_rest_goes_on(write, ran, tmp_path):
     ran.fail = {0: SpdfqError("loss: is not finite\ntry less"), 1: ZeroDivisionError("by zero")}
     result = run_bench(write(), out=tmp_path / "out")
@@ -227,6 +236,9 @@ def test_the_command_prints_the_table_and_exits_with_1_after_a_failure(write, ra
     )
     assert (failed.exit_code, failed.stderr) == (1, "")
     assert [cell["error"] for cell in json.loads(failed.stdout)["cells"]] == [None, "no"] * 4
+    again = CliRunner().invoke(main, [*arguments, "--quiet"])
+    assert again.exit_code == 1
+    assert again.stderr.splitlines()[0] == "failed: cells/noise-weights.bits=3-s5: no"
 
 
 def test_results_of_code_that_was_edited_since_are_not_kept(write, ran, tmp_path, monkeypatch):

@@ -87,11 +87,20 @@ def test_what_the_base_itself_says_stays_where_a_part_says_nothing_else(tmp_path
     assert "group" not in cells["gaussian_noise-repq"]["synthesis"]
 
 
+def test_keys_beside_a_type_are_not_lost_to_it(write):
+    keys = '"quantization.softmax.bits" = [2, 8]\n"quantization.softmax.type" = ["uniform", "log2"]'
+    text = BENCH.replace('"quantization.weights.bits" = [3, 4]', keys)
+    cells = [combination.data["quantization"]["softmax"] for combination in read_plan(write(text)).combinations]
+    expected = [{"type": name, "bits": bits} for bits in (2, 8) for name in ("uniform", "log2")]
+    assert cells == [*expected, *expected]
+
+
 def test_all_mistakes_of_a_bench_file_are_told_at_once(write):
     text = """
 seeds = [0, 0]
 [base]
 extends = ["nowhere.toml"]
+seed = 7
 [parents]
 images = []
 backend = ["nothing_like_it"]
@@ -106,6 +115,7 @@ count = [1]
     found = problems(write(text))
     assert [problem.partition(": ")[0] for problem in found] == [
         "base",
+        "base.seed",
         "seeds",
         "parents.images",
         "parents.backend",

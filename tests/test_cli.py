@@ -1,6 +1,8 @@
 """The command line: what it prints where, with which exit code, and that it adds nothing of its own."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +255,15 @@ def test_too_little_memory_is_one_line_with_what_to_lower(monkeypatch, error):
     assert result.stderr.startswith("error: out of memory (")
     assert "); lower synthesis.images or synthesis.group" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pipeline, "run", full)
+    result = spdfq("run", "quickstart")
+    assert (result.exit_code, result.stderr) == (2, "error: No space left on device\n")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("out of memory layout bounds")], ids=str)

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from spdfq.errors import RecipeError
+from spdfq.errors import DataError, RecipeError
+from spdfq.inspection import measure_runs
 from spdfq.pipeline import evaluate_run
 
 
@@ -26,6 +27,15 @@ def test_a_finished_run_is_not_changed_by_evaluating_it(finished):
         "--set quantization.weights.bits=3: cannot change a finished run; run its recipe.toml again",
         "--set seed=2: cannot change a finished run; run its recipe.toml again",
     ]
+
+
+def test_a_run_whose_model_is_another_since_is_refused(finished, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    recipe = (folder / "recipe.toml").read_text()
+    (folder / "recipe.toml").write_text(recipe.replace("vit_fmnist", "swin_fmnist"))
+    for call in (evaluate_run, lambda path: measure_runs([path])):
+        with pytest.raises(DataError, match=r"run: its model is not the one that was quantized any more"):
+            call(folder)
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

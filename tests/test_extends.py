@@ -105,7 +105,7 @@ def test_a_merged_recipe_shares_nothing_with_its_parts():
 @pytest.mark.parametrize("extends", ["'images/spdfq'", "[1]", "{ a = 1 }"])
 def test_extends_is_an_array_of_names(folder, extends):
     (problem,) = problems_of(folder("r.toml", f"extends = {extends}"))
-    assert problem.startswith("extends: expected an array of recipe names")
+    assert "r.toml: extends: expected an array of recipe names" in problem
 
 
 def test_a_name_that_ends_in_toml_is_a_file_and_any_other_a_shipped_recipe(tmp_path, monkeypatch):

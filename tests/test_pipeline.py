@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import spdfq
 from spdfq.checkpoint import save_quantized
 from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.inspection import measure_runs
+from spdfq.models import load_teacher
 from spdfq.pipeline import check, evaluate_run, run
 from spdfq.recipe import digest, load_recipe
 from spdfq.runtime import pick_precision
@@ -68,7 +70,7 @@ def test_run_json_says_what_was_run_and_what_came_of_it(finished, recipe):
     assert record["recipe_digest"] == digest(load_recipe(recipe).to_dict())
     assert record["model"] == {
         **{"name": "bundled:vit_fmnist", "parameters": 678_730, "input_size": [1, 28, 28], "num_classes": 10},
-        **{"mean": [0.286], "std": [0.353]},
+        **{"mean": [0.286], "std": [0.353], "fingerprint": load_teacher(finished.recipe.model).fingerprint()},
     }
     assert record["images"] == {"type": "optimize", "count": IMAGES, "damaged": []}
     steps = ["calibrate", "blockwise"]
@@ -168,7 +170,32 @@ def test_the_default_folder_is_named_after_the_recipe_and_its_changes(finished, 
     short = digest(finished.recipe.to_dict())[:6]
     changed = digest(load_recipe("mine.toml", ["runtime.threads=1"]).to_dict())[:6]
     names = ["mine", f"mine-{changed}", f"mine-{short}", f"recipe-{short}"]
+    assert run("runs/mine/recipe.toml", store=store).folder == Path("runs/mine")
     assert folders == [Path("runs") / name for name in names]
+
+
+def test_a_run_of_another_recipe_is_not_replaced_without_a_word(finished, recipe, tmp_path):
+    folder, said = tmp_path / "run", []
+    shutil.copytree(finished.folder, folder)
+    store = finished.folder.parent / ".store"
+    run(folder / "recipe.toml", out=folder, store=store, announce=said.append)
+    assert not [line for line in said if "replaces" in line]
+    run(recipe, out=folder, store=store, overrides=["runtime.threads=1"], announce=said.append)
+    assert f"{folder}: held the run of another recipe, which this one replaces" in said
+
+
+def test_a_recipe_of_ones_own_is_not_overwritten(finished, tmp_path):
+    (tmp_path / "recipe.toml").write_text((finished.folder / "recipe.toml").read_text())
+    with pytest.raises(RecipeError, match=r"recipe.toml: the run's own recipe.toml would replace it"):
+        run(tmp_path / "recipe.toml", out=tmp_path)
+
+
+def test_calibrating_on_the_images_of_the_evaluation_is_told(finished, recipe, photos):
+    real = {**recipe, "extends": ["models/vit_fmnist", "backends/blockwise"]}
+    real["synthesis"] = {"type": "real", "images": 2, "dataset": {"type": "image_folder", "root": str(photos)}}
+    result = run(real, out=finished.folder.parent / "real")
+    (line,) = json.loads((result.folder / "run.json").read_text())["warnings"]
+    assert line.startswith("synthesis.dataset: 10 of its images are evaluation.dataset's too, the first of them ")
 
 
 def test_warnings_are_announced_and_kept(finished, recipe):

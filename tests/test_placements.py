@@ -27,7 +27,7 @@ from spdfq.backends.products import KINDS, POINTS, products
 from spdfq.checkpoint import load_quantized, save_quantized
 from spdfq.describe import describe
 from spdfq.models import load_teacher
-from spdfq.pipeline import _backend
+from spdfq.pipeline import _backend, check
 from spdfq.quantizers import UniformQuantizer
 from spdfq.recipe import load_recipe
 from spdfq.registry import placements, registry
@@ -278,6 +278,15 @@ def test_bits_that_differ_from_the_label_are_told():
     assert not load_recipe(recipe, ["quantization.gelu.bits=3"]).warnings()
     unplaced = ["quantization.placement='weights_only'", "quantization.gelu.bits=3", "quantization.softmax.bits=8"]
     assert not load_recipe(recipe, unplaced).warnings()
+
+
+def test_overrides_that_leave_nothing_of_the_label_are_told():
+    recipe = {"extends": ["models/vit_fmnist", "images/gaussian_noise", "backends/blockwise"]}
+    assert check(recipe, overrides=["quantization.overrides=[{sites=['*'], bits=8}]"]) == [
+        "quantization.overrides: leave no weights the 4 bits of the label W4A4, but 8",
+        "quantization.overrides: leave no activations the 4 bits of the label W4A4, but 8",
+    ]
+    assert check(recipe, overrides=["quantization.overrides=[{sites=['blocks.*.weight'], bits=8}]"]) == []
 
 
 def test_a_last_layer_whose_input_is_quantized_before_it_is_noted():

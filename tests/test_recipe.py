@@ -234,6 +234,18 @@ def test_a_student_cannot_have_a_budget():
         load_recipe("psaq_vit_v2", ["quantization.budget={weights=6.0}"])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_set_of_another_type_is_not_lost_whatever_the_order(base, order):
+    both = [
+        "quantization.softmax.bits=2",
+        'quantization.softmax.type="uniform"',
+        "quantization.weights={type='uniform'}",
+    ]
+    quantization = load_recipe(base, [*both, "quantization.weights.bits=8"][::order]).quantization
+    assert (type(quantization.softmax).__name__, quantization.softmax.bits) == ("UniformQuantizer", 2)
+    assert quantization.weights.bits == 8
+
+
 def test_set_applies_from_left_to_right_and_the_seed_last(base):
     recipe = load_recipe(base, ["seed=1", "seed=2", "synthesis.images=5"], seed=7)
     assert (recipe.seed, recipe.synthesis.images) == (7, 5)

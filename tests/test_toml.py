@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdfq import toml
-from spdfq.recipe import to_toml
+from spdfq.recipe import load_recipe, to_toml
 
 
 def test_toml_reads_back_with_tables_in_their_order():
@@ -55,3 +55,9 @@ def typed(value):
 @given(data)
 def test_written_toml_reads_back_exactly(written):
     assert typed(tomllib.loads(to_toml(written))) == typed(written)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    path = tmp_path / "windows.toml"
+    path.write_text('extends = ["quickstart"]\nseed = 3\n', encoding="utf-8-sig")
+    assert load_recipe(path).seed == 3

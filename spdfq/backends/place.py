@@ -106,6 +106,22 @@ def _patterns(teacher: Teacher, override: Override, path: str, problems: list[st
     return found
 
 
+def beside_the_label(model: QuantizedModel, spec: Quantization) -> list[str]:
+    """A warning for each number of the label, W4A4, that overrides left no site with."""
+    if spec.budget:
+        return []
+    found: dict[str, set[int]] = {"weights": set(), "activations": set()}
+    for name, quantizer in model.quantizers.items():
+        found["weights" if model.sites[name].kind == WEIGHT else "activations"].add(quantizer.bits)
+    wanted = {"weights": spec.weights.bits, "activations": spec.activations.bits}
+    return [
+        f"quantization.overrides: leave no {what} the {wanted[what]} bits of the label {spec.label}, but "
+        f"{', '.join(map(str, sorted(bits)))}"
+        for what, bits in found.items()
+        if bits and wanted[what] not in bits
+    ]
+
+
 def _fed_elsewhere(teacher: Teacher, spec: Quantization, model: QuantizedModel) -> list[str]:
     """A line for each layer of a role whose weight has the override's bits and whose input has no site of its own."""
     if INPUT not in spec.placement.kinds:

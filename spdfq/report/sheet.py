@@ -18,6 +18,12 @@ _MARGIN = 14
 _COUNT = 8
 
 
+def check_sheet(path: Path) -> None:
+    """Raises DataError where no sheet can be written: another suffix, a folder that is not there."""
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise DataError(f"{path}: the sheet is a .png file in a folder that exists")
+
+
 def write_sheet(path: Path, rows: Sequence[tuple[str, "Tensor"]], count: int = _COUNT) -> None:
     """Write a PNG with a row for each run: its name, then its first images.
 
@@ -31,8 +37,7 @@ def write_sheet(path: Path, rows: Sequence[tuple[str, "Tensor"]], count: int = _
     Raises:
         DataError: another suffix, a folder that is not there, or no rows.
     """
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise DataError(f"{path}: the sheet is a .png file in a folder that exists")
+    check_sheet(path)
     if not rows:
         raise DataError(f"{path}: there is no run to show")
     sheet = _sheet([name for name, _ in rows], [_tiles(pixels[:count]) for _, pixels in rows])

@@ -1,0 +1,50 @@
+"""What a finished run was of: its recipe and its teacher, for measuring it again."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from spdfq.errors import DataError, RecipeError
+from spdfq.models import Teacher, load_teacher
+from spdfq.recipe import Recipe, load_recipe
+
+
+def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of a finished run, its evaluation or runtime overridden.
+
+    Raises:
+        RecipeError: no run folder, or an override of what a finished run is.
+    """
+    overrides = tuple(overrides)
+    if fixed := [line for line in overrides if not line.strip().startswith(("evaluation", "runtime"))]:
+        raise RecipeError([f"--set {line}: cannot change a finished run; run its recipe.toml again" for line in fixed])
+    path = Path(folder) / "recipe.toml"
+    if not path.is_file():
+        raise RecipeError([f"{folder}: not a run folder (it holds no recipe.toml); give the folder a run printed"])
+    return load_recipe(str(path), overrides)
+
+
+def finished_teacher(folder: str | Path, recipe: Recipe) -> Teacher:
+    """The model that a finished run quantized.
+
+    Raises:
+        DataError: the recipe beside it or the weights have changed since.
+    """
+    teacher, known = load_teacher(recipe.model), record(folder).get("model", {}).get("fingerprint")
+    if known not in (None, teacher.fingerprint()):
+        raise DataError(
+            f"{folder}: its model is not the one that was quantized any more, as recipe.toml or the weights have "
+            "changed; run it again"
+        )
+    return teacher
+
+
+def record(folder: str | Path) -> dict[str, Any]:
+    """What ``run.json`` of a run folder says; nothing where there is none that can be read."""
+    path = Path(folder) / "run.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
