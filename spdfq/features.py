@@ -116,6 +116,12 @@ def reference(teacher: Teacher, spec: Any, runtime: Runtime, folder: Path | None
             f"evaluation.bank: has {spec.bank.classes} classes, evaluation.dataset {spec.dataset.classes}; labels are "
             "positions in the list of classes, so both must have the same ones"
         )
+    for index, (ours, theirs) in enumerate(zip(spec.bank.class_names, spec.dataset.class_names, strict=False)):
+        if ours != theirs:
+            raise DataError(
+                f"evaluation.bank: class {index} is {ours}, in evaluation.dataset {theirs}; labels are positions "
+                "in the list of classes, so both must have the same ones, a class without images as an empty folder"
+            )
     if shared := set(spec.bank.identities()) & set(spec.dataset.identities()):
         raise DataError(
             f"evaluation.bank: holds {len(shared):,} images of evaluation.dataset, the first of them {min(shared)}; "

@@ -1,6 +1,8 @@
 """Labelled images as a model wants them: folders, lists, and the bundled ones."""
 
 import os
+import signal
+import time
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_data import GREY, RED, teacher, write
 
-from spdfq.data import FashionMnist, ImageFolder
+from spdfq.data import FashionMnist, ImageFolder, decoded
 from spdfq.errors import DataError
 from spdfq.registry import datasets
 
@@ -50,6 +52,64 @@ def test_files_that_are_no_images_are_left_out(folder, tmp_path):
     assert (len(dataset), dataset.classes) == (1, 1)
 
 
+def test_every_suffix_that_pillow_reads_is_an_image_and_nothing_hidden_is(folder, tmp_path):
+    dataset = folder(
+        {"a": {"1.png": RED, ".hidden.png": RED, ".cache/3.png": RED}, ".ipynb_checkpoints": {"4.png": RED}}
+    )
+    for name in ("5.JFIF", "6.jpe", "7.jp2"):
+        (tmp_path / "a" / name).write_bytes((tmp_path / "a" / "1.png").read_bytes())
+    assert [entry.name for entry in dataset.entries()] == ["a/1.png", "a/5.JFIF", "a/6.jpe", "a/7.jp2"]
+    assert (dataset.classes, dataset.class_names) == (1, ["a"])
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pixels_of_more_than_8_bits_are_named_instead_of_clipped(folder, tmp_path, mode):
+    dataset = folder({"a": {"1.png": RED}})
+    Image.new(mode, (8, 8), 1000).save(tmp_path / "a" / "2.tif")
+    ((images, _, damaged),) = dataset.batches(teacher(), 2)
+    assert (len(images), damaged) == (1, ("a/2.tif",))
+    with pytest.raises(
+        DataError, match=rf"2\.tif: not a readable image \({mode} pixels, not 8 bits a channel; convert"
+    ):
+        list(ImageFolder(root=str(tmp_path), damaged="refuse").batches(teacher(), 2))
+
+
+def test_an_image_that_cannot_be_prepared_is_a_damaged_one(folder, monkeypatch):
+    def full(image):
+        if image.width > 8:
+            raise MemoryError
+        return torch.zeros(3, 8, 8)
+
+    dataset = folder({"a": {"1.png": RED, "2.png": RED}})
+    Image.new("L", (2000, 1)).save(dataset.entries()[1].place)
+    monkeypatch.setattr(decoded, "_transform", lambda teacher: full)
+    ((images, _, damaged),) = dataset.batches(teacher(), 2)
+    assert (len(images), damaged) == (1, ("a/2.png",))
+
+
+def kill(place):
+    if place.name == "2.png":
+        while not place.with_name("now").exists():  # the first image has arrived
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return place
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_worker_that_is_killed_is_one_clear_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFolder, "reader", lambda self: kill)
+    dataset = folder({"a": {"1.png": RED, "2.png": RED}}, workers=1)
+    batches = dataset.batches(teacher(), 1)
+    next(batches)
+    (tmp_path / "a" / "now").touch()
+    time.sleep(1)  # a model at work: nothing may be raised there
+    with pytest.raises(
+        DataError, match=r"^image_folder: .* was killed, .* set fewer workers, or workers = 0$"
+    ) as raised:
+        next(batches)
+    assert "\n" not in str(raised.value)
+
+
 def test_grey_images_fill_three_channels_and_colours_become_grey_for_one(folder):
     dataset = folder({"a": {"1.png": GREY}, "b": {"1.png": RED}})
     ((images, _, _),) = dataset.batches(teacher(), 2)
@@ -84,6 +144,8 @@ def test_a_folder_that_is_missing_or_empty_is_one_clear_line(tmp_path):
     for use in (len, lambda dataset: dataset.classes, lambda dataset: list(dataset.batches(teacher(), 1))):
         with pytest.raises(DataError, match=r"none: no such folder; give root = 'path/to/val'"):
             use(ImageFolder(root=str(tmp_path / "none")))
+    with pytest.raises(DataError, match=r"^image_folder: an empty root: no such folder; give root = "):
+        len(ImageFolder(root=""))
     Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
     expected = (
         r"holds no images; expected a subfolder of images for each class \(a flat folder .* type = 'image_list'\)"
@@ -106,7 +168,7 @@ def test_a_subfolder_that_may_not_be_read_is_not_taken_for_an_empty_one(folder, 
         dataset.entries()
 
 
-def test_the_fingerprint_follows_names_sizes_and_classes(folder, tmp_path):
+def test_the_fingerprint_follows_names_sizes_times_and_classes(folder, tmp_path):
     dataset = folder({"a": {"1.png": RED}, "b": {"1.png": RED}})
     known = {dataset.fingerprint(), ImageFolder(root=str(tmp_path), workers=1).fingerprint()}
     assert len(known) == 1
@@ -115,6 +177,8 @@ def test_the_fingerprint_follows_names_sizes_and_classes(folder, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a" / "2.png")
     known.add(dataset.fingerprint())
     assert len(known) == 3
+    os.utime(tmp_path / "a" / "2.png", ns=(0, 1))  # as of another image that happens to be of the same size
+    assert dataset.fingerprint() not in known
 
 
 # Fashion-MNIST

@@ -133,6 +133,15 @@ def test_a_bank_with_too_few_images_or_other_classes_is_refused(tmp_path):
         features.reference(own(), evolve(EVALUATION, bank=ImageFolder(root=str(tmp_path))), Runtime())
 
 
+def test_a_bank_of_other_class_folders_is_refused_by_the_first_that_differs(tmp_path):
+    for name in ("bank/ant", "bank/bee", "bank/cat", "val/bee", "val/cat", "val/jay"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (28, 28)).save(tmp_path / name / "1.png")
+    bank, val = (ImageFolder(root=str(tmp_path / name)) for name in ("bank", "val"))
+    with pytest.raises(DataError, match=r"^evaluation.bank: class 0 is ant, in evaluation.dataset bee; labels are pos"):
+        features.reference(own(), evolve(EVALUATION, dataset=val, bank=bank), Runtime())
+
+
 def test_images_that_are_in_the_bank_too_are_refused_whatever_the_two_are_called(tmp_path):
     photos, links = tmp_path / "photos", tmp_path / "links"
     for index in range(6):
@@ -144,6 +153,12 @@ def test_images_that_are_in_the_bank_too_are_refused_whatever_the_two_are_called
     features.check(spec, own())
     with pytest.raises(DataError, match=r"evaluation.bank: holds 3 images of evaluation.dataset, .*photos/class0/"):
         features.reference(own(), spec, Runtime())
+    farm = tmp_path / "farm"
+    for path in photos.glob("*/*"):
+        (farm / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (farm / path.parent.name / f"other{path.name}").symlink_to(path)
+    with pytest.raises(DataError, match=r"evaluation.bank: holds 3 images of evaluation.dataset, .*photos/class0/"):
+        features.reference(own(), evolve(spec, bank=ImageFolder(root=str(farm))), Runtime())
     with pytest.raises(DataError, match=r"holds 7 images of evaluation.dataset, the first of them fmnist_test"):
         features.reference(own(), evolve(EVALUATION, bank=evolve(TEST, limit=7)), Runtime())
 

@@ -1,6 +1,7 @@
 """ImageNet's classes: files of labels as people have them, and folders that are synsets."""
 
 import pytest
+from attrs import evolve
 from tiny_data import shade, shades, teacher, write
 
 from spdfq.data import ImageFolder, ImageList
@@ -47,6 +48,10 @@ def test_numbers_are_positions_in_the_models_classes(listed):
         DataError, match=r"^evaluation.dataset: .*00000002.JPEG has label 490, but the classes of Means are 0 to 489"
     ):
         dataset.check_classes(teacher(490))
+    subset = evolve(dataset, limit=1)
+    assert [entry.label for entry in subset.used()] == [0]
+    with pytest.raises(DataError, match=r"00000002\.JPEG has label 490"):  # in the list, if not in the subset
+        subset.check_classes(teacher(490))
 
 
 def test_synsets_are_looked_up_among_imagenets_classes(listed):
@@ -84,6 +89,13 @@ def test_names_may_have_folders_and_spaces(tmp_path):
         ("a.png -1\n", "line 1: '-1' is no synset"),
         ("a.png 1\nb.png 1\na.png 2\n", "line 3: a.png is listed twice"),
         ("ImageId,PredictionString\nx\n", "line 2: 'x' is no image id and prediction string"),
+        (
+            f'ImageId,PredictionString\n"a,{TENCH} 1 2\nb,{TENCH} 1 2\n',
+            "line 2: '\"a,n01440764 1 2' is no line of a",
+        ),
+        ("ImageId,PredictionString\na\0,n01440764 1\n", "line 2: holds a zero byte, so it is no text; expected"),
+        ("a.png 1\nb.png 2147483648\n", "line 2: the class 2147483648 is larger than any model's; the classes of a"),
+        (f"a.png {'9' * 5000}\n", "line 1: the class 99999999999999999999 is larger than any model's"),
         ("ImageId,PredictionString\nx, \n", "line 2: 'x, ' is no image id and prediction string"),
         ("\n \n", "is empty; expected"),
         (b"MATLAB 5.0\xff\x00", "not a text file; expected"),

@@ -1,6 +1,7 @@
 """The same images in every layout on disk: the same batches, subsets and damage."""
 
 import io
+import os
 import tarfile
 
 import pytest
@@ -151,7 +152,10 @@ def test_a_damaged_image_is_refused_in_one_line_where_it_is_asked_for(layout, tm
 def test_the_fingerprint_follows_labels_pixels_and_subset(layout, tmp_path):
     def fingerprint(name, *items, **options):
         (tmp_path / name).mkdir()
-        return layout(tmp_path / name, images(*items), **options).fingerprint()
+        dataset = layout(tmp_path / name, images(*items), **options)
+        for path in tmp_path.rglob("*.*"):
+            os.utime(path, (1, 1))
+        return dataset.fingerprint()
 
     same = [fingerprint("a"), fingerprint("b", workers=1), fingerprint("c", damaged="refuse")]
     others = [
@@ -161,6 +165,15 @@ def test_the_fingerprint_follows_labels_pixels_and_subset(layout, tmp_path):
     ]
     assert len(set(same)) == 1
     assert len({*same, *others}) == 4
+
+
+@layouts
+def test_the_fingerprint_follows_the_time_of_a_replaced_file(layout, tmp_path):
+    dataset = layout(tmp_path, images())
+    before = dataset.fingerprint()
+    place = dataset.entries()[-1].place
+    os.utime(place[0] if isinstance(place, tuple) else place, (1, 1))
+    assert dataset.fingerprint() != before
 
 
 @layouts
@@ -245,12 +258,56 @@ def test_a_truncated_shard_is_one_clear_line(layout, name, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data, at: data[:at] + bytes(len(data) - at),
+        lambda data, at: data[:at] + bytes(512) + data[at + 512 :],
+        lambda data, at: data[: at + 5] + b"?" + data[at + 6 :],
+        lambda data, at: data[:at],
+        lambda data, at: data[: at + 300],
+        lambda data, at: data[:-10240],
+    ],
+    ids=["zeros from a header on", "a header of zeros", "a flipped byte", "cut before", "cut inside", "no end"],
+)
+def test_a_tar_file_that_ends_between_two_images_is_one_clear_line(tmp_path, damage):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for index in range(14):
+            add(tar, f"{index}.png", encoded(shade(index)))
+            add(tar, f"{index}.cls", b"1")
+    data = path.read_bytes()
+    assert (len(data), len(WebDataset(files=str(path)))) == (30720, 14)
+    path.write_bytes(damage(data, 8192))
+    with pytest.raises(DataError, match=r"^webdataset: .*a\.tar: damaged, or no .* fetch it again$"):
+        len(WebDataset(files=str(path)))
+
+
+@pytest.mark.parametrize("record", [512, 10240, 32768, 2**20])
+def test_a_whole_tar_file_is_taken_whatever_its_record_size(tmp_path, monkeypatch, record):
+    monkeypatch.setattr(tarfile, "RECORDSIZE", record)
+    dataset = web(tmp_path, images())
+    monkeypatch.undo()
+    assert (tmp_path / "val-0.tar").stat().st_size % record == 0
+    assert len(dataset) == 7
+
+
+@pytest.mark.parametrize("label", [2**31, 2**63])
+def test_a_class_beyond_any_models_is_one_clear_line(tmp_path, label):
+    table = pa.table({"image": [row(1, 0)["image"]] * 2, "label": pa.array([0, label], pa.uint64())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=rf"^parquet: .*a\.parquet: row 1 has label {label}, larger than any model's"):
+        len(Parquet(files=str(tmp_path / "a.parquet")))
+
+
+@pytest.mark.parametrize(
     ("members", "message"),
     [
         ({"a.png": b"", "b.png": b"", "b.cls": b"1"}, "a has not both an image and a class"),
         ({"a.png": b"", "a.cls": b"1", "c.cls": b"1"}, "c has not both an image and a class"),
         ({"notes.txt": b"x", "a.cls": b"1"}, "holds no images; expected KEY.jpg and KEY.cls for each"),
         ({"a.png": b"", "a.jpg": b"", "a.cls": b"1"}, r"a has several images, \.jpg and another"),
+        ({"a.png": b"", "a.cls": b"2147483648"}, "a.cls holds 2147483648, a larger class than any model's"),
+        ({"a.png": b"", "a.cls": b"9" * 5000}, "a.cls holds 99999999999999999999, a larger class than any model's"),
         ({"a.png": b"", "a.cls": b"n01440764"}, "a.cls holds 'n01440764', not the number of a class"),
     ],
 )

@@ -30,11 +30,11 @@ PUBLIC = {
         RunningMinMaxObserver ShiftUniformLog2Quantizer TwinUniformQuantizer UniformQuantizer learned_scales
     """,
     "spdfq.recipe": """
-        Budget Evaluation ModelSpec Override Published PublishedRow Quantization Recipe RuntimeSpec assign digest
+        Budget Evaluation ModelSpec Override Published PublishedRow Quantization Recipe RuntimeSpec assign_all digest
         load_recipe locate merge merge_parents read resolve shipped to_toml
     """,
     "spdfq.report": """
-        write_pictures write_report write_sheet
+        check_sheet write_pictures write_report write_sheet
     """,
     "spdfq.synth": """
         Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter

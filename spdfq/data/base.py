@@ -10,6 +10,9 @@ from torch import Tensor
 from spdfq.errors import DataError
 from spdfq.models import Teacher
 
+# labels from here on are a mistake, and beyond int64 no tensor would hold them
+MOST_CLASSES = 2**31
+
 
 class Batch(NamedTuple):
     """Consecutive images of a dataset, as a model takes them.
@@ -44,6 +47,11 @@ class LabelledImages:
     def classes(self) -> int | None:
         """How many classes the labels count; ``None`` where they are bare numbers."""
         raise TypeError(f"{type(self).__name__} does not define classes")
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """What the classes are called, in the order of the labels, where datasets can be compared by it; else none."""
+        return ()
 
     def batches(self, teacher: Teacher, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
         """The images in the dataset's order, or those at ``indices`` in their order, ``batch`` at a time.

@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +16,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from spdfq.data.base import Batch, LabelledImages
+from spdfq.data.shards import stamp
 from spdfq.errors import DataError
 from spdfq.models import Teacher
 from spdfq.registry import datasets
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+_RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these without being able to load a pixel
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Those of the formats that this Pillow reads, in lower case."""
+    from PIL import Image
+
+    known, readable = Image.registered_extensions(), Image.OPEN.keys() - _RECOGNISED_ONLY
+    return frozenset(suffix for suffix, kind in known.items() if kind in readable)
 
 
 @frozen
@@ -70,9 +84,9 @@ class DecodedImages(LabelledImages):
         """What turns the place of an image into something that Pillow opens; every worker gets a copy."""
         return Path
 
-    def size(self, entry: Entry) -> int:
-        """A number of bytes that tells whether the data behind an image is another than before."""
-        return entry.place.stat().st_size
+    def stamp(self, entry: Entry) -> tuple[int, ...]:
+        """What tells whether the data behind an image is another than before: size and time of its file."""
+        return stamp(entry.place)
 
     def __len__(self) -> int:
         return len(self.used())
@@ -81,13 +95,14 @@ class DecodedImages(LabelledImages):
         """Normalised images ``[b, C, H, W]`` and labels ``[b]``: resized, cropped and normalised as timm evaluates.
 
         Raises:
-            DataError: there is no such dataset, or an image cannot be read and ``damaged`` is ``refuse``.
+            DataError: there is no such dataset, an image cannot be read and ``damaged`` is ``refuse``, or a worker
+                was killed.
         """
         entries = self.used()
         asked = entries if indices is None else [entries[index] for index in indices]
         decoded = _Decoded(asked, self.reader(), _transform(teacher), teacher.input_size)
         loader = DataLoader(decoded, batch, num_workers=self.workers, collate_fn=decoded.collate)
-        for images, labels, unreadable in loader:
+        for images, labels, unreadable in self._unless_killed(loader):
             if unreadable and self.damaged == "refuse":
                 raise DataError(
                     f"{self.title}: {unreadable[0].name}: not a readable image ({unreadable[0].reason}); replace it, "
@@ -96,11 +111,11 @@ class DecodedImages(LabelledImages):
             yield Batch(images, labels, tuple(image.name for image in unreadable))
 
     def fingerprint(self) -> str:
-        """A hash of the names, sizes and labels of the images used."""
+        """A hash of the names and labels of the images used, and of the sizes and times of their files."""
         listing, missing = [], []
         for entry in self.used():
             try:
-                listing.append((entry.name, self.size(entry), entry.label))
+                listing.append((entry.name, self.stamp(entry), entry.label))
             except FileNotFoundError:
                 missing.append(entry.name)
         if missing:
@@ -109,13 +124,14 @@ class DecodedImages(LabelledImages):
         return hashlib.sha256(repr(listing).encode()).hexdigest()[:20]
 
     def identities(self) -> Iterator[str]:
-        """Where each image lies, links to folders followed; see `LabelledImages.identities`."""
+        """Where each image lies, links followed; see `LabelledImages.identities`."""
         folders: dict[Path, str] = {}
         for entry in self.used():
             file, *within = entry.place if isinstance(entry.place, tuple) else (entry.place,)
             if file.parent not in folders:  # looked up once: there may be a million images in it
                 folders[file.parent] = os.path.realpath(file.parent)
-            yield " ".join(map(str, (os.path.join(folders[file.parent], file.name), *within)))
+            path = os.path.join(folders[file.parent], file.name)
+            yield " ".join(map(str, (os.path.realpath(path) if os.path.islink(path) else path, *within)))
 
     def used(self) -> list[Entry]:
         """The images of the subset."""
@@ -135,12 +151,36 @@ class DecodedImages(LabelledImages):
         """
         if self.classes is not None:
             return super().check_classes(teacher)
-        worst = max(self.used(), key=lambda entry: entry.label)
+        worst = max(self.entries(), key=lambda entry: entry.label)  # a subset may lack what gives a list away
         if worst.label >= teacher.num_classes:
             raise DataError(
                 f"evaluation.dataset: {worst.name} has label {worst.label}, but the classes of {teacher.name} are 0 to "
                 f"{teacher.num_classes - 1}; labels are positions in the model's list of classes"
             )
+
+    def _unless_killed(self, loader: DataLoader) -> Iterator[Any]:
+        try:
+            yield from _begun(loader)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"{self.title}: a process that decodes images was killed, most often for want of memory "
+                f"({str(error).splitlines()[0]}); set fewer workers, or workers = 0"
+            ) from None
+
+
+def _begun(loader: DataLoader) -> Iterator[Any]:
+    """Its batches, without the handler that torch sets as workers start: it raises in whatever runs when one is killed.
+
+    The loader notices that by itself, within five seconds of waiting for the worker.
+    """
+    mine = loader.num_workers and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.getsignal(signal.SIGCHLD) if mine else None
+    batches = iter(loader)
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+    return batches
 
 
 def _transform(teacher: Teacher) -> Callable[[Any], Tensor]:
@@ -173,12 +213,13 @@ class _Decoded(Dataset):
         entry = self.entries[index]
         try:
             with Image.open(self.read(entry.place)) as image:
-                pixels = image.convert("L" if self.size[0] == 1 else "RGB")
+                if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255, and their range is unknown
+                    return Unreadable(entry.name, f"{image.mode} pixels, not 8 bits a channel; convert it first")
+                return self.transform(image.convert("L" if self.size[0] == 1 else "RGB")), entry.label
         except UnidentifiedImageError:
             return Unreadable(entry.name, "no image format that Pillow knows")
         except Exception as error:  # at broken data, decoders raise what they happen to stumble over
             return Unreadable(entry.name, f"{type(error).__name__}: {error}")
-        return self.transform(pixels), entry.label
 
     def collate(self, items: list[tuple[Tensor, int] | Unreadable]) -> tuple[Tensor, Tensor, list[Unreadable]]:
         """Images and labels of those that could be read, and the others."""

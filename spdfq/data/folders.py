@@ -1,13 +1,13 @@
 """Folders of images: a subfolder for each class, or one flat folder and a list of labels."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from attrs import frozen
 
-from spdfq.data.decoded import IMAGE_SUFFIXES, DecodedImages, Entry
-from spdfq.data.imagenet import difference
+from spdfq.data.decoded import DecodedImages, Entry, image_suffixes
+from spdfq.data.imagenet import difference, synsets
 from spdfq.data.labels import Labels, read_labels
 from spdfq.errors import DataError
 from spdfq.models import Teacher
@@ -19,7 +19,8 @@ from spdfq.registry import datasets
 class ImageFolder(DecodedImages):
     """A folder with a subfolder of images for each class; labels count the subfolders in alphabetical order.
 
-    An empty subfolder counts. Images are resized, cropped and normalised as timm evaluates the model.
+    An empty subfolder counts; files of other suffixes than those Pillow reads, and names that begin with a dot, do not.
+    Images are resized, cropped and normalised as timm evaluates the model.
 
     Args:
         root: the folder.
@@ -37,13 +38,18 @@ class ImageFolder(DecodedImages):
         """How many classes the labels count."""
         return len(self._folders())
 
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the subfolders."""
+        return [folder.name for folder in self._folders()]
+
     def check_classes(self, teacher: Teacher) -> None:
         """Nothing where the subfolders can be the teacher's classes.
 
         Raises:
             DataError: their number differs, or they are not quite the synsets of ImageNet-1k.
         """
-        if found := difference([folder.name for folder in self._folders()], teacher.num_classes):
+        if found := difference(self.class_names, teacher.num_classes):
             raise DataError(f"evaluation.dataset: {self.root}: {found}; a class without images is an empty folder")
         super().check_classes(teacher)
 
@@ -53,7 +59,7 @@ class ImageFolder(DecodedImages):
             Entry(str(path.relative_to(self.root)), label, path)
             for label, folder in enumerate(self._folders())
             for path in sorted(_files(folder))
-            if path.suffix.lower() in IMAGE_SUFFIXES
+            if path.suffix.lower() in image_suffixes()
         ]
         if not found:
             raise DataError(
@@ -63,7 +69,8 @@ class ImageFolder(DecodedImages):
         return found
 
     def _folders(self) -> list[Path]:
-        return sorted(path for path in _folder("image_folder", self.root).iterdir() if path.is_dir())
+        found = _folder("image_folder", self.root).iterdir()
+        return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
 
 
 @datasets.register("image_list")
@@ -93,6 +100,11 @@ class ImageList(DecodedImages):
         """How many classes the labels count; ``None`` where they are bare numbers."""
         return self._read().classes
 
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The synsets; none where the labels are bare numbers."""
+        return () if self.classes is None else list(synsets())
+
     def entries(self) -> list[Entry]:
         """Every image on the list."""
         root = _folder("image_list", self.root)
@@ -103,16 +115,17 @@ class ImageList(DecodedImages):
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All below; a folder that may not be read is an error, not an empty one."""
+    """All below but hidden ones; a folder that may not be read is an error, not an empty one."""
 
     def refuse(error: OSError) -> None:
         raise error
 
-    for above, _, names in os.walk(folder, onerror=refuse):
-        yield from (Path(above) / name for name in names)
+    for above, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(above) / name for name in names if not name.startswith("."))
 
 
 def _folder(title: str, root: str) -> Path:
-    if not Path(root).is_dir():
-        raise DataError(f"{title}: {root}: no such folder; give root = 'path/to/val'")
+    if not (root and Path(root).is_dir()):
+        raise DataError(f"{title}: {root or 'an empty root'}: no such folder; give root = 'path/to/val'")
     return Path(root)

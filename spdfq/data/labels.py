@@ -7,6 +7,7 @@ from pathlib import Path
 
 from attrs import frozen
 
+from spdfq.data.base import MOST_CLASSES
 from spdfq.data.imagenet import synsets
 from spdfq.errors import DataError
 
@@ -55,6 +56,9 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"image_list: {path}: not a text file; {_WANTED}") from None
     if not any(map(str.strip, lines)):
         raise DataError(f"image_list: {path}: is empty; {_WANTED}")
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise _wrong(path, number, f"holds a zero byte, so it is no text; {_WANTED}")
     return lines
 
 
@@ -62,8 +66,6 @@ def _plain(path: Path, lines: list[str]) -> Iterator[tuple[int, str, str]]:
     """Line number, name and class."""
     for number, line in enumerate(lines, 1):
         found = line.rsplit(maxsplit=1)
-        if "\0" in line:
-            raise _wrong(path, number, f"holds a zero byte, so it is no text; {_WANTED}")
         if len(found) == 2:
             yield number, found[0], found[1]
         elif line.strip().isdecimal():
@@ -79,16 +81,28 @@ def _plain(path: Path, lines: list[str]) -> Iterator[tuple[int, str, str]]:
 
 def _kaggle(path: Path, lines: list[str]) -> Iterator[tuple[int, str, str]]:
     """Line number, name and class: that of the first object, as all objects of an image are of one class."""
-    for number, row in enumerate(csv.reader(lines[1:]), 2):
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            (row,) = csv.reader([line], strict=True)  # a line at a time: an open quote would take in all that follow
+        except csv.Error as error:
+            raise _wrong(path, number, f"{line[:80]!r} is no line of a CSV file ({error})") from None
         if len(row) != 2 or not row[1].split():
-            raise _wrong(path, number, f"{','.join(row)!r} is no image id and prediction string")
+            raise _wrong(path, number, f"{line!r} is no image id and prediction string")
         yield number, f"{row[0]}.JPEG", row[1].split()[0]
+
+
+def class_number(digits: str) -> int | None:
+    """The number of a class; ``None`` where no model has so many."""
+    digits = digits.lstrip("0") or "0"  # Python itself reads no more than 4,300
+    return int(digits) if len(digits) <= len(str(MOST_CLASSES)) and int(digits) < MOST_CLASSES else None
 
 
 def _number(path: Path, line: int, label: str) -> int:
     if not label.isdecimal():
         raise _wrong(path, line, f"{label!r} is no number; {_CLASSES}")
-    return int(label)
+    if (found := class_number(label)) is None:
+        raise _wrong(path, line, f"the class {label[:20]} is larger than any model's; {_CLASSES}")
+    return found
 
 
 def _position(path: Path, line: int, label: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from attrs import field, frozen
 
+from spdfq.data.base import MOST_CLASSES
 from spdfq.data.decoded import DecodedImages, Entry
 from spdfq.data.shards import matching, stamp
 from spdfq.errors import DataError
@@ -56,9 +57,9 @@ class Parquet(DecodedImages):
         """Reads a row's image; the row group that the last one was in is kept."""
         return _Rows()
 
-    def size(self, entry: Entry) -> int:
-        """Of the shard."""
-        return entry.place[0].stat().st_size
+    def stamp(self, entry: Entry) -> tuple[int, ...]:
+        """Size and time of the shard."""
+        return stamp(entry.place[0])
 
     def _shards(self) -> list["_Shard"]:
         return [_shard(path, stamp(path)) for path in matching("parquet", self.files)]
@@ -99,6 +100,11 @@ def _shard(path: Path, stamp: Any) -> _Shard:
         raise DataError(f"parquet: {path}: holds no rows; leave it out of the pattern")
     if any(label is None or label < 0 for label in labels):
         raise DataError(f"parquet: {path}: has rows without a label, as test splits do; give another split")
+    if (most := max(labels)) >= MOST_CLASSES:
+        raise DataError(
+            f"parquet: {path}: row {labels.index(most)} has label {most}, larger than any model's; labels are "
+            "positions in the model's list of classes, so give shards that hold these"
+        )
     return _Shard(path, labels, groups, classes)
 
 

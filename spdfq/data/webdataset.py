@@ -9,7 +9,8 @@ from typing import Any
 
 from attrs import frozen
 
-from spdfq.data.decoded import IMAGE_SUFFIXES, DecodedImages, Entry
+from spdfq.data.decoded import DecodedImages, Entry, image_suffixes
+from spdfq.data.labels import class_number
 from spdfq.data.shards import matching, stamp
 from spdfq.errors import DataError
 from spdfq.registry import datasets
@@ -48,9 +49,9 @@ class WebDataset(DecodedImages):
         """Reads an image's bytes where they lie in the tar file."""
         return _member
 
-    def size(self, entry: Entry) -> int:
-        """Of the image."""
-        return entry.place[2]
+    def stamp(self, entry: Entry) -> tuple[int, ...]:
+        """Size of the image, and size and time of the shard."""
+        return entry.place[2], *stamp(entry.place[0])
 
 
 def _member(place: tuple[Path, int, int]) -> BytesIO:
@@ -70,10 +71,11 @@ def _shard(path: Path, stamp: Any) -> tuple[Entry, ...]:
                 key, suffix = _split(member.name)
                 if suffix == ".cls":
                     labels[key] = _label(path, member.name, tar.extractfile(member))
-                elif suffix in IMAGE_SUFFIXES:
+                elif suffix in image_suffixes():
                     if key in images:
                         raise DataError(f"webdataset: {path}: {key} has several images, {suffix} and another")
                     images[key] = f"{path.name}/{member.name}", (path, member.offset_data, member.size)
+            _check_end(path, tar.offset)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"webdataset: {path}: damaged, or no uncompressed tar file ({error}); fetch it again") from None
     if not images:
@@ -81,6 +83,21 @@ def _shard(path: Path, stamp: Any) -> tuple[Entry, ...]:
     if alone := sorted(images.keys() ^ labels.keys()):
         raise DataError(f"webdataset: {path}: {alone[0]} has not both an image and a class (KEY.jpg and KEY.cls)")
     return tuple(Entry(name, labels[key], place) for key, (name, place) in images.items())
+
+
+def _check_end(path: Path, end: int) -> None:
+    """Whether what follows the last member is the end of a tar file.
+
+    `tarfile` takes anything that is no header for it. It is a zero block, and zeros up to a whole record: of tarfile's
+    10 KiB, or of a power of two up to 1 MiB (``tar -b``).
+    """
+    whole = path.stat().st_size
+    record = max(tarfile.RECORDSIZE, min(whole & -whole, 2**20))  # the largest power of two that divides the size
+    with open(path, "rb") as file:
+        file.seek(end)
+        rest = file.read(record + 2 * tarfile.BLOCKSIZE)
+    if not tarfile.BLOCKSIZE <= len(rest) == whole - end or rest.strip(b"\0"):
+        raise tarfile.ReadError(f"after {end:,} of {whole:,} bytes there is neither a member nor the end of the file")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -94,4 +111,6 @@ def _label(path: Path, name: str, file: Any) -> int:
     text = file.read().decode(errors="replace").strip()
     if not text.isdecimal():
         raise DataError(f"webdataset: {path}: {name} holds {text[:20]!r}, not the number of a class")
-    return int(text)
+    if (found := class_number(text)) is None:
+        raise DataError(f"webdataset: {path}: {name} holds {text[:20]}, a larger class than any model's")
+    return found
