@@ -91,11 +91,15 @@ class Rounding(Learner):
         self.floors = {name: position.floor() for name, position in positions.items()}
         self.numbers = {name: _inverse(position - position.floor()) for name, position in positions.items()}
         self.parameters = list(self.numbers.values())
+        self.ups: dict[str, Tensor] = {}  # those of the forward pass just done, for its penalty
 
     def weight(self, name: str, weight: Tensor) -> Tensor:
         """The weight rounded down plus h, in the quantizer's range."""
         number = self.numbers.get(name)
-        return self.model.quantized(name, "", weight) if number is None else self._value(name, rectified(number))
+        if number is None:
+            return self.model.quantized(name, "", weight)
+        self.ups[name] = rectified(number)
+        return self._value(name, self.ups[name])
 
     def _value(self, name: str, up: Tensor) -> Tensor:
         grid = self.grids[name]
@@ -103,10 +107,12 @@ class Rounding(Learner):
 
     def penalty(self, share: float) -> Tensor | float:
         """``weight · Σ 1 - |2h - 1|^β`` over all weights."""
-        beta = self.spec.beta(share)
+        beta, ups = self.spec.beta(share), self.ups
+        self.ups = {}
         if beta is None or not self.numbers:
             return 0.0
-        terms = [(1 - (2 * rectified(number) - 1).abs() ** beta).sum() for number in self.parameters]
+        every = [ups[name] if name in ups else rectified(number) for name, number in self.numbers.items()]
+        terms = [(1 - (2 * up - 1).abs() ** beta).sum() for up in every]
         return self.spec.weight * torch.stack(terms).sum()
 
     @torch.no_grad()

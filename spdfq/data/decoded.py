@@ -21,7 +21,6 @@ from spdfq.errors import DataError
 from spdfq.models import Teacher
 from spdfq.registry import datasets
 
-
 _RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these without being able to load a pixel
 
 
