@@ -86,10 +86,17 @@ class Rounding(Learner):
 
     def __init__(self, spec: AdaRound, model: QuantizedModel, names: list[str]) -> None:
         self.spec, self.model, self.changes = spec, model, names
-        self.grids = {name: Grid.of(model.affine(name), model.weight(name)) for name in names}
-        positions = {name: grid.positions(model.weight(name).detach()) for name, grid in self.grids.items()}
-        self.floors = {name: position.floor() for name, position in positions.items()}
-        self.numbers = {name: _inverse(position - position.floor()) for name, position in positions.items()}
+        self.numbers: dict[str, Tensor] = {}
+        self.lower: dict[str, Tensor] = {}  # the weight rounded down
+        self.steps: dict[str, Tensor] = {}  # to the weight rounded up; 0 beyond the quantizer's range
+        for name in names:
+            weight = model.weight(name).detach()
+            grid = Grid.of(model.affine(name), weight)
+            position = grid.positions(weight)
+            floor = position.floor()
+            self.numbers[name] = _inverse(position - floor)
+            self.lower[name] = grid.values(floor.clamp(0, grid.last))
+            self.steps[name] = grid.step * ((floor >= 0) & (floor < grid.last))
         self.parameters = list(self.numbers.values())
         self.ups: dict[str, Tensor] = {}  # those of the forward pass just done, for its penalty
 
@@ -102,8 +109,7 @@ class Rounding(Learner):
         return self._value(name, self.ups[name])
 
     def _value(self, name: str, up: Tensor) -> Tensor:
-        grid = self.grids[name]
-        return grid.values((self.floors[name] + up).clamp(0, grid.last))
+        return torch.addcmul(self.lower[name], up, self.steps[name])
 
     def penalty(self, share: float) -> Tensor | float:
         """``weight · Σ 1 - |2h - 1|^β`` over all weights."""
