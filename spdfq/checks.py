@@ -6,7 +6,7 @@ from typing import Any
 from spdfq import features
 from spdfq.backends.place import beside_the_label, place
 from spdfq.errors import RecipeError
-from spdfq.finished import record
+from spdfq.finished import run_record
 from spdfq.models import Teacher, load_teacher
 from spdfq.provenance import data_fingerprints
 from spdfq.recipe import Recipe
@@ -15,7 +15,7 @@ from spdfq.recipe import Recipe
 def spare(source: Any, folder: Path) -> None:
     """Raises RecipeError where a run would write its own recipe.toml over the one it was given."""
     given = isinstance(source, (str, Path)) and Path(source).resolve() == (folder / "recipe.toml").resolve()
-    if given and not record(folder):
+    if given and not run_record(folder):
         raise RecipeError([f"{source}: the run's own recipe.toml would replace it; choose another --out"])
 
 

@@ -1,4 +1,4 @@
-"""What a finished run was of: its recipe and its teacher, for measuring it again."""
+"""What a finished run was of: its recipe, its record and whether a model is still its teacher."""
 
 import json
 from collections.abc import Iterable
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from spdfq.errors import DataError, RecipeError
-from spdfq.models import Teacher, load_teacher
 from spdfq.recipe import Recipe, load_recipe
 
 
@@ -25,22 +24,25 @@ def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe
     return load_recipe(str(path), overrides)
 
 
-def finished_teacher(folder: str | Path, recipe: Recipe) -> Teacher:
-    """The model that a finished run quantized.
+def check_teacher(folder: str | Path, found: dict[str, Any], fingerprint: str) -> None:
+    """Whether a model is the one that a finished run quantized.
+
+    Args:
+        folder: of the run.
+        found: its `run_record`.
+        fingerprint: of the model.
 
     Raises:
-        DataError: the recipe beside it or the weights have changed since.
+        DataError: the recipe in the folder or the weights have changed since.
     """
-    teacher, known = load_teacher(recipe.model), record(folder).get("model", {}).get("fingerprint")
-    if known not in (None, teacher.fingerprint()):
+    if found.get("model", {}).get("fingerprint") not in (None, fingerprint):
         raise DataError(
             f"{folder}: its model is not the one that was quantized any more, as recipe.toml or the weights have "
             "changed; run it again"
         )
-    return teacher
 
 
-def record(folder: str | Path) -> dict[str, Any]:
+def run_record(folder: str | Path) -> dict[str, Any]:
     """What ``run.json`` of a run folder says; nothing where there is none that can be read."""
     path = Path(folder) / "run.json"
     try:

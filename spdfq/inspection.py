@@ -10,9 +10,9 @@ from torch import Tensor
 
 from spdfq.errors import DataError, SpdfqError
 from spdfq.files import write_text
-from spdfq.finished import finished_recipe, finished_teacher
+from spdfq.finished import check_teacher, finished_recipe, run_record
 from spdfq.measures import Centroids, dataset_centroids, measure_images, prior_overlap
-from spdfq.models import Teacher
+from spdfq.models import Teacher, load_teacher
 from spdfq.pipeline import Progress
 from spdfq.provenance import data_fingerprints
 from spdfq.ranks import join
@@ -56,14 +56,20 @@ def measure_runs(
     if join().count > 1:
         raise SpdfqError("images are measured in one process; start it without torchrun")
     runs = [_Run.found(Path(folder), overrides, device, progress) for folder in folders]
-    known: dict[str, tuple[Teacher, Centroids | None]] = {}
+    teachers: dict[str, Teacher] = {}
+    for run in runs:
+        if (model := run.digest_of("model")) not in teachers:
+            teachers[model] = load_teacher(run.recipe.model)
+        check_teacher(run.folder, run.record, teachers[model].fingerprint())
+    known: dict[str, Centroids | None] = {}
     rows, pictures = [], []
     for run in runs:
-        key = digest(run.recipe.to_dict()["model"], run.recipe.to_dict()["evaluation"], *run.fingerprints())
+        teacher, key = teachers[run.digest_of("model")], run.digest_of("model", "evaluation")
         if key not in known:
-            known[key] = run.teacher_and_centroids()
-        rows.append(run.measure(*known[key]))
-        pictures.append((run.folder.resolve().name, known[key][0].denormalise(run.images.images.float())))
+            teacher.module.to(run.runtime.device)
+            known[key] = dataset_centroids(teacher, run.recipe.evaluation, run.runtime)
+        rows.append(run.measure(teacher, known[key]))
+        pictures.append((run.folder.resolve().name, teacher.denormalise(run.images.images.float())))
         run.write(rows[-1])
     if sheet:
         write_sheet(Path(sheet), pictures)
@@ -83,21 +89,18 @@ class _Run:
         recipe = finished_recipe(folder, overrides)
         if not (folder / "run.json").is_file():
             raise DataError(f"{folder}: has no run.json; measure a finished run")
+        record = run_record(folder)
         try:
-            record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             record["images"]["type"], record["metrics"]["quantized"]["top1"]
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             raise DataError(f"{folder / 'run.json'}: damaged; run the recipe again with --fresh") from None
         images = SyntheticImages.load(folder / "synthetic.safetensors")
         return cls(folder, recipe, record, images, make_runtime(recipe.runtime, recipe.seed, device, progress))
 
-    def fingerprints(self) -> list[str]:
-        return data_fingerprints(self.recipe.evaluation)
-
-    def teacher_and_centroids(self) -> tuple[Teacher, Centroids | None]:
-        teacher = finished_teacher(self.folder, self.recipe)
-        teacher.module.to(self.runtime.device)
-        return teacher, dataset_centroids(teacher, self.recipe.evaluation, self.runtime)
+    def digest_of(self, *sections: str) -> str:
+        """A hash of sections of the recipe, and of the data where the evaluation is one of them."""
+        data = data_fingerprints(self.recipe.evaluation) if "evaluation" in sections else []
+        return digest(*(self.recipe.to_dict()[section] for section in sections), *data)
 
     def measure(self, teacher: Teacher, centroids: Centroids | None) -> dict[str, Any]:
         found = measure_images(self.images.images, teacher, self.runtime, centroids, self.recipe.evaluation.batch)

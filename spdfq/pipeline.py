@@ -20,7 +20,7 @@ from spdfq.checkpoint import load_checkpoint, save_quantized
 from spdfq.checks import check_fit, checked_teacher, spare
 from spdfq.evaluate import accuracy, left_out
 from spdfq.files import write_text
-from spdfq.finished import finished_recipe, finished_teacher, record
+from spdfq.finished import check_teacher, finished_recipe, run_record
 from spdfq.models import Teacher, load_teacher
 from spdfq.provenance import data_fingerprints, device_name, git_commit, source_digest, versions
 from spdfq.published import check_full_precision, compare
@@ -78,7 +78,7 @@ def run(
         source: a `Recipe`, the name of a shipped recipe, the path of a ``.toml`` file, or plain data.
         overrides: ``dotted.key=value`` pairs, the value as TOML.
         seed: replaces the recipe's own.
-        out: the run folder; by default ``runs/`` and the recipe's name.
+        out: the run folder; by default ``runs/`` and the recipe's name, or its folder's where it is a ``recipe.toml``.
         device: replaces ``runtime.device``.
         fresh: do finished stages anew.
         store: where finished stages are kept; by default ``.store`` beside the run folder, or ``SPDFQ_STORE``.
@@ -136,9 +136,11 @@ def evaluate_run(
     spec, ranks = recipe.evaluation, join()
     model, _, _ = load_checkpoint(Path(folder) / "quantized")
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
-    teacher = finished_teacher(folder, recipe)
+    teacher = load_teacher(recipe.model)
+    fingerprint = teacher.fingerprint()
+    check_teacher(folder, run_record(folder), fingerprint)
     saved = (Path(folder) / "quantized" / "config.json").read_text(encoding="utf-8")
-    key = _key(teacher.fingerprint(), saved, _evaluation_key(spec, _judge(teacher)), runtime.device.type)
+    key = _key(fingerprint, saved, _evaluation_key(spec, _judge(teacher)), runtime.device.type)
     teacher.module.to(runtime.device)
     features.check(spec, teacher)
     judge = _judge(teacher)
@@ -190,7 +192,7 @@ class _Run:
     warnings: list[str] = field(factory=list, init=False)
 
     def result(self, told: list[str]) -> RunResult:
-        if record(self.folder).get("recipe_digest") not in (None, digest(self.recipe.to_dict())):
+        if run_record(self.folder).get("recipe_digest") not in (None, digest(self.recipe.to_dict())):
             self.announce(f"{self.folder}: held the run of another recipe, which this one replaces")
         for line in told:
             self._warn(line)

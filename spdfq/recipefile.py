@@ -59,24 +59,18 @@ def read(name: str, beside: Path = Path(), chain: tuple[Path, ...] = ()) -> dict
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError([f"{path}: not valid TOML: {error}"]) from None
-    if "extends" in data and not _names(data["extends"]):
-        raise RecipeError([f"{path}: extends: expected an array of recipe names, got {data['extends']!r}"])
-    return merge_parents(data, path.parent, (*chain, path.resolve()))
+    return merge_parents(data, path.parent, (*chain, path.resolve()), f"{path}: ")
 
 
-def merge_parents(data: dict[str, Any], beside: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+def merge_parents(data: dict[str, Any], beside: Path, chain: tuple[Path, ...] = (), where: str = "") -> dict[str, Any]:
     """Merge the parents named under ``extends`` from left to right, then the data itself."""
     parents = data.pop("extends", [])
-    if not _names(parents):
-        raise RecipeError([f"extends: expected an array of recipe names, got {parents!r}"])
+    if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
+        raise RecipeError([f"{where}extends: expected an array of recipe names, got {parents!r}"])
     merged: dict[str, Any] = {}
     for parent in parents:
         merged = lay_over(merged, read(parent, beside, chain))
     return merge(merged, data)
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def lay_over(data: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:

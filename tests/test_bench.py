@@ -7,7 +7,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from spdfq_cli.main import main
-from tiny_bench import BASE, BENCH, bench_files
+from tiny_bench import BENCH, bench_files
+from tiny_recipe import NO_IMAGES
 
 from spdfq import bench, pipeline
 from spdfq.bench import run_bench
@@ -131,7 +132,7 @@ def test_a_widened_axis_or_a_changed_base_runs_what_is_missing_only(write, ran, 
     run_bench(write(BENCH.replace("[3, 4]", "[3, 4, 5]")), out=tmp_path / "out")
     assert [name.partition("-")[2] for name, _, _ in ran] == [f"weights.bits=5-s{seed}" for seed in range(3)] * 2
     ran.clear()
-    (tmp_path / "base.toml").write_text(BASE.replace('"log2", bits = 4', '"log2", bits = 3'))
+    (tmp_path / "base.toml").write_text(NO_IMAGES.replace('"log2", bits = 4', '"log2", bits = 3'))
     assert run_bench(write(), out=tmp_path / "out").reused == 0
 
 

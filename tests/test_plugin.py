@@ -11,27 +11,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from spdfq_cli.main import main
+from tiny_recipe import NO_IMAGES
 
 from spdfq import registry
 
-RECIPE = """
-[model]
-name = "bundled:vit_fmnist"
+RECIPE = f"""
+{NO_IMAGES}
 [synthesis]
 type = "optimize"
 images = 2
 iterations = 2
 [synthesis.losses.brightness]
 level = 0.5
-[quantization]
-placement = "matmul_inputs"
-weights = { type = "uniform", bits = 4, granularity = "channel" }
-activations = { type = "uniform", bits = 4 }
-softmax = { type = "log2", bits = 4 }
-[[quantization.steps]]
-type = "calibrate"
-[evaluation]
-dataset = "fashion_mnist"
 """
 # importing torch takes seconds, so one process does all that has to be seen
 SEEN = """

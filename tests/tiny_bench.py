@@ -1,20 +1,7 @@
 """A bench file and its parents."""
 
-BASE = """
-[model]
-name = "bundled:vit_fmnist"
-[quantization]
-placement = "matmul_inputs"
-weights = { type = "uniform", bits = 4, granularity = "channel" }
-activations = { type = "uniform", bits = 4 }
-softmax = { type = "log2", bits = 4 }
-[[quantization.steps]]
-type = "calibrate"
-observer = "minmax"
-weight_observer = "minmax"
-[evaluation]
-dataset = "fashion_mnist"
-"""
+from tiny_recipe import NO_IMAGES
+
 NOISE = '[synthesis]\ntype = "gaussian_noise"\nimages = 4\n'
 OPTIMIZED = """
 [synthesis]
@@ -38,7 +25,7 @@ images = ["images/noise.toml", "images/optimized.toml"]
 def bench_files(folder):
     """Write a bench's parents into a folder, and give what writes a bench file beside them and gives its path."""
     (folder / "images").mkdir()
-    (folder / "base.toml").write_text(BASE)
+    (folder / "base.toml").write_text(NO_IMAGES)
     (folder / "images/noise.toml").write_text(NOISE)
     (folder / "images/optimized.toml").write_text(OPTIMIZED)
 

@@ -2,11 +2,10 @@
 
 from click.testing import CliRunner
 from spdfq_cli.main import main
+from tiny_recipe import NO_IMAGES
 
-SMALL = """
-[model]
-name = "bundled:vit_fmnist"
-
+SMALL = f"""
+{NO_IMAGES}
 [synthesis]
 type = "optimize"
 images = 4
@@ -15,19 +14,6 @@ iterations = 2
 [synthesis.losses.soft_cross_entropy]
 [synthesis.losses.total_variation]
 weight = 0.05
-
-[quantization]
-placement = "matmul_inputs"
-weights = { type = "uniform", bits = 4, granularity = "channel" }
-activations = { type = "uniform", bits = 4 }
-softmax = { type = "log2", bits = 4 }
-[[quantization.steps]]
-type = "calibrate"
-observer = "minmax"
-weight_observer = "minmax"
-
-[evaluation]
-dataset = "fashion_mnist"
 """
 
 

@@ -53,8 +53,7 @@ class AdaRound(Reconstruction):
         Raises:
             SpdfqError: the values of a weight's quantizer are not evenly spaced.
         """
-        names = [name for name in model.weight_names() if name.startswith(f"{block}.")]
-        return Rounding(self, model, names)
+        return Rounding(self, model, model.weight_names(f"{block}."))
 
     def distance(self, output: Hidden, target: Hidden, importance: Hidden | None) -> Tensor:
         """The squared difference, summed over the channels and averaged over the other axes."""

@@ -36,7 +36,7 @@ class Blockwise(Reconstruction):
 
     def learner(self, model: QuantizedModel, block: str) -> Learner:
         """The weights themselves."""
-        weights = [name for name in model.weight_names() if name.startswith(f"{block}.")]
+        weights = model.weight_names(f"{block}.")
         named = dict(model.network.named_parameters())
         biases = [name.removesuffix("weight") + "bias" for name in weights] if self.biases else []
         names = [name for name in [*weights, *biases] if name in named]

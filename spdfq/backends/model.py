@@ -36,7 +36,8 @@ class QuantizedModel(nn.Module):
     """A fake-quantized copy of a network: every product's operands pass the quantizers of its sites.
 
     The network keeps its modules and attributes; a quantizer is a child of the module that multiplies, so that its
-    state is found under ``network.blocks.0.attn.qkv.weight_quantizer.scale``.
+    state is found under ``network.blocks.0.attn.qkv.weight_quantizer.scale`` (of a Sequential, which would run it, it
+    is a child of this model).
 
     Args:
         network: a float model; it is copied, not touched.
@@ -136,9 +137,9 @@ class QuantizedModel(nn.Module):
         """Keep what a step did not do, and why, for ``sites.json``."""
         self.notes += [f"{step}: {line}" for line in lines]
 
-    def weight_names(self) -> list[str]:
-        """Names of the parameters that have a quantizer."""
-        return [name for name in self.quantizers if self.sites[name].kind == "weight"]
+    def weight_names(self, prefix: str = "") -> list[str]:
+        """Names of the parameters that have a quantizer, or of those that start with a prefix."""
+        return [name for name in self.quantizers if self.sites[name].kind == "weight" and name.startswith(prefix)]
 
     def site_table(self) -> dict[str, list[Any]]:
         """What is quantized and how, everything that is left in float, and what steps left undone, as plain data."""

@@ -137,7 +137,7 @@ class Job:
     def __attrs_post_init__(self) -> None:
         self.path = self.calibration.state_file(f"{self.spec.name}-{self.call.name}")  # while the block is learned
         self.learner = self.spec.learner(self.model, self.call.name)
-        weights = [name for name in self.model.weight_names() if name.startswith(f"{self.call.name}.")]
+        weights = self.model.weight_names(f"{self.call.name}.")
         self.width = len(self.model.weight(weights[-1])) if weights else 0  # of what the block puts out
         self.activations = Activations(self.model, self.spec.drop)
         self.scaled = scaled_activations(self.model, f"{self.call.name}.") if self.spec.scale_lr else {}

@@ -57,9 +57,9 @@ class Statistics:
         self.samples = torch.cat([self.samples, rows[:, start :: self._stride]], dim=1)
         self._seen += rows.shape[1]
 
-    def thinned(self, count: int) -> Tensor:
+    def thinned(self, wanted: int) -> Tensor:
         """About so many samples of each row, evenly: ``[C, n]``, less than twice as many."""
-        return self.samples[:, :: self._stride_from(max(self.samples.shape[1] // count, 1))]
+        return self.samples[:, :: self._stride_from(max(self.samples.shape[1] // wanted, 1))]
 
     def moved(self, by: Tensor) -> "Statistics":
         """What would have been kept, had ``by`` float32 ``[C]`` been taken off every value."""

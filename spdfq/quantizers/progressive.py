@@ -22,7 +22,8 @@ class ProgressiveObserver(Observer):
 
     Each end is shrunk by a factor of its own. All pairs of a coarse grid of factors are tried; around the best few, all
     pairs of neighbours at half the distance, and so on. Where nothing lies below zero, or the quantizer is one-ended,
-    both share one factor. Errors of values are those of 2**17 samples (but of 2**10 of each row, if there are so many).
+    both share one factor. Errors of values are those of about 2**17 samples (2**10 of each row at
+    least, if there are so many).
 
     Paper: AdaLog, arXiv:2407.12951 (fast progressive combining search, which refines the scale alone).
 
