@@ -53,6 +53,23 @@ def test_a_quantizer_passes_a_gradient(name):
     assert (x.grad > 0).float().mean() > 0.5
 
 
+@every("quantizer")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_half_precision_tensor_gives_what_its_parts_give(name, dtype):
+    """Each value is quantized by itself, so that a table of all values may be used (lookup.py)."""
+    quantizer = made("quantizer", name, bits=4)
+    frozen(quantizer, values(quantizer))
+    x = torch.randn(600, 1000, generator=seeded(1)).to(dtype).reshape(-1, 1)
+    x[:4, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0], dtype=dtype)
+    for image in (x, x.clone().requires_grad_()):
+        whole, parts = quantizer(image), torch.cat([quantizer(part) for part in image.split(100000)])
+        assert whole.dtype == dtype
+        assert torch.equal(whole.nan_to_num(nan=7.0), parts.nan_to_num(nan=7.0))
+    upstream = torch.randn(600000, 1, generator=seeded(2)).to(dtype)
+    gradients = [torch.autograd.grad(y, image, upstream)[0][4:] for y in (whole, parts)]
+    assert torch.equal(*gradients)
+
+
 @every("observer")
 @pytest.mark.parametrize("quantizer_name", registry("quantizer").names())
 def test_an_observer_chooses_a_range_within_what_was_seen(name, quantizer_name):

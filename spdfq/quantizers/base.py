@@ -9,6 +9,7 @@ from attrs import Attribute, define, field
 from torch import Tensor, nn
 
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
+from spdfq.quantizers.lookup import looked_up, pays
 from spdfq.quantizers.observers import MinMaxObserver, Observer, Product, Statistics
 
 Parameters = dict[str, Tensor]
@@ -39,6 +40,7 @@ class Quantizer(nn.Module, ABC):
     `observe` data, `freeze` the range, then call it. A child says in ``stores`` what a frozen one consists of, in
     ``largest`` where a stored byte may not exceed another number than the last code, in ``integers`` whether an integer
     runtime can run it (``yes`` or ``with tables``), and gives three pure functions: `fitted`, `encode`, `reconstruct`.
+    The latter two treat each element by itself.
 
     Args:
         bits: width of a code in bits, 2 to 8.
@@ -160,7 +162,10 @@ class Quantizer(nn.Module, ABC):
         Raises:
             SpdfqError: the quantizer is not frozen.
         """
-        return self.dequantized(x.float(), self._laid(x, self.tensors())).to(x.dtype)
+        parameters = self._laid(x, self.tensors())
+        if pays(x) and not any(parameter.dim() or parameter.requires_grad for parameter in parameters.values()):
+            return looked_up(lambda every: self.dequantized(every, parameters), x)
+        return self.dequantized(x.float(), parameters).to(x.dtype)
 
     def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
         """``reconstruct(encode(x))`` with its gradient; a child may do the same in fewer passes over memory."""
