@@ -1,6 +1,7 @@
 """What the back-end steps cost, on a network of the size of ViT-S with random weights and 32 random images.
 
     python benchmarks/backends.py --threads 2 --out benchmarks/results/backends.json
+    python benchmarks/backends.py --threads 1 --no-closed-form --precision bfloat16
     python benchmarks/backends.py --model vit_base_patch16_224 --rounds 0    # the memory of ridge on a ViT-B
 
 Closed form: seconds of each step of `backends/ridge` (calibrate, repq, ridge), and the peak memory of the process.
@@ -16,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from machine import about
@@ -28,7 +29,7 @@ from spdfq.backends.stream import Stream
 from spdfq.backends.training import learning
 from spdfq.models import Teacher, load_teacher
 from spdfq.recipe import ModelSpec, load_recipe
-from spdfq.runtime import Runtime
+from spdfq.runtime import Precision, Runtime
 from spdfq.structure import unstructure
 
 IMAGES, CLOSED_FORM_TARGET, BLOCKWISE_TARGET = 32, 180.0, 1.3
@@ -59,10 +60,11 @@ def closed_form(teacher: Teacher) -> dict[str, Any]:
     return {**facts, "target_seconds": CLOSED_FORM_TARGET, "met": total <= CLOSED_FORM_TARGET}
 
 
-def blockwise(teacher: Teacher, rounds: int) -> dict[str, Any]:
+def blockwise(teacher: Teacher, rounds: int, precision: Precision) -> dict[str, Any]:
     spec = load_recipe({"extends": [*PARTS, "backends/blockwise"]}).quantization
     model, images = place(teacher, spec), images_for(teacher)
-    calibration = Calibration(teacher=teacher, images=images, runtime=Runtime())
+    runtime = Runtime(precision=precision)
+    calibration = Calibration(teacher=teacher, images=images, runtime=runtime)
     spec.steps[0].run(model, calibration)
     with teacher.frozen() as network:
         call = block_calls(network, block_names(model), images[:1])[0]
@@ -73,8 +75,9 @@ def blockwise(teacher: Teacher, rounds: int) -> dict[str, Any]:
         weights = [network.get_parameter(name) for name in job.learner.changes]
 
         def bare() -> None:
-            error = (call.run(network, hidden)[0] - target[0]).norm()
-            torch.autograd.grad(error, weights)
+            with runtime.autocast():
+                output = call.run(network, hidden)[0]
+            torch.autograd.grad((output.float() - target[0]).norm(), weights)
 
         with learning([*job.learner.parameters, *weights]), torch.enable_grad():
             quantized, plain = [], []
@@ -82,7 +85,7 @@ def blockwise(teacher: Teacher, rounds: int) -> dict[str, Any]:
                 with model.visiting(job._operand):
                     quantized.append(seconds(lambda: job._optimise(hidden, hidden, target, None)))
                 plain.append(seconds(bare))
-    return ratio(quantized[1:], plain[1:])  # without the first, which warms up
+    return {"precision": precision, **ratio(quantized[1:], plain[1:])}  # without the first, which warms up
 
 
 def ratio(quantized: list[float], plain: list[float]) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit_small_patch16_224", help="a timm name; the weights are random")
     parser.add_argument("--rounds", type=int, default=20, help="of the block-wise part; 0 leaves it out")
     parser.add_argument("--no-closed-form", action="store_true", help="measure the block-wise part alone")
+    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="of the block-wise part")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="write JSON here (benchmarks/results/...)")
     arguments = parser.parse_args()
@@ -113,7 +117,7 @@ def main() -> None:
     teacher = load_teacher(ModelSpec(name=arguments.model, pretrained=False))
     result: dict[str, Any] = {"model": arguments.model, "images": IMAGES}
     if arguments.rounds:
-        result["blockwise"] = blockwise(teacher, arguments.rounds)
+        result["blockwise"] = blockwise(teacher, arguments.rounds, arguments.precision)
         print(json.dumps(result["blockwise"], indent=1))
     if not arguments.no_closed_form:
         result["closed_form"] = closed_form(teacher)

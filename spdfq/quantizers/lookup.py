@@ -23,12 +23,13 @@ def looked_up(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         function: maps float32 to float32, each element by itself.
         x: of any shape.
     """
-    every = torch.arange(_ALL).to(torch.int16).view(x.dtype).float()
+    every = torch.arange(_ALL).to(torch.int16).view(x.dtype)
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return _select(function(every).to(x.dtype), x)
-    values = function(every.requires_grad_())
-    (slopes,) = torch.autograd.grad(values.sum(), every)
-    result: Tensor = _LookUp.apply(x, values.detach().to(x.dtype), slopes)
+        return _select(function(every.float()).to(x.dtype), x)
+    leaf = every.float().requires_grad_()
+    values = function(leaf)
+    (slopes,) = torch.autograd.grad(values.sum(), leaf)
+    result: Tensor = _LookUp.apply(x, values.detach().to(x.dtype), slopes, _passed(every, slopes))
     return result
 
 
@@ -37,13 +38,27 @@ def _select(table: Tensor, x: Tensor) -> Tensor:
     return table.index_select(0, bits.reshape(-1)).reshape(x.shape)
 
 
+def _passed(every: Tensor, slopes: Tensor) -> tuple[float, float] | None:
+    """The ends, exclusive, of the one interval on which the gradient passes as it is, if it is 0 outside; or None."""
+    rising = torch.cat([torch.arange(_ALL - 1, _ALL // 2 - 1, -1), torch.arange(_ALL // 2)])  # -NaN .. -0, 0 .. NaN
+    inside = slopes[rising].nonzero().flatten()
+    first, last = (int(inside[0]), int(inside[-1])) if len(inside) else (0, 0)
+    if first == 0 or last == _ALL - 1 or last - first + 1 > len(inside) or bool((slopes[rising[inside]] != 1).any()):
+        return None
+    return float(every[rising[first - 1]]), float(every[rising[last + 1]])
+
+
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
-        ctx.save_for_backward(x, slopes)
+    def forward(ctx: Any, x: Tensor, values: Tensor, slopes: Tensor, passed: tuple[float, float] | None) -> Tensor:
+        ctx.passed = passed
+        ctx.save_for_backward(x, None if passed else slopes)
         return _select(values, x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         x, slopes = ctx.saved_tensors
-        return (gradients[0] * _select(slopes, x)).to(x.dtype), None, None
+        if ctx.passed:
+            # of the operations that tell an interval from the rest, the one that is a single pass in two bytes
+            return torch.ops.aten.hardtanh_backward(gradients[0], x, *ctx.passed), None, None, None
+        return _select(slopes, x).mul_(gradients[0]).to(x.dtype), None, None, None
