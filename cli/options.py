@@ -12,7 +12,17 @@ overrides = click.option(
 device = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where it runs, instead of the recipe's choice."
 )
-out = click.option("--out", type=click.Path(file_okay=False), metavar="DIR", help="Folder of the results.")
+
+
+def _named(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value == "":
+        raise click.BadParameter("the name of the folder is empty")
+    return value
+
+
+out = click.option(
+    "--out", type=click.Path(file_okay=False), callback=_named, metavar="DIR", help="Folder of the results."
+)
 quiet = click.option("--quiet", is_flag=True, help="No progress bars, and no lines but warnings.")
 as_json = click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output, nothing else.")
 

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from attrs import field, frozen, validators
 from spdfq import toml
 from spdfq.errors import RecipeError
 from spdfq.recipe import assign_all, digest, locate, merge, merge_parents
-from spdfq.recipefile import lay_over
+from spdfq.recipefile import lay_over, parsed
 from spdfq.structure import structure
 
 SCHEMA = 1
@@ -131,12 +130,8 @@ def read_plan(source: str) -> Plan:
         RecipeError: with every problem of the file, each on a line with its dotted path.
     """
     path = locate(source)
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError([f"{path}: not valid TOML: {error}"]) from None
     problems: list[str] = []
-    spec = structure(BenchFile, data, "", problems)
+    spec = structure(BenchFile, parsed(path), "", problems)
     if problems:
         raise RecipeError(problems)
     return _Reader(spec, path.parent).plan(path.stem)

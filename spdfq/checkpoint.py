@@ -76,7 +76,8 @@ def load_quantized(folder: str | Path, module: nn.Module | None = None) -> Quant
 
 def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tuple[QuantizedModel, Teacher, dict]:
     """The quantized model, its teacher without the teacher's weights, and the recipe it was made by."""
-    config, tensors = _read(Path(folder))
+    config = verified(folder)
+    tensors = read_tensors(Path(folder) / TENSORS, "copy it again")[0]
     teacher = _architecture(config, module)
     sites = {name: Site(name, kind, tuple(shape), *maker) for name, (kind, shape, *maker) in config["sites"].items()}
     restored = {name: _quantizer(name, table, folder) for name, table in config["quantizers"].items()}
@@ -129,7 +130,13 @@ def _float_buffers(model: QuantizedModel) -> set[str]:
     }
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def verified(folder: str | Path) -> dict[str, Any]:
+    """What ``config.json`` says of a saved model, if both files are whole and belong together.
+
+    Raises:
+        DataError: a missing, truncated, edited or newer file.
+    """
+    folder = Path(folder)
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
             raise DataError(f"{folder / name}: no such file; a quantized model is a folder with {CONFIG} and {TENSORS}")
@@ -149,7 +156,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise DataError(f"{folder / CONFIG}: was edited after it was written; save the model again")
     if config["tensors_sha256"] != _file_digest(folder / TENSORS):
         raise DataError(f"{folder / TENSORS}: truncated, edited or of another model than its {CONFIG}; copy both again")
-    return config, read_tensors(folder / TENSORS, "copy it again")[0]
+    return config
 
 
 def _file_digest(path: Path) -> str:

@@ -16,7 +16,7 @@ from spdfq import evaluate, features
 from spdfq.api import make_images
 from spdfq.backends import quantize
 from spdfq.backends.student import student_section
-from spdfq.checkpoint import load_checkpoint, save_quantized
+from spdfq.checkpoint import load_checkpoint, save_quantized, verified
 from spdfq.checks import check_fit, checked_teacher, spare
 from spdfq.evaluate import accuracy, left_out
 from spdfq.files import write_text
@@ -364,4 +364,5 @@ def _load_metrics(folder: Path) -> dict[str, Any]:
 
 
 def _checkpoint_folder(folder: Path) -> Path:
+    verified(folder / "quantized")
     return folder

@@ -55,11 +55,17 @@ def read(name: str, beside: Path = Path(), chain: tuple[Path, ...] = ()) -> dict
     path = locate(name, beside)
     if path.resolve() in chain:
         raise RecipeError([f"{name}: extends itself by way of {' -> '.join(p.stem for p in chain)}"])
+    return merge_parents(parsed(path), path.parent, (*chain, path.resolve()), f"{path}: ")
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """The plain data of a TOML file."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError([f"{path}: not valid TOML: {error}"]) from None
-    return merge_parents(data, path.parent, (*chain, path.resolve()), f"{path}: ")
+    except RecursionError:
+        raise RecipeError([f"{path}: not valid TOML: brackets nested too deeply"]) from None
 
 
 def merge_parents(data: dict[str, Any], beside: Path, chain: tuple[Path, ...] = (), where: str = "") -> dict[str, Any]:
@@ -151,7 +157,7 @@ def assign(data: dict[str, Any], assignment: str) -> None:
 def _toml_value(key: str, text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         parsed = {}
     if parsed.keys() != {"value"}:
         raise RecipeError(

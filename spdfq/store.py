@@ -101,7 +101,7 @@ class Store:
 def _loaded(folder: Path, load: Callable[[Path], T]) -> T:
     try:
         return load(folder)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, DataError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: a finished stage that is damaged ({error}); delete it, or use --fresh") from None
 
 

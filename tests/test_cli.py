@@ -130,6 +130,13 @@ def test_damaged_images_are_counted_and_named_beside_the_accuracy():
     assert len(accuracy(RECORD["metrics"])) == 2
 
 
+def test_an_empty_name_of_the_folder_is_refused(calls):
+    result = spdfq("run", "quickstart", "--out", "")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("Error: Invalid value for '--out': the name of the folder is empty\n")
+    assert not calls
+
+
 def test_run_leaves_unsaid_options_to_the_pipeline(calls):
     spdfq("run", "quickstart")
     options = calls[0][1]

@@ -123,3 +123,5 @@ def test_a_file_that_is_not_toml_is_one_clear_line(folder):
     path = folder("bad.toml", "seed = \n")
     (problem,) = problems_of(path)
     assert problem.startswith(f"{path}: not valid TOML: Invalid value (at line 1")
+    path = folder("deep.toml", f"a = {'[' * 10_000}")
+    assert problems_of(path) == [f"{path}: not valid TOML: brackets nested too deeply"]

@@ -184,6 +184,15 @@ def test_a_run_of_another_recipe_is_not_replaced_without_a_word(finished, recipe
     assert f"{folder}: held the run of another recipe, which this one replaces" in said
 
 
+def test_a_damaged_model_in_the_store_is_not_handed_on(finished, recipe, tmp_path):
+    store = shutil.copytree(finished.folder.parent / ".store", tmp_path / ".store")
+    stored = store / f"quantize-{finished.stages['quantize']['key']}" / "quantized" / "model.safetensors"
+    stored.write_bytes(stored.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"quantize-.*a finished stage that is damaged \(.*truncated.*use --fresh"):
+        run(recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "quantized").exists()
+
+
 def test_a_recipe_of_ones_own_is_not_overwritten(finished, tmp_path):
     (tmp_path / "recipe.toml").write_text((finished.folder / "recipe.toml").read_text())
     with pytest.raises(RecipeError, match=r"recipe.toml: the run's own recipe.toml would replace it"):
