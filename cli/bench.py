@@ -10,7 +10,7 @@ _PIPED = 160
 
 
 @click.command()
-@click.argument("file", metavar="NAME|FILE.toml")
+@click.argument("file", metavar="FILE.toml")
 @options.out
 @options.device
 @options.quiet

@@ -57,7 +57,7 @@ def main() -> None:
     """Quantize vision transformers without real images.
 
     \b
-    spdfq run quickstart                     a 4-bit ViT in about two minutes
+    spdfq run quickstart                     a 4-bit ViT in about a minute
     spdfq list                               what there is to choose from
     spdfq init quickstart > my.toml          a recipe to edit, every key explained
     spdfq check my.toml && spdfq run my.toml

@@ -59,7 +59,7 @@ def run(
 def evaluate(folder: Path, overrides: tuple[str, ...], device: str | None, quiet: bool, as_json: bool) -> None:
     """Measure a finished run again.
 
-    With --set on other images, for example --set evaluation.dataset.root='"val"'.
+    With --set on other images, for example --set 'evaluation.dataset={type="image_folder", root="val"}'.
     """
     from spdfq import pipeline
     from spdfq.ranks import join

@@ -24,11 +24,11 @@ PLACES = {
     "augmentation": "`augmentations` of the source `optimize`: what images go through before the teacher sees them.",
     "optimizer": "`optimizer` of the source `optimize`: of the pixels.",
     "schedule": "`schedule` of the source `optimize`: of the learning rate.",
-    "quantizer": "`weights`, `activations` and `softmax` of `[quantization]`: how a tensor is quantized.",
-    "observer": "`observer` and `weight_observer` of the step `calibrate`: how ranges are chosen.",
+    "quantizer": "`weights`, `activations`, `softmax` and `gelu` of `[quantization]`: how a tensor is quantized.",
+    "observer": "`observer` and `weight_observer` of steps such as `calibrate`: how ranges are chosen.",
     "placement": "`placement` of `[quantization]`: which tensors are quantized.",
     "step": "`[[quantization.steps]]`: what calibrates and repairs the quantized model, in order.",
-    "dataset": "`dataset` of `[evaluation]` and of the source `real`: labelled images.",
+    "dataset": "`dataset` and `bank` of `[evaluation]`, `dataset` of the source `real`: labelled images.",
 }
 
 

@@ -131,7 +131,10 @@ def read_plan(source: str) -> Plan:
     """
     path = locate(source)
     problems: list[str] = []
-    spec = structure(BenchFile, parsed(path), "", problems)
+    data = parsed(path)
+    if data.keys() & {"extends", "model", "synthesis", "quantization", "evaluation"}:
+        raise RecipeError([f"{path}: is a recipe, not a bench file; 'spdfq run' runs it, 'parents' of a bench name it"])
+    spec = structure(BenchFile, data, "", problems)
     if problems:
         raise RecipeError(problems)
     return _Reader(spec, path.parent).plan(path.stem)
@@ -158,7 +161,7 @@ class _Reader:
             self._check_gap(axes)
         combinations = () if self.problems else self._combinations(axes, base)
         if self.problems:
-            raise RecipeError(self.problems)
+            raise RecipeError(list(dict.fromkeys(self.problems)))  # an axis of many values repeats them
         return Plan(name, axes, self.spec.seeds, combinations, self.spec.gap)
 
     def _base(self) -> dict[str, Any]:
@@ -212,8 +215,13 @@ class _Reader:
 
     def _check_values(self, path: str, values: Any) -> list[Any]:
         """The values, or none where they are not an array of distinct ones."""
+        try:
+            shown = toml.value(values)
+        except TypeError as error:  # a date, which no key takes
+            self.problems.append(f"{path}: {error}")
+            return []
         if not isinstance(values, (list, tuple)):
-            self.problems.append(f"{path}: expected an array of values, got {toml.value(values)}")
+            self.problems.append(f"{path}: expected an array of values, got {shown}")
             return []
         if not values:
             self.problems.append(f"{path}: is empty; give at least one value")

@@ -5,11 +5,11 @@ from typing import Any
 
 from spdfq import features
 from spdfq.backends.place import beside_the_label, place
-from spdfq.errors import RecipeError
+from spdfq.errors import RecipeError, SpdfqError
 from spdfq.finished import run_record
 from spdfq.models import Teacher, load_teacher
 from spdfq.provenance import data_fingerprints
-from spdfq.recipe import Recipe
+from spdfq.recipe import Quantization, Recipe
 
 
 def spare(source: Any, folder: Path) -> None:
@@ -32,7 +32,7 @@ def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
     told = recipe.warnings()
     for attempt in (
         lambda: recipe.synthesis.check(teacher),
-        lambda: told.extend(beside_the_label(place(teacher, recipe.quantization), recipe.quantization)),
+        lambda: told.extend(_check_backend(recipe.quantization, teacher)),
         lambda: features.check(recipe.evaluation, teacher),
     ):
         try:
@@ -42,6 +42,23 @@ def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
     if problems:
         raise RecipeError(problems)
     return told
+
+
+def _check_backend(spec: Quantization, teacher: Teacher) -> list[str]:
+    """Place the quantizers, look at every step, and return the warnings."""
+    model = place(teacher, spec)
+    problems = []
+    if model.quantizers and not any(step.calibrates for step in spec.steps):
+        problems.append("quantization.steps: none of them calibrates; put { type = 'calibrate' } first")
+    else:
+        for index, step in enumerate(spec.steps):
+            try:
+                step.check(model, spec.steps[:index])
+            except SpdfqError as error:
+                problems.append(f"quantization.steps.{index}: {error}")
+    if problems:
+        raise RecipeError(problems)
+    return beside_the_label(model, spec)
 
 
 def _shared_images(recipe: Recipe) -> list[str]:

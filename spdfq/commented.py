@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 
 from spdfq import toml
-from spdfq.describe import FieldDoc, describe, keys, summary
+from spdfq.describe import FieldDoc, describe, keys, summary, table_of
 from spdfq.recipe import Recipe
 from spdfq.registry import registry
 from spdfq.structure import unstructure
@@ -35,6 +35,8 @@ def _keys(value: Any, path: tuple[str, ...], kind: str | None = None) -> list[st
         item = getattr(value, field.name)
         if _is_section(item):
             inner += _sections(item, doc, (*path, doc.name), field.metadata.get("kind"))
+        elif item is None and (table := table_of(type(value), field.name)):
+            inner += _left_out(table, doc, (*path, doc.name))
         else:
             plain += [*_comment(f"{doc.doc} ({doc.type})"), _assignment(doc.name, item)]
     return plain + inner
@@ -68,6 +70,15 @@ def _sections(item: Any, doc: FieldDoc, path: tuple[str, ...], kind: str | None)
     for header, part, inner in parts:
         above = _comment(summary(type(part))) if kind else []
         lines += [*([""] if len(parts) > 1 else []), *above, header, *_keys(part, inner, kind)]
+    return lines
+
+
+def _left_out(table: type, doc: FieldDoc, path: tuple[str, ...]) -> list[str]:
+    """A section that is not there, every key of it commented out."""
+    lines = ["", *_comment(f"{doc.name}: {doc.doc}"), f"# [{toml.key(*path)}]"]
+    for inner in describe(table):
+        given = "" if inner.default in ("required", "none") else f" {inner.default}"
+        lines += [*_comment(f"{inner.doc} ({inner.type})"), f"# {inner.name} ={given}"]
     return lines
 
 

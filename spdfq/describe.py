@@ -44,6 +44,12 @@ def describe(cls: type) -> list[FieldDoc]:
     ]
 
 
+def table_of(cls: type, name: str) -> type | None:
+    """The class of a key that takes a table which is no component; None of any other key."""
+    hint = typing.get_type_hints(cls)[name]
+    return next((choice for choice in (typing.get_args(hint) or (hint,)) if attrs.has(choice)), None)
+
+
 def summary(cls: type) -> str:
     """The first line of a class's docstring."""
     return plain((inspect.getdoc(cls) or "").partition("\n")[0])

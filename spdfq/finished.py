@@ -35,7 +35,10 @@ def check_teacher(folder: str | Path, found: dict[str, Any], fingerprint: str) -
     Raises:
         DataError: the recipe in the folder or the weights have changed since.
     """
-    if found.get("model", {}).get("fingerprint") not in (None, fingerprint):
+    model = found.get("model", {})
+    if not isinstance(model, dict):
+        raise DataError(f"{Path(folder) / 'run.json'}: damaged; run the recipe again with --fresh")
+    if model.get("fingerprint") not in (None, fingerprint):
         raise DataError(
             f"{folder}: its model is not the one that was quantized any more, as recipe.toml or the weights have "
             "changed; run it again"

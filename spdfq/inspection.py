@@ -118,5 +118,8 @@ class _Run:
         try:
             write_text(self.folder / MEASURES_FILE, json.dumps(row, indent=1) + "\n")
             write_report(self.folder)
+        except DataError:  # no measures without their report
+            (self.folder / MEASURES_FILE).unlink(missing_ok=True)
+            raise
         finally:
             lock.release()

@@ -96,11 +96,14 @@ def run(
     ranks = join()
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
     kept = Store(store, fresh, ranks) if store else store_beside(folder, fresh, ranks)
+    new = not folder.exists()
     lock = lock_folder(folder) if ranks.leads else None
     try:
         return _Run(recipe, folder, teacher, runtime, kept, announce if ranks.leads else _unheard).result(told)
     finally:
         if lock:
+            if new and [path.name for path in folder.iterdir()] == [Path(lock.lock_file).name]:
+                shutil.rmtree(folder)  # nothing came of it
             lock.release()
 
 

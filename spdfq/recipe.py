@@ -9,7 +9,7 @@ from typing import Any, Literal
 from attrs import field, frozen, validators
 
 from spdfq.errors import RecipeError
-from spdfq.recipefile import assign_all, locate, merge, merge_parents, read, resolve, shipped
+from spdfq.recipefile import assign_all, locate, merge, merge_parents, read, resolve, shipped, whole
 from spdfq.structure import component, component_list, structure, unstructure
 from spdfq.toml import dumps as to_toml
 
@@ -185,8 +185,8 @@ class RuntimeSpec:
     """How a recipe runs; nothing here but the precision changes what is computed.
 
     Args:
-        precision: of the forward passes in synthesis and block reconstruction; ``auto`` takes bfloat16 where the device
-            is fast at it.
+        precision: of the forward passes in synthesis, reconstruction and distillation; ``auto`` takes bfloat16 where
+            the device is fast at it.
         device: ``auto`` takes an accelerator where there is one.
         threads: CPU threads, while the recipe runs; as they are where it is left out.
     """
@@ -316,8 +316,12 @@ def load_recipe(
     if isinstance(source, Recipe):
         source = source.to_dict()
     data = resolve(source, overrides, seed)
+    if data.keys() & {"base", "parents", "keys"}:
+        raise RecipeError(["this is a bench file, not a recipe; 'spdfq bench' runs it"])
     problems: list[str] = []
     recipe = structure(Recipe, data, "", problems)
+    if problems and isinstance(source, str) and source in shipped() and not whole(source):
+        problems.insert(0, f"{source}: is a part of recipes and no whole one; name it under 'extends' of your own")
     if not problems and recipe.quantization.budget and getattr(recipe.synthesis, "needs_student", False):
         problems.append(
             "quantization.budget: is measured on finished images, but synthesis.student needs its bits before; leave "

@@ -62,7 +62,7 @@ class Runtime:
 
     Args:
         device: where tensors live.
-        precision: of the forward passes in synthesis and block reconstruction.
+        precision: of the forward passes in synthesis, reconstruction and distillation.
         seed: the recipe's seed.
         progress: ``progress(description, total)`` is a context manager giving ``advance(steps, **values)``.
         ranks: the processes that share the work.

@@ -20,6 +20,7 @@ _NOUNS: dict[Any, str] = {
     str: "a string",
     dict: "a table",
 }
+_LARGEST: dict[Any, float] = {int: 2**63 - 1, float: 3.4e38}
 
 
 def component(kind: str, default: Any = attrs.NOTHING) -> Any:
@@ -174,6 +175,8 @@ def _value(hint: Any, data: Any, path: str, problems: list[str]) -> Any:
         return _tuple(arguments, data, path, problems)
     if attrs.has(hint):
         return structure(hint, data, path, problems)
+    if type(data) in (int, float) and hint in _LARGEST and _LARGEST[hint] < abs(data) < math.inf:
+        return _fail(problems, path, "is larger than any tensor can hold")
     if hint is float and type(data) is int:
         data = float(data)
     if type(data) is not hint:

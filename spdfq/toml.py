@@ -25,7 +25,7 @@ def value(data: Any) -> str:
         return "[" + ", ".join(map(value, data)) + "]"
     if isinstance(data, (int, float)):
         return repr(data)
-    raise TypeError(f"TOML has no {type(data).__name__}")
+    raise TypeError(f"a {type(data).__name__} is no value of a recipe")
 
 
 def key(*parts: str) -> str:

@@ -197,7 +197,7 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(DataError) as raised:
         len(dataset)
-    message = "parquet: needs pyarrow, which is not installed: pip install 'spdfq[shards]'"
+    message = "parquet: needs pyarrow, which is not installed: pip install pyarrow"
     assert str(raised.value) == message
 
 

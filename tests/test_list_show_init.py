@@ -74,6 +74,9 @@ def test_a_commented_recipe_says_what_every_key_means(small):
         "# classes of the head, where they differ from the architecture's own; 0 for none. (whole number)\n"
         "# num_classes =\n" in text
     )
+    bits = "# bit-widths that a site may get. ([whole number, ...])\n# choices = [2, 3, 4, 5, 6, 8]\n"
+    assert "# [quantization.budget]\n" in text
+    assert bits in text
 
 
 @attrs.frozen

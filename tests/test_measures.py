@@ -315,6 +315,13 @@ def test_the_command_prints_a_row_for_each_run_or_the_numbers(noisy, photographe
     assert [found["name"] for found in json.loads(numbers.stdout)] == ["noisy", "photographed"]
 
 
+def test_no_measures_stay_whose_report_cannot_be_written(noisy):
+    (noisy / "sites.json").write_text("[]")
+    with pytest.raises(DataError, match=r"sites\.json: damaged"):
+        measure_runs([noisy])
+    assert not (noisy / "measures.json").exists()
+
+
 def test_damaged_measures_are_one_clear_error(noisy):
     (noisy / "measures.json").write_text("{}")
     with pytest.raises(SpdfqError, match=r"measures\.json lacks 'real_images'"):

@@ -217,6 +217,45 @@ def test_warnings_are_announced_and_kept(finished, recipe):
     assert check(recipe, overrides=changes) == [line]
 
 
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("steps=['blockwise']", "quantization.steps: none of them calibrates; put { type = 'calibrate' } first"),
+        ("steps=['ridge', 'calibrate']", "quantization.steps.0: nothing is calibrated before it; put"),
+        ("steps=['distill', 'calibrate']", "quantization.steps.0: nothing is calibrated before it; put"),
+        ("steps=['adalog', 'calibrate']", "quantization.steps.0: nothing is calibrated before it; put"),
+        ("steps=['calibrate', 'ptf']", "quantization.steps.1: ptf: no residual sum is quantized; set"),
+        ("steps=['calibrate', { type = 'repq', part = 'fold' }]", "quantization.steps.1: repq: nothing to fold; put"),
+        ("weights='log2'", "quantization.weights: 'log2' takes no negative values; weights need one that does"),
+        (
+            "weights={ type = 'uniform', granularity = 'channel', axis = 5 }",
+            "has no axis 5; use 0",
+        ),
+        ("activations={ type = 'uniform', granularity = 'channel', axis = 9 }", "has no axis 9; use -1"),
+    ],
+)
+def test_a_back_end_that_cannot_work_is_refused_before_anything_is_computed(override, problem):
+    with pytest.raises(RecipeError) as refused:
+        check("quickstart", overrides=[f"quantization.{override}"])
+    (line,) = refused.value.problems
+    assert problem in line
+
+
+def test_a_failed_run_leaves_no_empty_folder(recipe, tmp_path):
+    with pytest.raises(SpdfqError):
+        run(recipe, out=tmp_path / "run", overrides=["quantization.activations='log2'"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_part_and_a_bench_file_are_no_recipes(tmp_path):
+    with pytest.raises(RecipeError) as refused:
+        check("images/spdfq")
+    assert refused.value.problems[0].startswith("images/spdfq: is a part of recipes and no whole one; name it under")
+    (tmp_path / "bench.toml").write_text("seeds = [1]\n[parents]\nimages = ['images/spdfq']")
+    with pytest.raises(RecipeError, match="this is a bench file, not a recipe; 'spdfq bench' runs it"):
+        check(tmp_path / "bench.toml")
+
+
 def test_check_needs_neither_weights_nor_data(recipe):
     assert (
         check(recipe, overrides=["model.checkpoint='nowhere.safetensors'", "evaluation.dataset.root='nowhere'"]) == []

@@ -354,6 +354,9 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     (tmp_path / "run.json").write_text('{"name": "trial"}')
     with pytest.raises(DataError, match="lacks 'metrics'"):
         write_report(tmp_path)
+    (tmp_path / "sites.json").write_text("[]")
+    with pytest.raises(DataError, match=r"sites\.json: damaged; run the recipe again with --fresh"):
+        write_report(tmp_path)
 
 
 @pytest.mark.parametrize("rows", ["0,0,1\n0,1,x", "0,0,1\n0,1,nan", "0,0,1\n0,1", "0,0,1\n0,1,2\n1,0,3"])

@@ -1,10 +1,13 @@
 """AdaLog's bias folding: what a shifted logarithm takes off goes into the bias of the layer that follows."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import attrs
 import torch
 from attrs import define
 
-from spdfq.backends.base import Calibration, Step
+from spdfq.backends.base import Calibration, Step, check_calibrated_by
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import WEIGHT, input_site
 from spdfq.backends.wiring import wiring
@@ -22,6 +25,12 @@ class AdaLog(Step):
     weight Ŵ: the output stays the same, to rounding (AdaLog, arXiv 2407.12951, section 3.3). As Ŵ must not change any
     more, put it last. Inputs of other than linear layers are left as they are; ``sites.json`` names them.
     """
+
+    calibrates: ClassVar[bool] = False
+
+    def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
+        """Refuse to come before calibration."""
+        check_calibrated_by(before)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:

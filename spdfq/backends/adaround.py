@@ -1,12 +1,14 @@
 """AdaRound: whether each weight is rounded up or down is learned, block by block."""
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from attrs import define, field, validators
 from torch import Tensor
 
+from spdfq.backends.base import Step
 from spdfq.backends.blocks import Hidden
 from spdfq.backends.grid import Grid
 from spdfq.backends.model import QuantizedModel
@@ -46,6 +48,12 @@ class AdaRound(Reconstruction):
     weight: float = field(default=0.01, validator=validators.ge(0.0))
     temperature: tuple[float, float] = field(default=(20.0, 2.0), validator=_at_least_one)
     warmup: float = field(default=0.2, validator=[validators.ge(0.0), validators.lt(1.0)])
+
+    def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
+        """Refuse weights whose values are not evenly spaced, and to come before calibration."""
+        super().check(model, before)
+        for name in model.weight_names():
+            model.affine(name)
 
     def learner(self, model: QuantizedModel, block: str) -> Learner:
         """A number for each weight of the block.

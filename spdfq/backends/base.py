@@ -1,11 +1,14 @@
 """What every step of a back-end is, and what it is given."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from attrs import define, frozen
 from torch import Tensor
 
 from spdfq.backends.model import QuantizedModel
+from spdfq.errors import SpdfqError
 from spdfq.models import Teacher
 from spdfq.runtime import Runtime
 
@@ -35,8 +38,30 @@ class Calibration:
 
 @define(kw_only=True)
 class Step:
-    """Base class of back-end steps."""
+    """Base class of back-end steps.
+
+    A child whose ``calibrates`` is false chooses no ranges, or not all; others may come first in a recipe.
+    """
+
+    calibrates: ClassVar[bool] = True
+
+    def check(self, model: QuantizedModel, before: Sequence["Step"]) -> None:
+        """Refuse what is seen to fail before anything is computed.
+
+        Args:
+            model: placed, not calibrated.
+            before: the steps that come first.
+
+        Raises:
+            SpdfqError: the step cannot work on this model, or needs another one before it.
+        """
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
         """Change the quantized model in place."""
         raise TypeError(f"{type(self).__name__} does not define run")
+
+
+def check_calibrated_by(before: Sequence[Step]) -> None:
+    """Raises SpdfqError where none of these steps chooses ranges."""
+    if not any(step.calibrates for step in before):
+        raise SpdfqError("nothing is calibrated before it; put { type = 'calibrate' } first in quantization.steps")

@@ -2,14 +2,15 @@
 
 import math
 import time
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor, nn
 
 from spdfq.backends.activations import Activations, scaled_activations
-from spdfq.backends.base import Calibration, Step
+from spdfq.backends.base import Calibration, Step, check_calibrated_by
 from spdfq.backends.blocks import BlockCall, block_calls, block_names
 from spdfq.backends.divergence import divergence
 from spdfq.backends.epochs import batch_rows, noise
@@ -45,6 +46,8 @@ class Distill(Step):
         scale_lr: learning rate of the activations' scales (LSQ, arXiv 1902.08153; 4e-5 in QDrop); 0 keeps them.
     """
 
+    calibrates: ClassVar[bool] = False
+
     iterations: int = field(default=500, validator=validators.ge(1))
     lr: float = field(default=1e-5, validator=validators.gt(0.0))
     batch: int = field(default=32, validator=validators.ge(1))
@@ -53,6 +56,10 @@ class Distill(Step):
     learned: Literal["weights", "all"] = "weights"
     drop: float = field(default=0.0, validator=[validators.ge(0.0), validators.lt(1.0)])
     scale_lr: float = field(default=0.0, validator=validators.ge(0.0))
+
+    def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
+        """Refuse to come before calibration."""
+        check_calibrated_by(before)
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
         """Train; a killed run goes on from its last stored state.

@@ -13,6 +13,7 @@ from spdfq.errors import RecipeError
 from spdfq.models import Teacher
 from spdfq.quantizers import Quantizer
 from spdfq.recipe import Override, Quantization
+from spdfq.structure import unstructure
 
 _ROLES = {"first": "first_conv", "last": "classifier"}
 
@@ -27,7 +28,8 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
 
     Raises:
         RecipeError: an override that matches no quantized site; all such at once. Or a quantizer of activations whose
-            channels are the images, or a budget that cannot be reached.
+            channels are the images or on an axis that is not there, one of weights that takes no negative values, or a
+            budget that cannot be reached.
     """
     _check_templates(spec)
     example = torch.zeros(1, *teacher.input_size, device=teacher.device)
@@ -40,6 +42,7 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
         for name, site in sites.items()
         if site.kind in spec.placement.kinds and (quantizer := _fresh(spec, site, bits.get(name))) is not None
     }
+    _check_sites(spec, sites, quantizers)
     model = QuantizedModel(teacher.module, sites, quantizers, leftovers).to(teacher.device)
     if spec.gelu is not None and not any(sites[name].maker == GELU for name in quantizers):
         model.note("gelu", ["no quantized site takes what a GELU puts out"])
@@ -63,11 +66,29 @@ def _check_templates(spec: Quantization) -> None:
         raise RecipeError(problems)
 
 
+def _check_sites(spec: Quantization, sites: dict[str, Site], quantizers: dict[str, Quantizer]) -> None:
+    """Refuse what calibration would, after the images were made."""
+    for name, quantizer in quantizers.items():
+        site, where = sites[name], f"quantization.{_key(spec, sites[name])}"
+        if site.kind == WEIGHT and not quantizer.signed:
+            kind = unstructure(quantizer, "quantizer")["type"]
+            raise RecipeError([f"{where}: {kind!r} takes no negative values; weights need one that does ('uniform')"])
+        axes = [axis for stored in quantizer.stores if (axis := quantizer.axis_of(stored)) is not None]
+        usual = 0 if site.kind == WEIGHT else -1
+        if any(not -len(site.shape) <= axis < len(site.shape) for axis in axes):
+            raise RecipeError([f"{where}: {name} of shape {list(site.shape)} has no axis {axes[0]}; use {usual}"])
+
+
+def _key(spec: Quantization, site: Site) -> str:
+    """Which of the section's quantizers a site gets."""
+    rest = "gelu" if spec.gelu is not None and site.maker == GELU else "activations"
+    return {WEIGHT: "weights", SOFTMAX: "softmax"}.get(site.kind, rest)
+
+
 def _fresh(spec: Quantization, site: Site, bits: int | None) -> Quantizer | None:
     if bits == 0:
         return None
-    activations = spec.gelu if spec.gelu is not None and site.maker == GELU else spec.activations
-    template = {WEIGHT: spec.weights, SOFTMAX: spec.softmax}.get(site.kind, activations)
+    template = getattr(spec, _key(spec, site))
     return attrs.evolve(template) if bits is None else attrs.evolve(template, bits=bits)
 
 

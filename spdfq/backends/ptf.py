@@ -1,6 +1,7 @@
 """FQ-ViT's power-of-two factors: a finer step for the channels of small values that enter a LayerNorm."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from attrs import define, field, validators
@@ -30,8 +31,14 @@ class PowerOfTwoFactors(Step):
         batch: images per forward pass.
     """
 
+    calibrates: ClassVar[bool] = False
+
     observer: Any = component("observer", default=MinMaxObserver)
     batch: int = field(default=32, validator=validators.ge(1))
+
+    def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
+        """Refuse a placement without residual sums."""
+        self._sums(model)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
@@ -41,9 +48,7 @@ class PowerOfTwoFactors(Step):
             SpdfqError: the placement has none.
             NonFiniteError: a site saw NaN or infinity.
         """
-        names = [name for name in model.quantizers if model.sites[name].kind == RESIDUAL]
-        if not names:
-            raise SpdfqError("ptf: no residual sum is quantized; set quantization.placement = 'psaq'")
+        names = self._sums(model)
         widths = {norm.normalized_shape[-1] for norm in model.network.modules() if isinstance(norm, nn.LayerNorm)}
         shapes = {name: model.sites[name].shape for name in names}
         maps = [name for name, shape in shapes.items() if len(shape) == 4 and shape[-1] not in widths]
@@ -54,3 +59,9 @@ class PowerOfTwoFactors(Step):
         observe_activations(model, calibration, names, self.batch)
         for name in names:
             model.quantizers[name].freeze(self.observer)
+
+    def _sums(self, model: QuantizedModel) -> list[str]:
+        names = [name for name in model.quantizers if model.sites[name].kind == RESIDUAL]
+        if not names:
+            raise SpdfqError("ptf: no residual sum is quantized; set quantization.placement = 'psaq'")
+        return names

@@ -3,6 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -11,7 +12,7 @@ from attrs import define, field, validators
 from torch import Tensor, nn
 
 from spdfq.backends.activations import Activations, scaled_activations
-from spdfq.backends.base import Calibration, Step
+from spdfq.backends.base import Calibration, Step, check_calibrated_by
 from spdfq.backends.blocks import BlockCall, Hidden, block_calls, block_names
 from spdfq.backends.epochs import batch_rows, noise
 from spdfq.backends.fisher import squared_gradients
@@ -75,6 +76,7 @@ class Reconstruction(Step, ABC):
     """
 
     name: ClassVar[str]
+    calibrates: ClassVar[bool] = False
 
     iterations: int = field(default=100, validator=validators.ge(1))
     lr: float = field(default=4e-5, validator=validators.gt(0.0))
@@ -99,6 +101,10 @@ class Reconstruction(Step, ABC):
     def deployed(self, model: QuantizedModel) -> Visit:
         """How the blocks before are quantized."""
         return model.quantized
+
+    def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
+        """Refuse to come before calibration."""
+        check_calibrated_by(before)
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
         """Reconstruct every block; blocks that a killed run finished are taken from its state file.

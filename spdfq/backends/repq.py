@@ -1,6 +1,7 @@
 """RepQ's transform: channel-wise ranges after a LayerNorm, folded into the LayerNorm and the layers it feeds."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -16,6 +17,8 @@ from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, U
 from spdfq.quantizers.observers import Statistics
 from spdfq.registry import steps
 from spdfq.structure import component
+
+_NOTHING = "repq: nothing to fold; put { type = 'repq', part = 'channels' } before it"
 
 
 @frozen(eq=False)
@@ -67,10 +70,17 @@ class RepQ(Step):
         batch: images per forward pass.
     """
 
+    calibrates: ClassVar[bool] = False
+
     part: Literal["both", "channels", "fold"] = "both"
     observer: Any = component("observer", default=PercentileMseObserver)
     weight_observer: Any = component("observer", default=GridMseObserver)
     batch: int = field(default=32, validator=validators.ge(1))
+
+    def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
+        """Refuse to fold what no step before has split."""
+        if self.part == "fold" and not any(isinstance(step, RepQ) and step.part == "channels" for step in before):
+            raise SpdfqError(_NOTHING)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
@@ -122,7 +132,7 @@ class RepQ(Step):
     def _fold(self, model: QuantizedModel, groups: list[NormGroup]) -> None:
         split = [group for group in groups if model.quantizers[group.inputs[0]].channel_axis is not None]
         if groups and not split:
-            raise SpdfqError("repq: nothing to fold; put { type = 'repq', part = 'channels' } before it")
+            raise SpdfqError(_NOTHING)
         for group in split:
             channels = model.quantizers[group.inputs[0]].tensors()
             found = reparameterise(channels["scale"], channels["zero_point"])

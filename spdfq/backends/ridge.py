@@ -1,12 +1,13 @@
 """ERQ's closed-form repair: weights that undo the error of their inputs, then rounding that repairs itself."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from spdfq.backends.base import Calibration, Step
+from spdfq.backends.base import Calibration, Step, check_calibrated_by
 from spdfq.backends.calibrate import fit_weights
 from spdfq.backends.feed import Feed, Layer, Products
 from spdfq.backends.grid import Grid
@@ -39,10 +40,18 @@ class Ridge(Step):
         batch: images per forward pass.
     """
 
+    calibrates: ClassVar[bool] = False
+
     penalty: float = field(default=1000.0, validator=validators.gt(0.0))
     flips: int = field(default=100, validator=validators.ge(0))
     weight_observer: Any = component("observer", default=GridMseObserver)
     batch: int = field(default=32, validator=validators.ge(1))
+
+    def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
+        """Refuse weights whose values are not evenly spaced, and to come before calibration."""
+        check_calibrated_by(before)
+        for name in model.weight_names():
+            model.affine(name)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:

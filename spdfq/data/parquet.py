@@ -23,7 +23,7 @@ _IMAGE, _LABEL = "image", "label"
 class Parquet(DecodedImages):
     """Parquet shards as Hugging Face stores images: a column ``image`` of ``{bytes, path}``, and a column ``label``.
 
-    Needs pyarrow: ``pip install 'spdfq[shards]'``. Images come file by file in alphabetical order, and are resized,
+    Needs pyarrow: ``pip install pyarrow``. Images come file by file in alphabetical order, and are resized,
     cropped and normalised as timm evaluates the model.
 
     Args:
@@ -81,7 +81,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise DataError("parquet: needs pyarrow, which is not installed: pip install 'spdfq[shards]'") from None
+        raise DataError("parquet: needs pyarrow, which is not installed: pip install pyarrow") from None
     return pyarrow
 
 

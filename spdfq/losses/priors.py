@@ -95,7 +95,8 @@ class LaplacePrior(MixturePrior):
 
     Args:
         max_components: most bumps in one map.
-        sigma: range of the standard deviation along each axis, in sides of the grid (unpublished).
+        sigma: range of the width along each axis, in sides of the grid (unpublished); the standard deviation of a bump
+            is 1.22 times it.
         correlation: range ``-c..c`` of the correlation of the two axes (unpublished).
         combine: how overlapping bumps combine (unpublished).
     """

@@ -29,7 +29,7 @@ class ProgressiveObserver(Observer):
 
     Args:
         steps: how many factors of each end are tried first, evenly from 1 down to ``smallest``; at least 2.
-        smallest: the smallest factor, between 0 and 1.
+        smallest: the smallest factor of the first grid, between 0 and 1; refinements go down to half of it.
         kept: around how many the search goes on (unpublished for ranges).
         refinements: how often the distance is halved.
     """

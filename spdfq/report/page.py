@@ -95,13 +95,16 @@ def _measured(metrics: dict[str, Any]) -> str:
     )
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); run the recipe again with --fresh") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: damaged; run the recipe again with --fresh")
+    return found
 
 
 def _header(run: dict[str, Any]) -> str:

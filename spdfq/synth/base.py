@@ -79,7 +79,7 @@ class Source:
         images: how many images.
     """
 
-    images: int = field(default=32, validator=validators.ge(1))
+    images: int = field(default=32, validator=[validators.ge(1), validators.le(10**9)])
 
     @property
     def needs_student(self) -> bool:
