@@ -33,6 +33,7 @@ from spdfq.runtime import Precision, Runtime
 from spdfq.structure import unstructure
 
 IMAGES, CLOSED_FORM_TARGET, BLOCKWISE_TARGET = 32, 180.0, 1.3
+SMALL = "vit_small_patch16_224"
 PARTS = ["models/vit_fmnist", "images/gaussian_noise"]
 
 
@@ -57,6 +58,8 @@ def closed_form(teacher: Teacher) -> dict[str, Any]:
     total = round(sum(taken.values()), 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     facts = {"seconds": taken, "total_seconds": total, "peak_gib": round(peak, 2)}
+    if teacher.name != SMALL:  # the target is for that size
+        return facts
     return {**facts, "target_seconds": CLOSED_FORM_TARGET, "met": total <= CLOSED_FORM_TARGET}
 
 
@@ -103,7 +106,7 @@ def ratio(quantized: list[float], plain: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_small_patch16_224", help="a timm name; the weights are random")
+    parser.add_argument("--model", default=SMALL, help="a timm name; the weights are random")
     parser.add_argument("--rounds", type=int, default=20, help="of the block-wise part; 0 leaves it out")
     parser.add_argument("--no-closed-form", action="store_true", help="measure the block-wise part alone")
     parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="of the block-wise part")
