@@ -40,12 +40,22 @@ def _select(table: Tensor, x: Tensor) -> Tensor:
 
 def _passed(every: Tensor, slopes: Tensor) -> tuple[float, float] | None:
     """The ends, exclusive, of the one interval on which the gradient passes as it is, if it is 0 outside; or None."""
-    rising = torch.cat([torch.arange(_ALL - 1, _ALL // 2 - 1, -1), torch.arange(_ALL // 2)])  # -NaN .. -0, 0 .. NaN
-    inside = slopes[rising].nonzero().flatten()
-    first, last = (int(inside[0]), int(inside[-1])) if len(inside) else (0, 0)
-    if first == 0 or last == _ALL - 1 or last - first + 1 > len(inside) or bool((slopes[rising[inside]] != 1).any()):
+    values, slopes = _rising(every), _rising(slopes)
+    inside = slopes == 1
+    count, first = int(inside.sum()), int(inside.int().argmax())
+    last = first + count - 1
+    if (
+        not 0 < first <= last < _ALL - 1
+        or count + int((slopes == 0).sum()) < _ALL
+        or not bool(inside[first : last + 1].all())
+    ):
         return None
-    return float(every[rising[first - 1]]), float(every[rising[last + 1]])
+    return float(values[first - 1]), float(values[last + 1])
+
+
+def _rising(table: Tensor) -> Tensor:
+    """What belongs to -NaN .. -0 and then to 0 .. NaN."""
+    return torch.cat([table[_ALL // 2 :].flip(0), table[: _ALL // 2]])
 
 
 class _LookUp(torch.autograd.Function):
