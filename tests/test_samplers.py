@@ -169,6 +169,17 @@ def test_boxes_drawn_anew_keep_the_number_of_crops_and_their_classes(layout):
     assert torch.allclose(again.views(images, (8, 8)), expected), "no map of the old boxes is left"
 
 
+@pytest.mark.parametrize("kind", [WholeImageSampler, MultiSemanticSampler])
+def test_balanced_classes_come_up_equally_often_in_an_order_of_the_seed(kind):
+    plans = [kind(classes="balanced").sample(32, (28, 28), 10, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    counts = torch.bincount(plans[0].labels, minlength=10)
+    assert counts.max() - counts.min() == 1
+    assert torch.equal(plans[0].labels, plans[1].labels)
+    assert not torch.equal(plans[0].labels[:10], plans[2].labels[:10])
+    few = kind(classes="balanced").sample(4, (28, 28), 1000, torch.Generator().manual_seed(0)).labels
+    assert len(few.unique()) == len(few)
+
+
 def test_an_image_shows_the_classes_of_all_its_crops():
     plan = CropPlan(
         boxes=torch.tensor([[0, 0, 2, 2]] * 4), owners=torch.tensor([0, 0, 0, 2]), labels=torch.tensor([1, 3, 1, 0])

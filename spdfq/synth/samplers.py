@@ -11,6 +11,7 @@ from spdfq.registry import samplers
 
 Box = tuple[int, int, int, int]
 Layout = Literal["cells", "split"]
+Classes = Literal["random", "balanced"]
 SMALLEST_SIDE = 4
 
 
@@ -83,12 +84,26 @@ def _resize_matrices(start: Tensor, length: Tensor, full: int, size: int) -> Ten
     return weights.unsqueeze(1)
 
 
+def draw_labels(count: int, num_classes: int, classes: Classes, generator: torch.Generator) -> Tensor:
+    """``[count]`` classes: each drawn by itself, or ``balanced``, none twice before all were drawn once, and so on."""
+    if classes == "random":
+        return torch.randint(num_classes, (count,), generator=generator)
+    rounds = [torch.randperm(num_classes, generator=generator) for _ in range(-(-count // num_classes))]
+    return torch.cat(rounds)[:count]
+
+
 @samplers.register("whole_image")
 @frozen
 class WholeImageSampler:
-    """One class for each image, shown by the whole of it; none where the model has no classes."""
+    """One class for each image, shown by the whole of it; none where the model has no classes.
+
+    Args:
+        classes: drawn at ``random``, as published, or ``balanced``, none twice in a group before all were drawn once.
+    """
 
     needs_classes: ClassVar[bool] = False
+
+    classes: Classes = field(default="random", validator=validators.in_(get_args(Classes)), kw_only=True)
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """A plan with one region, the whole image, for each of ``count`` images of ``size``; without classes, none."""
@@ -96,7 +111,7 @@ class WholeImageSampler:
             nothing = torch.zeros(0, dtype=torch.long)
             return CropPlan(boxes=nothing.view(0, 4), owners=nothing, labels=nothing, every=0)
         boxes = torch.tensor([[0, 0, *size]]).repeat(count, 1)
-        labels = torch.randint(num_classes, (count,), generator=generator)
+        labels = draw_labels(count, num_classes, self.classes, generator)
         return CropPlan(boxes=boxes, owners=torch.arange(count), labels=labels, every=0)
 
 
@@ -113,6 +128,7 @@ class MultiSemanticSampler:
         every: forward the crops every so many iterations (unpublished).
         redraw: draw where the patches of an image are anew every so many iterations, their number and classes kept; 0
             keeps them for the whole run (unpublished).
+        classes: drawn at ``random``, as published, or ``balanced``, none twice in a group before all were drawn once.
     """
 
     needs_classes: ClassVar[bool] = True
@@ -122,6 +138,7 @@ class MultiSemanticSampler:
     jitter: float = field(default=0.1, validator=[validators.ge(0.0), validators.le(0.3)], kw_only=True)
     every: int = field(default=1, validator=validators.ge(1), kw_only=True)
     redraw: int = field(default=0, validator=validators.ge(0), kw_only=True)
+    classes: Classes = field(default="random", validator=validators.in_(get_args(Classes)), kw_only=True)
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """Draw a plan for ``count`` images of ``size`` pixels, ``num_classes`` classes to choose from.
@@ -137,7 +154,7 @@ class MultiSemanticSampler:
             patches = int(torch.randint(1, self.max_patches + 1, (), generator=generator))
             boxes += self._boxes(patches, size, generator)
             owners += [image] * patches
-        labels = torch.randint(num_classes, (len(boxes),), generator=generator)
+        labels = draw_labels(len(boxes), num_classes, self.classes, generator)
         return CropPlan(
             boxes=torch.tensor(boxes),
             owners=torch.tensor(owners),
