@@ -124,7 +124,7 @@ def read_plan(source: str) -> Plan:
     """Read a bench file.
 
     Args:
-        source: path of a ``.toml`` file, or a shipped name.
+        source: path of a ``.toml`` file.
 
     Raises:
         RecipeError: with every problem of the file, each on a line with its dotted path.
@@ -133,7 +133,9 @@ def read_plan(source: str) -> Plan:
     problems: list[str] = []
     data = parsed(path)
     if data.keys() & {"extends", "model", "synthesis", "quantization", "evaluation"}:
-        raise RecipeError([f"{path}: is a recipe, not a bench file; 'spdfq run' runs it, 'parents' of a bench name it"])
+        raise RecipeError(
+            [f"{path}: is a recipe or a part of one, not a bench file; name it under [parents] of a bench file"]
+        )
     spec = structure(BenchFile, data, "", problems)
     if problems:
         raise RecipeError(problems)

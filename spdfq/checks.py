@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from spdfq import features
+from spdfq.backends.base import check_calibrated_by
 from spdfq.backends.place import beside_the_label, place
 from spdfq.errors import RecipeError, SpdfqError
 from spdfq.finished import run_record
@@ -48,16 +49,17 @@ def _check_backend(spec: Quantization, teacher: Teacher) -> list[str]:
     """Place the quantizers, look at every step, and return the warnings."""
     model = place(teacher, spec)
     problems = []
-    if model.quantizers and not any(step.calibrates for step in spec.steps):
-        problems.append("quantization.steps: none of them calibrates; put { type = 'calibrate' } first")
-    else:
-        for index, step in enumerate(spec.steps):
-            try:
-                step.check(model, spec.steps[:index])
-            except SpdfqError as error:
-                problems.append(f"quantization.steps.{index}: {error}")
+    for index, step in enumerate(spec.steps):
+        try:
+            step.check(model, spec.steps[:index])
+        except SpdfqError as error:
+            problems.append(f"quantization.steps.{index}: {error}")
     if problems:
         raise RecipeError(problems)
+    try:
+        check_calibrated_by(spec.steps, model)
+    except SpdfqError as error:
+        raise RecipeError([f"quantization.steps: {error}"]) from None
     return beside_the_label(model, spec)
 
 

@@ -78,7 +78,8 @@ def _left_out(table: type, doc: FieldDoc, path: tuple[str, ...]) -> list[str]:
     lines = ["", *_comment(f"{doc.name}: {doc.doc}"), f"# [{toml.key(*path)}]"]
     for inner in describe(table):
         given = "" if inner.default in ("required", "none") else f" {inner.default}"
-        lines += [*_comment(f"{inner.doc} ({inner.type})"), f"# {inner.name} ={given}"]
+        required = ", required" if inner.default == "required" else ""
+        lines += [*_comment(f"{inner.doc} ({inner.type}{required})"), f"# {inner.name} ={given}"]
     return lines
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,9 @@ def run(
         return _Run(recipe, folder, teacher, runtime, kept, announce if ranks.leads else _unheard).result(told)
     finally:
         if lock:
-            if new and [path.name for path in folder.iterdir()] == [Path(lock.lock_file).name]:
-                shutil.rmtree(folder)  # nothing came of it
+            with suppress(OSError):
+                if new and [path.name for path in folder.iterdir()] == [Path(lock.lock_file).name]:
+                    shutil.rmtree(folder)  # nothing came of it
             lock.release()
 
 

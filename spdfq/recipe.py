@@ -316,7 +316,7 @@ def load_recipe(
     if isinstance(source, Recipe):
         source = source.to_dict()
     data = resolve(source, overrides, seed)
-    if data.keys() & {"base", "parents", "keys"}:
+    if "model" not in data and data.keys() & {"base", "parents", "keys"}:
         raise RecipeError(["this is a bench file, not a recipe; 'spdfq bench' runs it"])
     problems: list[str] = []
     recipe = structure(Recipe, data, "", problems)

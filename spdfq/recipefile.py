@@ -62,7 +62,7 @@ def parsed(path: Path) -> dict[str, Any]:
     """The plain data of a TOML file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, of UTF-8, or a number of too many digits
         raise RecipeError([f"{path}: not valid TOML: {error}"]) from None
     except RecursionError:
         raise RecipeError([f"{path}: not valid TOML: brackets nested too deeply"]) from None
@@ -157,7 +157,7 @@ def assign(data: dict[str, Any], assignment: str) -> None:
 def _toml_value(key: str, text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         parsed = {}
     if parsed.keys() != {"value"}:
         raise RecipeError(

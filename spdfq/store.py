@@ -102,7 +102,8 @@ def _loaded(folder: Path, load: Callable[[Path], T]) -> T:
     try:
         return load(folder)
     except (SafetensorError, DataError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: a finished stage that is damaged ({error}); delete it, or use --fresh") from None
+        said = str(error).partition("; ")[0]  # without a remedy of its own
+        raise DataError(f"{folder}: a finished stage that is damaged ({said}); delete it, or use --fresh") from None
 
 
 def store_beside(run_folder: Path, fresh: bool = False, ranks: Ranks | None = None) -> Store:

@@ -176,7 +176,7 @@ def _value(hint: Any, data: Any, path: str, problems: list[str]) -> Any:
     if attrs.has(hint):
         return structure(hint, data, path, problems)
     if type(data) in (int, float) and hint in _LARGEST and _LARGEST[hint] < abs(data) < math.inf:
-        return _fail(problems, path, "is larger than any tensor can hold")
+        return _fail(problems, path, f"is too large, the most is {_LARGEST[hint]:.2g}")
     if hint is float and type(data) is int:
         data = float(data)
     if type(data) is not hint:

@@ -70,6 +70,24 @@ def test_a_large_half_precision_tensor_gives_what_its_parts_give(name, dtype):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("name", ["uniform", "log2"])
+def test_a_large_half_precision_tensor_keeps_its_layout_and_may_be_changed_afterwards(name):
+    quantizer = frozen(made("quantizer", name, bits=4), values(made("quantizer", name)))
+    x = torch.rand(4, 512, 16, 32, generator=seeded()).bfloat16().movedim(1, -1)
+    assert quantizer(x).stride() == x.stride()
+    assert torch.equal(quantizer(x), torch.stack([quantizer(row) for row in x]))
+    gaps = torch.cat([x, x], dim=1)[:, ::2]
+    assert torch.equal(quantizer(gaps), torch.stack([quantizer(row) for row in gaps]))
+    leaf = x.clone().requires_grad_()
+    moved = leaf * 1
+    result = quantizer(moved)
+    moved += 1
+    result.sum().backward()
+    again = x.clone().requires_grad_()
+    quantizer(again).sum().backward()
+    assert torch.equal(leaf.grad, again.grad)
+
+
 @every("observer")
 @pytest.mark.parametrize("quantizer_name", registry("quantizer").names())
 def test_an_observer_chooses_a_range_within_what_was_seen(name, quantizer_name):

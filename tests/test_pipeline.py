@@ -220,18 +220,26 @@ def test_warnings_are_announced_and_kept(finished, recipe):
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("steps=['blockwise']", "quantization.steps: none of them calibrates; put { type = 'calibrate' } first"),
-        ("steps=['ridge', 'calibrate']", "quantization.steps.0: nothing is calibrated before it; put"),
-        ("steps=['distill', 'calibrate']", "quantization.steps.0: nothing is calibrated before it; put"),
-        ("steps=['adalog', 'calibrate']", "quantization.steps.0: nothing is calibrated before it; put"),
+        ("steps=['blockwise']", "nothing chooses the ranges of activations and weights; put { type = 'calibrate' }"),
+        (
+            "steps=[{ type = 'calibrate', sites = 'weights' }]",
+            "quantization.steps: nothing chooses the ranges of activations",
+        ),
+        (
+            "steps=[{ type = 'calibrate', sites = 'activations' }, 'ridge', { type = 'calibrate', sites = 'weights' }]",
+            "ranges of weights;",
+        ),
+        ("steps=['ridge', 'calibrate']", "quantization.steps.0: nothing chooses the ranges of"),
+        ("steps=['distill', 'calibrate']", "quantization.steps.0: nothing chooses the ranges of"),
+        ("steps=['adalog', 'calibrate']", "quantization.steps.0: nothing chooses the ranges of"),
         ("steps=['calibrate', 'ptf']", "quantization.steps.1: ptf: no residual sum is quantized; set"),
         ("steps=['calibrate', { type = 'repq', part = 'fold' }]", "quantization.steps.1: repq: nothing to fold; put"),
         ("weights='log2'", "quantization.weights: 'log2' takes no negative values; weights need one that does"),
         (
             "weights={ type = 'uniform', granularity = 'channel', axis = 5 }",
-            "has no axis 5; use 0",
+            "of shape [96, 1, 4, 4] has no axis 5, but 0 to 3",
         ),
-        ("activations={ type = 'uniform', granularity = 'channel', axis = 9 }", "has no axis 9; use -1"),
+        ("activations={ type = 'uniform', granularity = 'channel', axis = 9 }", "has no axis 9, but 0 to 3"),
     ],
 )
 def test_a_back_end_that_cannot_work_is_refused_before_anything_is_computed(override, problem):

@@ -1,13 +1,12 @@
 """AdaLog's bias folding: what a shifted logarithm takes off goes into the bias of the layer that follows."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import attrs
 import torch
 from attrs import define
 
-from spdfq.backends.base import Calibration, Step, check_calibrated_by
+from spdfq.backends.base import NEITHER, Calibration, Step, check_calibrated_by
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import WEIGHT, input_site
 from spdfq.backends.wiring import wiring
@@ -26,11 +25,14 @@ class AdaLog(Step):
     more, put it last. Inputs of other than linear layers are left as they are; ``sites.json`` names them.
     """
 
-    calibrates: ClassVar[bool] = False
+    @property
+    def calibrates(self) -> frozenset[str]:
+        """Neither weights nor activations."""
+        return NEITHER
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse to come before calibration."""
-        check_calibrated_by(before)
+        check_calibrated_by(before, model)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:

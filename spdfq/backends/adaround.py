@@ -9,7 +9,7 @@ from attrs import define, field, validators
 from torch import Tensor
 
 from spdfq.backends.base import Step
-from spdfq.backends.blocks import Hidden
+from spdfq.backends.blocks import Hidden, block_names
 from spdfq.backends.grid import Grid
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.reconstruction import Learner, Reconstruction
@@ -52,8 +52,9 @@ class AdaRound(Reconstruction):
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse weights whose values are not evenly spaced, and to come before calibration."""
         super().check(model, before)
-        for name in model.weight_names():
-            model.affine(name)
+        for block in block_names(model):
+            for name in model.weight_names(f"{block}."):
+                model.affine(name)
 
     def learner(self, model: QuantizedModel, block: str) -> Learner:
         """A number for each weight of the block.

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 from attrs import define, frozen
 from torch import Tensor
 
 from spdfq.backends.model import QuantizedModel
+from spdfq.backends.products import WEIGHT
 from spdfq.errors import SpdfqError
 from spdfq.models import Teacher
 from spdfq.runtime import Runtime
@@ -36,14 +36,21 @@ class Calibration:
         return self.folder / f"step-{self.index}-{name}.safetensors" if self.folder else None
 
 
+BOTH, NEITHER = frozenset({"weights", "activations"}), frozenset[str]()
+
+
 @define(kw_only=True)
 class Step:
     """Base class of back-end steps.
 
-    A child whose ``calibrates`` is false chooses no ranges, or not all; others may come first in a recipe.
+    A child says in ``calibrates`` whose ranges it chooses, all of ``weights`` or all of ``activations``: before a step
+    that works with them, and at the end of a recipe, none may be missing.
     """
 
-    calibrates: ClassVar[bool] = True
+    @property
+    def calibrates(self) -> frozenset[str]:
+        """What has a range afterwards: ``weights``, ``activations``, both or neither."""
+        return BOTH
 
     def check(self, model: QuantizedModel, before: Sequence["Step"]) -> None:
         """Refuse what is seen to fail before anything is computed.
@@ -61,7 +68,9 @@ class Step:
         raise TypeError(f"{type(self).__name__} does not define run")
 
 
-def check_calibrated_by(before: Sequence[Step]) -> None:
-    """Raises SpdfqError where none of these steps chooses ranges."""
-    if not any(step.calibrates for step in before):
-        raise SpdfqError("nothing is calibrated before it; put { type = 'calibrate' } first in quantization.steps")
+def check_calibrated_by(steps: Sequence[Step], model: QuantizedModel) -> None:
+    """Raises SpdfqError where quantizers of the model have no range after these steps."""
+    needed = {"weights" if model.sites[name].kind == WEIGHT else "activations" for name in model.quantizers}
+    if missing := needed.difference(*(step.calibrates for step in steps)):
+        what = " and ".join(sorted(missing))
+        raise SpdfqError(f"nothing chooses the ranges of {what}; put {{ type = 'calibrate' }} first in the steps")

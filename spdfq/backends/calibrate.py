@@ -7,7 +7,7 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from spdfq.backends.base import Calibration, Step
+from spdfq.backends.base import BOTH, Calibration, Step
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import WEIGHT
 from spdfq.errors import DataError, ModelError, NonFiniteError
@@ -40,6 +40,11 @@ class Calibrate(Step):
     batch: int = field(default=32, validator=validators.ge(1))
     judged_by: Literal["values", "output"] = "values"
     judged_images: int = field(default=4, validator=validators.ge(1))
+
+    @property
+    def calibrates(self) -> frozenset[str]:
+        """What ``sites`` says."""
+        return BOTH if self.sites == "all" else frozenset({self.sites})
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:

@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor, nn
 
 from spdfq.backends.activations import Activations, scaled_activations
-from spdfq.backends.base import Calibration, Step, check_calibrated_by
+from spdfq.backends.base import NEITHER, Calibration, Step, check_calibrated_by
 from spdfq.backends.blocks import BlockCall, block_calls, block_names
 from spdfq.backends.divergence import divergence
 from spdfq.backends.epochs import batch_rows, noise
@@ -46,8 +46,6 @@ class Distill(Step):
         scale_lr: learning rate of the activations' scales (LSQ, arXiv 1902.08153; 4e-5 in QDrop); 0 keeps them.
     """
 
-    calibrates: ClassVar[bool] = False
-
     iterations: int = field(default=500, validator=validators.ge(1))
     lr: float = field(default=1e-5, validator=validators.gt(0.0))
     batch: int = field(default=32, validator=validators.ge(1))
@@ -57,9 +55,14 @@ class Distill(Step):
     drop: float = field(default=0.0, validator=[validators.ge(0.0), validators.lt(1.0)])
     scale_lr: float = field(default=0.0, validator=validators.ge(0.0))
 
+    @property
+    def calibrates(self) -> frozenset[str]:
+        """Neither weights nor activations."""
+        return NEITHER
+
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse to come before calibration."""
-        check_calibrated_by(before)
+        check_calibrated_by(before, model)
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
         """Train; a killed run goes on from its last stored state.

@@ -58,8 +58,6 @@ def _check_templates(spec: Quantization) -> None:
     for key, template in templates.items():
         if template is None:
             continue
-        if key != "weights" and any(template.axis_of(name) == 0 for name in template.stores):
-            problems.append(f"quantization.{key}: axis 0 is that of the images; the features are on axis -1")
         if getattr(template, "folded", False):
             problems.append(f"quantization.{key}.folded: is what the step 'adalog' sets; leave it out")
     if problems:
@@ -73,10 +71,13 @@ def _check_sites(spec: Quantization, sites: dict[str, Site], quantizers: dict[st
         if site.kind == WEIGHT and not quantizer.signed:
             kind = unstructure(quantizer, "quantizer")["type"]
             raise RecipeError([f"{where}: {kind!r} takes no negative values; weights need one that does ('uniform')"])
-        axes = [axis for stored in quantizer.stores if (axis := quantizer.axis_of(stored)) is not None]
-        usual = 0 if site.kind == WEIGHT else -1
-        if any(not -len(site.shape) <= axis < len(site.shape) for axis in axes):
-            raise RecipeError([f"{where}: {name} of shape {list(site.shape)} has no axis {axes[0]}; use {usual}"])
+        count = len(site.shape)
+        for axis in {axis for stored in quantizer.stores if (axis := quantizer.axis_of(stored)) is not None}:
+            if not -count <= axis < count:
+                shape = list(site.shape)
+                raise RecipeError([f"{where}: {name} of shape {shape} has no axis {axis}, but 0 to {count - 1}"])
+            if site.kind != WEIGHT and axis % count == 0:
+                raise RecipeError([f"{where}: axis {axis} is that of the images; the features are on axis -1"])
 
 
 def _key(spec: Quantization, site: Site) -> str:

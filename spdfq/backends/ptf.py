@@ -1,13 +1,13 @@
 """FQ-ViT's power-of-two factors: a finer step for the channels of small values that enter a LayerNorm."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from attrs import define, field, validators
 from torch import nn
 
-from spdfq.backends.base import Calibration, Step
+from spdfq.backends.base import NEITHER, Calibration, Step
 from spdfq.backends.calibrate import observe_activations
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.products import RESIDUAL
@@ -31,10 +31,13 @@ class PowerOfTwoFactors(Step):
         batch: images per forward pass.
     """
 
-    calibrates: ClassVar[bool] = False
-
     observer: Any = component("observer", default=MinMaxObserver)
     batch: int = field(default=32, validator=validators.ge(1))
+
+    @property
+    def calibrates(self) -> frozenset[str]:
+        """Neither weights nor activations."""
+        return NEITHER
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse a placement without residual sums."""

@@ -12,7 +12,7 @@ from attrs import define, field, validators
 from torch import Tensor, nn
 
 from spdfq.backends.activations import Activations, scaled_activations
-from spdfq.backends.base import Calibration, Step, check_calibrated_by
+from spdfq.backends.base import NEITHER, Calibration, Step, check_calibrated_by
 from spdfq.backends.blocks import BlockCall, Hidden, block_calls, block_names
 from spdfq.backends.epochs import batch_rows, noise
 from spdfq.backends.fisher import squared_gradients
@@ -76,8 +76,6 @@ class Reconstruction(Step, ABC):
     """
 
     name: ClassVar[str]
-    calibrates: ClassVar[bool] = False
-
     iterations: int = field(default=100, validator=validators.ge(1))
     lr: float = field(default=4e-5, validator=validators.gt(0.0))
     batch: int = field(default=32, validator=validators.ge(1))
@@ -102,9 +100,15 @@ class Reconstruction(Step, ABC):
         """How the blocks before are quantized."""
         return model.quantized
 
+    @property
+    def calibrates(self) -> frozenset[str]:
+        """Neither weights nor activations."""
+        return NEITHER
+
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
-        """Refuse to come before calibration."""
-        check_calibrated_by(before)
+        """Refuse to come before calibration, and a model without blocks."""
+        check_calibrated_by(before, model)
+        block_names(model)
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
         """Reconstruct every block; blocks that a killed run finished are taken from its state file.

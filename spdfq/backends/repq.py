@@ -1,17 +1,18 @@
 """RepQ's transform: channel-wise ranges after a LayerNorm, folded into the LayerNorm and the layers it feeds."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import attrs
 import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor
 
-from spdfq.backends.base import Calibration, Step
+from spdfq.backends.base import NEITHER, Calibration, Step
 from spdfq.backends.calibrate import fit_weights
 from spdfq.backends.model import QuantizedModel
 from spdfq.backends.norms import NormGroup, norm_groups, rescale, uniform
+from spdfq.backends.products import WEIGHT
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, UniformQuantizer
 from spdfq.quantizers.observers import Statistics
@@ -70,16 +71,23 @@ class RepQ(Step):
         batch: images per forward pass.
     """
 
-    calibrates: ClassVar[bool] = False
-
     part: Literal["both", "channels", "fold"] = "both"
     observer: Any = component("observer", default=PercentileMseObserver)
     weight_observer: Any = component("observer", default=GridMseObserver)
     batch: int = field(default=32, validator=validators.ge(1))
 
+    @property
+    def calibrates(self) -> frozenset[str]:
+        """Neither weights nor activations."""
+        return NEITHER
+
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse to fold what no step before has split."""
-        if self.part == "fold" and not any(isinstance(step, RepQ) and step.part == "channels" for step in before):
+        split = any(isinstance(step, RepQ) and step.part == "channels" for step in before)
+        own = any(
+            q.channel_axis is not None for name, q in model.quantizers.items() if model.sites[name].kind != WEIGHT
+        )
+        if self.part == "fold" and not split and not own:
             raise SpdfqError(_NOTHING)
 
     @torch.no_grad()

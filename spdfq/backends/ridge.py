@@ -1,13 +1,13 @@
 """ERQ's closed-form repair: weights that undo the error of their inputs, then rounding that repairs itself."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from spdfq.backends.base import Calibration, Step, check_calibrated_by
+from spdfq.backends.base import NEITHER, Calibration, Step, check_calibrated_by
 from spdfq.backends.calibrate import fit_weights
 from spdfq.backends.feed import Feed, Layer, Products
 from spdfq.backends.grid import Grid
@@ -40,18 +40,22 @@ class Ridge(Step):
         batch: images per forward pass.
     """
 
-    calibrates: ClassVar[bool] = False
-
     penalty: float = field(default=1000.0, validator=validators.gt(0.0))
     flips: int = field(default=100, validator=validators.ge(0))
     weight_observer: Any = component("observer", default=GridMseObserver)
     batch: int = field(default=32, validator=validators.ge(1))
 
+    @property
+    def calibrates(self) -> frozenset[str]:
+        """Neither weights nor activations."""
+        return NEITHER
+
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse weights whose values are not evenly spaced, and to come before calibration."""
-        check_calibrated_by(before)
+        check_calibrated_by(before, model)
         for name in model.weight_names():
-            model.affine(name)
+            if model.weight(name).ndim == 2:
+                model.affine(name)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:

@@ -163,7 +163,8 @@ class Quantizer(nn.Module, ABC):
             SpdfqError: the quantizer is not frozen.
         """
         parameters = self._laid(x, self.tensors())
-        if pays(x) and not any(parameter.dim() or parameter.requires_grad for parameter in parameters.values()):
+        learned = any(parameter.requires_grad for parameter in (*parameters.values(), *self.parameters()))
+        if pays(x) and not learned and not any(parameter.dim() for parameter in parameters.values()):
             return looked_up(lambda every: self.dequantized(every, parameters), x)
         return self.dequantized(x.float(), parameters).to(x.dtype)
 

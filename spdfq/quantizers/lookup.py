@@ -13,17 +13,18 @@ _ENOUGH = 8 * _ALL
 
 def pays(x: Tensor) -> bool:
     """Whether looking ``x`` up is faster than computing: if large, on a CPU, where each pass over memory costs."""
-    return x.device.type == "cpu" and x.dtype.is_floating_point and x.dtype.itemsize == 2 and x.numel() >= _ENOUGH
+    small = x.dtype.is_floating_point and x.dtype.itemsize == 2
+    return x.device.type == "cpu" and small and x.numel() >= _ENOUGH and not torch.compiler.is_compiling()
 
 
 def looked_up(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x.float()).to(x.dtype)`` to the bit, with its gradient, by one pass over ``x`` (bfloat16 or float16).
+    """``function(x.float()).to(x.dtype)`` to the bit, in the layout of ``x``, with its first derivative.
 
     Args:
         function: maps float32 to float32, each element by itself.
-        x: of any shape.
+        x: bfloat16 or float16, of any shape.
     """
-    every = torch.arange(_ALL).to(torch.int16).view(x.dtype)
+    every = torch.arange(_ALL, device=x.device).to(torch.int16).view(x.dtype)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return _select(function(every.float()).to(x.dtype), x)
     leaf = every.float().requires_grad_()
@@ -34,8 +35,9 @@ def looked_up(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _select(table: Tensor, x: Tensor) -> Tensor:
-    bits = x.contiguous().view(torch.int16).int().bitwise_and_(_ALL - 1)
-    return table.index_select(0, bits.reshape(-1)).reshape(x.shape)
+    x = x if x.is_contiguous() else x.clone()  # which keeps the order of the axes, and leaves no gaps
+    bits = x.as_strided((x.numel(),), (1,)).view(torch.int16).int().bitwise_and_(_ALL - 1)
+    return table.index_select(0, bits).as_strided(x.shape, x.stride())
 
 
 def _passed(every: Tensor, slopes: Tensor) -> tuple[float, float] | None:
@@ -62,8 +64,9 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, slopes: Tensor, passed: tuple[float, float] | None) -> Tensor:
         ctx.passed = passed
-        ctx.save_for_backward(x, None if passed else slopes)
-        return _select(values, x)
+        own = x.clone()  # the network may go on in place
+        ctx.save_for_backward(own, None if passed else slopes)
+        return _select(values, own)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
