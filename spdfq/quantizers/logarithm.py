@@ -162,11 +162,17 @@ class _FakeQuantize(torch.autograd.Function):
         value = grid.looked_up(grid.codes(x / scale), scale)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(x, value)
-            ctx.low, ctx.high, ctx.shift = grid.smallest * scale, scale, grid.shift * scale
+            ctx.low, ctx.high = grid.smallest * scale, scale
+            ctx.shift = grid.shift * scale if isinstance(grid.shift, Tensor) or grid.shift else None
         return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, value = ctx.saved_tensors
+        slope = (value + ctx.shift) / (x + ctx.shift) if ctx.shift is not None else value / x
+        if x.is_cpu:  # the same in one pass, where each costs; elsewhere the ends would have to be waited for
+            above = ctx.high.nextafter(torch.full_like(ctx.high, torch.inf))
+            slope = slope.mul_(gradients[0])
+            return torch.ops.aten.hardtanh_backward(slope, x, float(ctx.low), float(above)), None, None
         inside = (x > ctx.low) & (x <= ctx.high)
-        return gradients[0] * torch.where(inside, (value + ctx.shift) / (x + ctx.shift), 0.0), None, None
+        return gradients[0] * torch.where(inside, slope, 0.0), None, None
