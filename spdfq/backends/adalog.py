@@ -1,6 +1,7 @@
 """AdaLog's bias folding: what a shifted logarithm takes off goes into the bias of the layer that follows."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -25,10 +26,7 @@ class AdaLog(Step):
     more, put it last. Inputs of other than linear layers are left as they are; ``sites.json`` names them.
     """
 
-    @property
-    def calibrates(self) -> frozenset[str]:
-        """Neither weights nor activations."""
-        return NEITHER
+    calibrates: ClassVar[frozenset[str]] = NEITHER
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse to come before calibration."""

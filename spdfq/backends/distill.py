@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from attrs import define, field, frozen, validators
@@ -46,6 +46,8 @@ class Distill(Step):
         scale_lr: learning rate of the activations' scales (LSQ, arXiv 1902.08153; 4e-5 in QDrop); 0 keeps them.
     """
 
+    calibrates: ClassVar[frozenset[str]] = NEITHER
+
     iterations: int = field(default=500, validator=validators.ge(1))
     lr: float = field(default=1e-5, validator=validators.gt(0.0))
     batch: int = field(default=32, validator=validators.ge(1))
@@ -54,11 +56,6 @@ class Distill(Step):
     learned: Literal["weights", "all"] = "weights"
     drop: float = field(default=0.0, validator=[validators.ge(0.0), validators.lt(1.0)])
     scale_lr: float = field(default=0.0, validator=validators.ge(0.0))
-
-    @property
-    def calibrates(self) -> frozenset[str]:
-        """Neither weights nor activations."""
-        return NEITHER
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse to come before calibration."""

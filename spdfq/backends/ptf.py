@@ -1,7 +1,7 @@
 """FQ-ViT's power-of-two factors: a finer step for the channels of small values that enter a LayerNorm."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from attrs import define, field, validators
@@ -31,13 +31,10 @@ class PowerOfTwoFactors(Step):
         batch: images per forward pass.
     """
 
+    calibrates: ClassVar[frozenset[str]] = NEITHER
+
     observer: Any = component("observer", default=MinMaxObserver)
     batch: int = field(default=32, validator=validators.ge(1))
-
-    @property
-    def calibrates(self) -> frozenset[str]:
-        """Neither weights nor activations."""
-        return NEITHER
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse a placement without residual sums."""

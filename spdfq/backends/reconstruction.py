@@ -75,6 +75,8 @@ class Reconstruction(Step, ABC):
         scale_lr: learning rate of the activations' scales (LSQ, arXiv 1902.08153; 4e-5 in QDrop); 0 keeps them.
     """
 
+    calibrates: ClassVar[frozenset[str]] = NEITHER
+
     name: ClassVar[str]
     iterations: int = field(default=100, validator=validators.ge(1))
     lr: float = field(default=4e-5, validator=validators.gt(0.0))
@@ -99,11 +101,6 @@ class Reconstruction(Step, ABC):
     def deployed(self, model: QuantizedModel) -> Visit:
         """How the blocks before are quantized."""
         return model.quantized
-
-    @property
-    def calibrates(self) -> frozenset[str]:
-        """Neither weights nor activations."""
-        return NEITHER
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse to come before calibration, and a model without blocks."""

@@ -1,7 +1,7 @@
 """RepQ's transform: channel-wise ranges after a LayerNorm, folded into the LayerNorm and the layers it feeds."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -71,15 +71,12 @@ class RepQ(Step):
         batch: images per forward pass.
     """
 
+    calibrates: ClassVar[frozenset[str]] = NEITHER
+
     part: Literal["both", "channels", "fold"] = "both"
     observer: Any = component("observer", default=PercentileMseObserver)
     weight_observer: Any = component("observer", default=GridMseObserver)
     batch: int = field(default=32, validator=validators.ge(1))
-
-    @property
-    def calibrates(self) -> frozenset[str]:
-        """Neither weights nor activations."""
-        return NEITHER
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse to fold what no step before has split."""

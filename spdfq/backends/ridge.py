@@ -1,7 +1,7 @@
 """ERQ's closed-form repair: weights that undo the error of their inputs, then rounding that repairs itself."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from attrs import define, field, validators
@@ -40,15 +40,12 @@ class Ridge(Step):
         batch: images per forward pass.
     """
 
+    calibrates: ClassVar[frozenset[str]] = NEITHER
+
     penalty: float = field(default=1000.0, validator=validators.gt(0.0))
     flips: int = field(default=100, validator=validators.ge(0))
     weight_observer: Any = component("observer", default=GridMseObserver)
     batch: int = field(default=32, validator=validators.ge(1))
-
-    @property
-    def calibrates(self) -> frozenset[str]:
-        """Neither weights nor activations."""
-        return NEITHER
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuse weights whose values are not evenly spaced, and to come before calibration."""

@@ -26,7 +26,7 @@ def looked_up(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     every = torch.arange(_ALL, device=x.device).to(torch.int16).view(x.dtype)
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return _select(function(every.float()).to(x.dtype), x)
+        return _select(function(every.float()).to(x.dtype), x if x.is_contiguous() else x.clone())
     leaf = every.float().requires_grad_()
     values = function(leaf)
     (slopes,) = torch.autograd.grad(values.sum(), leaf)
@@ -35,7 +35,7 @@ def looked_up(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _select(table: Tensor, x: Tensor) -> Tensor:
-    x = x if x.is_contiguous() else x.clone()  # which keeps the order of the axes, and leaves no gaps
+    """``x`` without gaps, whatever the order of its axes: contiguous, or a clone."""
     bits = x.as_strided((x.numel(),), (1,)).view(torch.int16).int().bitwise_and_(_ALL - 1)
     return table.index_select(0, bits).as_strided(x.shape, x.stride())
 
