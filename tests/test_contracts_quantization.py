@@ -54,9 +54,11 @@ def test_a_quantizer_passes_a_gradient(name):
 
 
 @every("quantizer")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_large_half_precision_tensor_gives_what_its_parts_give(name, dtype):
-    """Each value is quantized by itself, so that a table of all values may be used (lookup.py)."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_large_tensor_gives_what_its_parts_give(name, dtype, threads, monkeypatch):
+    """Each value is quantized by itself, so that tables may be used (lookup.py)."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     quantizer = made("quantizer", name, bits=4)
     frozen(quantizer, values(quantizer))
     x = torch.randn(600, 1000, generator=seeded(1)).to(dtype).reshape(-1, 1)
@@ -70,11 +72,13 @@ def test_a_large_half_precision_tensor_gives_what_its_parts_give(name, dtype):
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("name", ["uniform", "log2"])
-def test_a_large_half_precision_tensor_keeps_its_layout_and_may_be_changed_afterwards(name):
+@pytest.mark.parametrize(("name", "dtype"), [("uniform", None), ("uniform", torch.bfloat16), ("log2", torch.bfloat16)])
+def test_a_large_tensor_keeps_its_layout_and_may_be_changed_afterwards(name, dtype):
     quantizer = frozen(made("quantizer", name, bits=4), values(made("quantizer", name)))
-    x = torch.rand(4, 512, 16, 32, generator=seeded()).bfloat16().movedim(1, -1)
-    assert quantizer(x).stride() == x.stride()
+    x = torch.rand(4, 512, 16, 32, generator=seeded()).to(dtype)
+    images = x.contiguous(memory_format=torch.channels_last)
+    assert quantizer(images).stride() == images.stride()
+    x = x.movedim(1, -1)
     assert torch.equal(quantizer(x), torch.stack([quantizer(row) for row in x]))
     gaps = torch.cat([x, x], dim=1)[:, ::2]
     assert torch.equal(quantizer(gaps), torch.stack([quantizer(row) for row in gaps]))

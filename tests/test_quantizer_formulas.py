@@ -276,6 +276,47 @@ def test_dual_uniform_explains_wrong_options():
         DualUniformQuantizer(share=0.0)
 
 
+# many numbers at once
+
+
+def just_around(edges):
+    """Float32 numbers at the edges, and three to either side."""
+    near = [edges]
+    for end in (0.0, torch.inf):
+        step = edges
+        for _ in range(3):
+            step = step.nextafter(torch.full_like(edges, end))
+            near.append(step)
+    return torch.cat(near)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("top", [1.0, 0.37, 3e4, 1e-12])
+@pytest.mark.parametrize("kind", ["log2", "log_sqrt2", "adaptive_log", "shift_uniform_log2"])
+def test_many_numbers_are_looked_up_as_the_formula_says(kind, top, bits):
+    x = top * torch.rand(600000, generator=torch.Generator().manual_seed(bits)) ** 8
+    quantizer = frozen_on(x, QUANTIZERS[kind](bits=bits))
+    parameters = quantizer._laid(x, quantizer.tensors())
+    edges = quantizer.grid(parameters).edges * parameters["scale"]
+    every = torch.arange(-(2**31), 2**31, 9973).to(torch.int32).view(torch.float32)
+    x = torch.cat([x, just_around(edges), every[~every.isnan()], tensor([0.0, -0.0, math.inf, -math.inf])])
+    assert bitwise_equal(quantizer(x), quantizer.decode(quantizer.codes(x)))
+    missing = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1, -(2**23) + 1], dtype=torch.int32)
+    assert quantizer(torch.cat([x, missing.view(torch.float32)]))[-5:].isnan().all()
+
+
+@pytest.mark.parametrize("zero_point", [0, 1, 6, 7])
+def test_the_uniform_gradient_ends_where_rounding_leaves_the_codes(zero_point):
+    # s = 1: the outermost codes reach half a step further out, and include the middle where they are even
+    quantizer = restored(UniformQuantizer(bits=3), scale=tensor(1.0), zero_point=byte(zero_point))
+    low, high = -zero_point, 7 - zero_point
+    x = torch.cat([tensor([low - 9, 0.2, high + 9]), just_around(tensor([low - 0.5, high + 0.5]))]).requires_grad_()
+    quantizer(x).sum().backward()
+    inside = (x.detach().round() >= low) & (x.detach().round() <= high)
+    assert 0 < inside.sum() < len(x)
+    assert torch.equal(x.grad, inside.float())
+
+
 # learned scales
 
 

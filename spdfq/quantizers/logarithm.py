@@ -8,6 +8,7 @@ from attrs import define, frozen
 from torch import Tensor
 
 from spdfq.quantizers.base import Parameters, Quantizer, straight_through
+from spdfq.quantizers.lookup import Steps, large
 
 # keeps every value a normal float32 number, which no device flushes to zero
 OCTAVES = 63
@@ -59,8 +60,23 @@ class Grid:
         position = (ratio + self.shift).clamp_(min=_TINY).log2_().sub_(self.top).div_(-self.step)
         # log2 is off by an ulp here and there, but the code is this or the next, and comparing with an edge is exact
         guess = position.floor_().clamp_(0, last).nan_to_num_(nan=last + 1).int()
-        edges = torch.cat([self.edges, self.edges.new_full([2], -torch.inf)])
+        edges = torch.cat([self.edges, self.edges.new_full([2], torch.nan)])
         return guess.add_(ratio <= _looked_up(edges, guess))
+
+    def dequantized(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Values of float32 ``x`` of any shape under a scale ``[]``."""
+        if large(x) and (steps := Steps.between(self._ends(scale), self.values * scale)):
+            return steps.at(x)
+        return self.looked_up(self.codes(x / scale), scale)
+
+    def _ends(self, scale: Tensor) -> Tensor:
+        """The largest x of which ``x / scale`` does not exceed each edge."""
+        around = [self.edges * scale]
+        for end in (0.0, torch.inf):
+            ulp = torch.full_like(self.edges, end)
+            around += [(once := around[0].nextafter(ulp)), once.nextafter(ulp)]
+        near = torch.stack(around)
+        return torch.where(near / scale <= self.edges, near, 0.0).amax(dim=0)
 
     def looked_up(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Values of whole ``codes`` under a scale; NaN for code n."""
@@ -159,7 +175,7 @@ class LogarithmicQuantizer(Quantizer):
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-        value = grid.looked_up(grid.codes(x / scale), scale)
+        value = grid.dequantized(x, scale)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(x, value)
             ctx.low, ctx.high = grid.smallest * scale, scale

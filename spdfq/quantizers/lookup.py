@@ -1,24 +1,54 @@
-"""Dequantization by a table: a tensor of two-byte floats holds no more than 65,536 different values."""
+"""Dequantization by tables, on a CPU, where each pass over memory costs.
 
-from collections.abc import Callable
+There are no more than 65,536 two-byte floats, so a table holds the value of each. Of a float32, the first two bytes
+say between which thresholds it lies, or which one to compare it with.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 _ALL = 2**16
+_INTEGER = torch.int32  # of the size of a float32
+# numbers that stay in a core's cache from one pass to the next, with the tables
+_PIECE = 2**17
+# torch's faster way to look up, which threads do not share, is the faster one up to so many
+_ALONE = 2
 # a table pays where it is looked up several times as often as it is long
 _ENOUGH = 8 * _ALL
 
 
+def large(x: Tensor) -> bool:
+    """Whether looking ``x`` up is faster than computing, on a CPU, where each pass over memory costs."""
+    return x.device.type == "cpu" and x.numel() >= _ENOUGH and not torch.compiler.is_compiling()
+
+
 def pays(x: Tensor) -> bool:
-    """Whether looking ``x`` up is faster than computing: if large, on a CPU, where each pass over memory costs."""
-    small = x.dtype.is_floating_point and x.dtype.itemsize == 2
-    return x.device.type == "cpu" and small and x.numel() >= _ENOUGH and not torch.compiler.is_compiling()
+    """Whether `looked_up` is faster than computing."""
+    return large(x) and x.dtype.is_floating_point and x.dtype.itemsize == 2
+
+
+def laid(x: Tensor) -> Tensor:
+    """``x`` without gaps: itself, or a contiguous copy, which products of permuted tensors would make anyway."""
+    return x.contiguous(memory_format=_format(x))
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat views of tensors without gaps, alike in layout, a piece after the other that stays in the caches."""
+    size = _PIECE * torch.get_num_threads()
+    return zip(*(tensor.as_strided((tensor.numel(),), (1,)).split(size) for tensor in tensors), strict=True)
 
 
 def looked_up(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x.float()).to(x.dtype)`` to the bit, in the layout of ``x``, with its first derivative.
+    """``function(x.float()).to(x.dtype)`` to the bit, with its first derivative.
 
     Args:
         function: maps float32 to float32, each element by itself.
@@ -26,7 +56,7 @@ def looked_up(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     every = torch.arange(_ALL, device=x.device).to(torch.int16).view(x.dtype)
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return _select(function(every.float()).to(x.dtype), x if x.is_contiguous() else x.clone())
+        return _select(function(every.float()).to(x.dtype), laid(x))
     leaf = every.float().requires_grad_()
     values = function(leaf)
     (slopes,) = torch.autograd.grad(values.sum(), leaf)
@@ -34,10 +64,68 @@ def looked_up(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return result
 
 
+@frozen(eq=False)
+class Steps:
+    """A function of float32 with few steps, no two of them between numbers that begin with the same two bytes.
+
+    Args:
+        thresholds: for each two bytes, twice, the largest number before the step, or of all; its bits, int32
+            ``[131072]``.
+        values: for each two bytes, up to there and above, float32 ``[131072]``.
+    """
+
+    thresholds: Tensor
+    values: Tensor
+
+    @classmethod
+    def between(cls, edges: Tensor, values: Tensor) -> "Steps | None":
+        """``values[number of edges that x does not exceed]``, NaN for NaN; or None, if edges are too close or negative.
+
+        Args:
+            edges: float32 ``[n - 1]``, never rising.
+            values: float32 ``[n]``.
+        """
+        steps = edges.unique().view(_INTEGER)
+        beginnings = (steps >> 16).long()
+        if bool((edges < 0).any()) or len(beginnings.unique()) < len(beginnings):
+            return None
+        first = torch.arange(_ALL, dtype=_INTEGER, device=edges.device) << 16
+        last = first | (_ALL - 1)
+        thresholds = last.index_copy(0, beginnings, steps)
+        for infinite in (_ALL // 2 - 128, _ALL - 128):
+            thresholds[infinite] = first[infinite]  # what exceeds infinity is NaN
+        ends = torch.stack([first, last], dim=1).view(torch.float32)
+        codes = len(edges) - torch.searchsorted(edges.flip(0), ends)
+        return cls(thresholds.repeat_interleave(2), torch.where(ends.isnan(), ends, values[codes]).flatten())
+
+    def at(self, x: Tensor) -> Tensor:
+        """The function's values at float32 ``x`` of any shape."""
+        x = laid(x)
+        values = torch.empty_like(x)
+        for piece, value in pieces(x, values):
+            bits = piece.view(_INTEGER)
+            index = (bits >> 15).bitwise_and_(2 * _ALL - 2)
+            above = _entries(self.thresholds, index).sub_(bits).bitwise_right_shift_(31)  # -1 or 0
+            _entries(self.values, index.sub_(above), value)
+        return values
+
+
 def _select(table: Tensor, x: Tensor) -> Tensor:
-    """``x`` without gaps, whatever the order of its axes: contiguous, or a clone."""
-    bits = x.as_strided((x.numel(),), (1,)).view(torch.int16).int().bitwise_and_(_ALL - 1)
-    return table.index_select(0, bits).as_strided(x.shape, x.stride())
+    """The entries of ``table`` for ``x`` without gaps."""
+    entries = torch.empty_like(x, dtype=table.dtype)
+    for piece, entry in pieces(x, entries):
+        _entries(table, _index(piece), entry)
+    return entries
+
+
+def _index(piece: Tensor) -> Tensor:
+    return piece.view(torch.uint16).int()
+
+
+def _entries(table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    if torch.get_num_threads() > _ALONE:
+        return torch.take(table, index.long(), out=out)
+    return torch.index_select(table, 0, index, out=out)
 
 
 def _passed(every: Tensor, slopes: Tensor) -> tuple[float, float] | None:
@@ -64,7 +152,8 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, slopes: Tensor, passed: tuple[float, float] | None) -> Tensor:
         ctx.passed = passed
-        own = x.clone()  # the network may go on in place
+        own = laid(x)
+        own = own.clone() if own is x else own  # the network may go on in place
         ctx.save_for_backward(own, None if passed else slopes)
         return _select(values, own)
 
@@ -74,4 +163,7 @@ class _LookUp(torch.autograd.Function):
         if ctx.passed:
             # of the operations that tell an interval from the rest, the one that is a single pass in two bytes
             return torch.ops.aten.hardtanh_backward(gradients[0], x, *ctx.passed), None, None, None
-        return _select(slopes, x).mul_(gradients[0]).to(x.dtype), None, None, None
+        inner = torch.empty_like(x)
+        for piece, outer, into in pieces(x, gradients[0].contiguous(memory_format=_format(x)), inner):
+            into.copy_(_entries(slopes, _index(piece)).mul_(outer.float()))
+        return inner, None, None, None
