@@ -65,7 +65,7 @@ class Grid:
 
     def dequantized(self, x: Tensor, scale: Tensor) -> Tensor:
         """Values of float32 ``x`` of any shape under a scale ``[]``."""
-        if large(x) and (steps := Steps.between(self._ends(scale), self.values * scale)):
+        if large(x) and (steps := Steps(self._ends(scale), self.values * scale)).apart:
             return steps.at(x)
         return self.looked_up(self.codes(x / scale), scale)
 

@@ -5,14 +5,15 @@ say between which thresholds it lies, or which one to compare it with.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
-from attrs import frozen
 from torch import Tensor
 
 _ALL = 2**16
 _INTEGER = torch.int32  # of the size of a float32
+_INFINITE = 0x7F800000
 # numbers that stay in a core's cache from one pass to the next, with the tables
 _PIECE = 2**17
 # torch's faster way to look up, which threads do not share, is the faster one up to so many
@@ -64,39 +65,22 @@ def looked_up(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return result
 
 
-@frozen(eq=False)
 class Steps:
-    """A function of float32 with few steps, no two of them between numbers that begin with the same two bytes.
+    """A function of float32 with few steps: ``values[number of edges that x does not exceed]``, NaN for NaN.
 
     Args:
-        thresholds: for each two bytes, twice, the largest number before the step, or of all; its bits, int32
-            ``[131072]``.
-        values: for each two bytes, up to there and above, float32 ``[131072]``.
+        edges: float32 ``[n - 1]``, never rising.
+        values: float32 ``[n]``.
     """
 
-    thresholds: Tensor
-    values: Tensor
+    def __init__(self, edges: Tensor, values: Tensor) -> None:
+        self._rising, self._values = edges.flip(0), values
+        self._steps = edges.unique().view(_INTEGER)
 
-    @classmethod
-    def between(cls, edges: Tensor, values: Tensor) -> "Steps | None":
-        """``values[number of edges that x does not exceed]``, NaN for NaN; or None, if edges are too close or negative.
-
-        Args:
-            edges: float32 ``[n - 1]``, never rising.
-            values: float32 ``[n]``.
-        """
-        steps = edges.unique().view(_INTEGER)
-        beginnings = (steps >> 16).long()
-        if bool((edges < 0).any()) or len(beginnings.unique()) < len(beginnings):
-            return None
-        first = torch.arange(_ALL, dtype=_INTEGER, device=edges.device) << 16
-        last = first | (_ALL - 1)
-        thresholds = last.index_copy(0, beginnings, steps)
-        for infinite in (_ALL // 2 - 128, _ALL - 128):
-            thresholds[infinite] = first[infinite]  # what exceeds infinity is NaN
-        ends = torch.stack([first, last], dim=1).view(torch.float32)
-        codes = len(edges) - torch.searchsorted(edges.flip(0), ends)
-        return cls(thresholds.repeat_interleave(2), torch.where(ends.isnan(), ends, values[codes]).flatten())
+    @property
+    def apart(self) -> bool:
+        """Whether it can be looked up: no two edges begin with the same two bytes, and none is negative."""
+        return len((self._steps >> 16).unique()) == len(self._steps) and bool((self._rising >= 0).all())
 
     def at(self, x: Tensor) -> Tensor:
         """The function's values at float32 ``x`` of any shape."""
@@ -104,10 +88,46 @@ class Steps:
         values = torch.empty_like(x)
         for piece, value in pieces(x, values):
             bits = piece.view(_INTEGER)
-            index = (bits >> 15).bitwise_and_(2 * _ALL - 2)
-            above = _entries(self.thresholds, index).sub_(bits).bitwise_right_shift_(31)  # -1 or 0
-            _entries(self.values, index.sub_(above), value)
+            if self._alike is not None and _from_zero_up(bits):
+                carry, table = self._alike
+                _entries(table, (bits + carry).bitwise_right_shift_(16), value)
+            else:
+                thresholds, table = self._of_both_sides
+                index = (bits >> 15).bitwise_and_(2 * _ALL - 2)
+                above = _entries(thresholds, index).sub_(bits).bitwise_right_shift_(31)  # -1 or 0
+                _entries(table, index.sub_(above), value)
         return values
+
+    @cached_property
+    def _alike(self) -> tuple[int, Tensor] | None:
+        """If all edges end with the same two bytes: what carries all above them to the next two, and their values."""
+        ends = (self._steps & (_ALL - 1)).unique()
+        if len(ends) != 1:
+            return None
+        carry = _ALL - 1 - int(ends)
+        largest = (torch.arange(_INFINITE // _ALL + 2, device=ends.device) * _ALL + _ALL - 1 - carry).clamp(max=_INFINITE)
+        return carry, self._computed(largest.int().view(torch.float32))
+
+    @cached_property
+    def _of_both_sides(self) -> tuple[Tensor, Tensor]:
+        """For each two bytes, twice, the last number before the step, or of all; the values up to there and above."""
+        first = torch.arange(_ALL, dtype=_INTEGER, device=self._steps.device) << 16
+        last = first | (_ALL - 1)
+        thresholds = last.index_copy(0, (self._steps >> 16).long(), self._steps)
+        for infinite in (_INFINITE // _ALL, _INFINITE // _ALL - _ALL // 2):
+            thresholds[infinite] = first[infinite]  # what exceeds infinity is NaN
+        ends = torch.stack([first, last], dim=1).view(torch.float32)
+        return thresholds.repeat_interleave(2), self._computed(ends).flatten()
+
+    def _computed(self, x: Tensor) -> Tensor:
+        codes = len(self._rising) - torch.searchsorted(self._rising, x)
+        return torch.where(x.isnan(), x, self._values[codes])
+
+
+def _from_zero_up(bits: Tensor) -> bool:
+    """Whether the bits of float32 numbers, at least one, are of none that is negative or NaN."""
+    low, high = bits.aminmax()
+    return int(low) >= 0 and int(high) <= _INFINITE
 
 
 def _select(table: Tensor, x: Tensor) -> Tensor:
