@@ -105,8 +105,9 @@ class Steps:
         if len(ends) != 1:
             return None
         carry = _ALL - 1 - int(ends)
-        largest = (torch.arange(_INFINITE // _ALL + 2, device=ends.device) * _ALL + _ALL - 1 - carry).clamp(max=_INFINITE)
-        return carry, self._computed(largest.int().view(torch.float32))
+        beginnings = torch.arange(_INFINITE // _ALL + 2, device=ends.device)
+        largest = (beginnings * _ALL + int(ends)).clamp(max=_INFINITE).int()
+        return carry, self._computed(largest.view(torch.float32))
 
     @cached_property
     def _of_both_sides(self) -> tuple[Tensor, Tensor]:
