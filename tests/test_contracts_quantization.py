@@ -72,24 +72,47 @@ def test_a_large_tensor_gives_what_its_parts_give(name, dtype, threads, monkeypa
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("uniform", None), ("uniform", torch.bfloat16), ("log2", torch.bfloat16)])
-def test_a_large_tensor_keeps_its_layout_and_may_be_changed_afterwards(name, dtype):
+LOOKED_UP = [(name, dtype) for name in ("uniform", "log2") for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), LOOKED_UP)
+def test_a_large_tensor_may_lie_in_memory_in_any_way(name, dtype):
     quantizer = frozen(made("quantizer", name, bits=4), values(made("quantizer", name)))
     x = torch.rand(4, 512, 16, 32, generator=seeded()).to(dtype)
-    images = x.contiguous(memory_format=torch.channels_last)
-    assert quantizer(images).stride() == images.stride()
-    x = x.movedim(1, -1)
-    assert torch.equal(quantizer(x), torch.stack([quantizer(row) for row in x]))
-    gaps = torch.cat([x, x], dim=1)[:, ::2]
+    upstream = torch.randn(x.shape, generator=seeded(1)).to(dtype)
+    images = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    result = quantizer(images)
+    assert result.stride() == images.stride()
+    (gradient,) = torch.autograd.grad(result, images, upstream)
+    rows = [row.clone().requires_grad_() for row in x]
+    parts = [quantizer(row) for row in rows]
+    assert torch.equal(result, torch.stack(parts))
+    assert torch.equal(gradient, torch.stack(torch.autograd.grad(parts, rows, list(upstream))))
+    gaps = torch.cat([x, x], dim=1)[:, ::2].movedim(1, -1)
     assert torch.equal(quantizer(gaps), torch.stack([quantizer(row) for row in gaps]))
-    leaf = x.clone().requires_grad_()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [case for case in LOOKED_UP if case != ("log2", torch.float32)])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_a_large_tensor_may_be_changed_afterwards(name, dtype, permuted):
+    quantizer = frozen(made("quantizer", name, bits=4), values(made("quantizer", name)))
+    x = torch.rand(4, 512, 512, generator=seeded()).to(dtype)
+    leaf, again = (x.clone().requires_grad_() for _ in range(2))
     moved = leaf * 1
-    result = quantizer(moved)
+    result = quantizer(moved.mT if permuted else moved)
     moved += 1
     result.sum().backward()
-    again = x.clone().requires_grad_()
     quantizer(again).sum().backward()
     assert torch.equal(leaf.grad, again.grad)
+
+
+@every("quantizer")
+@pytest.mark.parametrize("size", [1000, 600000])
+def test_a_quantizer_can_be_exported(name, size):
+    quantizer = frozen(made("quantizer", name, bits=4), values(made("quantizer", name)))
+    x = values(quantizer).repeat(size // 500 + 1, 1)
+    exported = torch.export.export(quantizer, (x,)).module()
+    assert torch.equal(exported(x), quantizer(x))
 
 
 @every("observer")

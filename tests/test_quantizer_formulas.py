@@ -20,6 +20,7 @@ from spdfq.quantizers import (
     UniformQuantizer,
     learned_scales,
 )
+from spdfq.quantizers.lookup import Steps
 
 
 def byte(number):
@@ -316,6 +317,40 @@ def test_the_uniform_gradient_ends_where_rounding_leaves_the_codes(zero_point):
     inside = (x.detach().round() >= low) & (x.detach().round() <= high)
     assert 0 < inside.sum() < len(x)
     assert torch.equal(x.grad, inside.float())
+
+
+def test_channels_may_be_none_and_of_several_zero_points():
+    quantizer = restored(UniformQuantizer(granularity="channel"), scale=tensor([]), zero_point=torch.empty(0).byte())
+    assert quantizer(torch.empty(0, 5)).shape == (0, 5)
+    x = tensor([[-9.0, 0.4, 9.0], [-9.0, 0.4, 9.0]]).requires_grad_()
+    options = {"scale": tensor([1.0, 1.0]), "zero_point": torch.tensor([1, 2], dtype=torch.uint8)}
+    y = restored(UniformQuantizer(granularity="channel", bits=2), **options)(x)
+    assert y.tolist() == [[-1.0, 0.0, 2.0], [-2.0, 0.0, 1.0]]
+    y.sum().backward()
+    assert x.grad.tolist() == [[0.0, 1.0, 0.0]] * 2
+
+
+def test_steps_are_looked_up_if_they_are_apart():
+    values = tensor([3.0, 2.0, 1.0])
+    x = tensor([0.4, 0.5, 0.6, 0.75, 0.8, math.inf, -1.0])
+    expected = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 1.0]
+    for edges in (tensor([0.75, 0.5]), tensor([0.75001, 0.5])):  # of two alike bytes at the end, and not
+        steps = Steps(edges, values)
+        assert steps.apart
+        assert steps.at(x).tolist() == expected
+        assert steps.at(x[:6]).tolist() == expected[:6]
+    assert not Steps(tensor([0.75001, 0.75]), values).apart
+    assert not Steps(tensor([0.75, -0.5]), values).apart
+    assert Steps(tensor([0.75, -0.5]), tensor([3.0, 2.0, 2.0])).apart  # no step at the latter
+
+
+def test_the_gradient_of_many_logarithms_has_one_itself():
+    x = torch.rand(600000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    quantizer = frozen_on(x.float(), Log2Quantizer(bits=4))
+    leaf, upstream = x.clone().requires_grad_(), torch.ones_like(x).requires_grad_()
+    (slope,) = torch.autograd.grad(quantizer(leaf), leaf, upstream, create_graph=True)
+    (again,) = torch.autograd.grad(slope.sum(), upstream)
+    assert torch.equal(again, slope)
 
 
 # learned scales

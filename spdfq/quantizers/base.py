@@ -9,7 +9,7 @@ from attrs import Attribute, define, field
 from torch import Tensor, nn
 
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
-from spdfq.quantizers.lookup import looked_up, pays
+from spdfq.quantizers.lookup import looked_up, pays_in_two_bytes
 from spdfq.quantizers.observers import MinMaxObserver, Observer, Product, Statistics
 
 Parameters = dict[str, Tensor]
@@ -164,7 +164,7 @@ class Quantizer(nn.Module, ABC):
         """
         parameters = self._laid(x, self.tensors())
         learned = any(parameter.requires_grad for parameter in (*parameters.values(), *self.parameters()))
-        if pays(x) and not learned and not any(parameter.dim() for parameter in parameters.values()):
+        if pays_in_two_bytes(x) and not learned and not any(parameter.dim() for parameter in parameters.values()):
             return looked_up(lambda every: self.dequantized(every, parameters), x)
         return self.dequantized(x.float(), parameters).to(x.dtype)
 

@@ -8,7 +8,7 @@ from attrs import define, frozen
 from torch import Tensor
 
 from spdfq.quantizers.base import Parameters, Quantizer, straight_through
-from spdfq.quantizers.lookup import Steps, large
+from spdfq.quantizers.lookup import Steps, pays
 
 # keeps every value a normal float32 number, which no device flushes to zero
 OCTAVES = 63
@@ -65,18 +65,18 @@ class Grid:
 
     def dequantized(self, x: Tensor, scale: Tensor) -> Tensor:
         """Values of float32 ``x`` of any shape under a scale ``[]``."""
-        if large(x) and (steps := Steps(self._ends(scale), self.values * scale)).apart:
+        if pays(x) and (steps := Steps(self._ends(scale), self.values * scale)).apart:
             return steps.at(x)
         return self.looked_up(self.codes(x / scale), scale)
 
     def _ends(self, scale: Tensor) -> Tensor:
         """The largest x of which ``x / scale`` does not exceed each edge."""
-        around = [self.edges * scale]
-        for end in (0.0, torch.inf):
-            ulp = torch.full_like(self.edges, end)
-            around += [(once := around[0].nextafter(ulp)), once.nextafter(ulp)]
-        near = torch.stack(around)
-        return torch.where(near / scale <= self.edges, near, 0.0).amax(dim=0)
+        near = [self.edges * scale]  # at most an ulp and a half off: product and quotient are both rounded
+        for direction in (near[0].new_zeros(()), near[0].new_full((), torch.inf)):
+            once = near[0].nextafter(direction)
+            near += [once, once.nextafter(direction)]
+        candidates = torch.stack(near)
+        return torch.where(candidates / scale <= self.edges, candidates, 0.0).amax(dim=0)
 
     def looked_up(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Values of whole ``codes`` under a scale; NaN for code n."""

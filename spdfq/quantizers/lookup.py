@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _ALL = 2**16
 _INTEGER = torch.int32  # of the size of a float32
@@ -17,24 +17,30 @@ _INFINITE = 0x7F800000
 # numbers that stay in a core's cache from one pass to the next, with the tables
 _PIECE = 2**17
 # torch's faster way to look up, which threads do not share, is the faster one up to so many
-_ALONE = 2
+_FEW_THREADS = 2
 # a table pays where it is looked up several times as often as it is long
 _ENOUGH = 8 * _ALL
 
 
-def large(x: Tensor) -> bool:
-    """Whether looking ``x`` up is faster than computing, on a CPU, where each pass over memory costs."""
-    return x.device.type == "cpu" and x.numel() >= _ENOUGH and not torch.compiler.is_compiling()
+def in_reach(x: Tensor) -> bool:
+    """Whether the numbers lie in a CPU's memory, where each pass over them costs, and may decide what is done."""
+    plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
+    return plain and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def pays(x: Tensor) -> bool:
-    """Whether `looked_up` is faster than computing."""
-    return large(x) and x.dtype.is_floating_point and x.dtype.itemsize == 2
+    """Whether looking ``x`` up is faster than computing."""
+    return x.numel() >= _ENOUGH and in_reach(x)
 
 
-def laid(x: Tensor) -> Tensor:
+def pays_in_two_bytes(x: Tensor) -> bool:
+    """Whether `looked_up` is for ``x``, and faster."""
+    return x.dtype.is_floating_point and x.dtype.itemsize == 2 and pays(x)
+
+
+def dense(x: Tensor) -> Tensor:
     """``x`` without gaps: itself, or a contiguous copy, which products of permuted tensors would make anyway."""
-    return x.contiguous(memory_format=_format(x))
+    return x.resolve_neg().contiguous(memory_format=_format(x))
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -57,7 +63,7 @@ def looked_up(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     every = torch.arange(_ALL, device=x.device).to(torch.int16).view(x.dtype)
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return _select(function(every.float()).to(x.dtype), laid(x))
+        return _select(function(every.float()).to(x.dtype), dense(x))
     leaf = every.float().requires_grad_()
     values = function(leaf)
     (slopes,) = torch.autograd.grad(values.sum(), leaf)
@@ -74,54 +80,54 @@ class Steps:
     """
 
     def __init__(self, edges: Tensor, values: Tensor) -> None:
-        self._rising, self._values = edges.flip(0), values
-        self._steps = edges.unique().view(_INTEGER)
+        kept = values.diff() != 0
+        self._edges, self._values = edges[kept].flip(0), torch.cat([values[:1], values[1:][kept]])
+        self._bits = self._edges.unique().view(_INTEGER)
 
     @property
     def apart(self) -> bool:
-        """Whether it can be looked up: no two edges begin with the same two bytes, and none is negative."""
-        return len((self._steps >> 16).unique()) == len(self._steps) and bool((self._rising >= 0).all())
+        """Whether it can be looked up: no two steps begin with the same two bytes, and none is negative."""
+        return len((self._bits >> 16).unique()) == len(self._bits) and bool((self._edges >= 0).all())
 
     def at(self, x: Tensor) -> Tensor:
-        """The function's values at float32 ``x`` of any shape."""
-        x = laid(x)
+        """The function's values at float32 ``x`` of any shape; only if the steps are `apart`."""
+        x = dense(x)
         values = torch.empty_like(x)
         for piece, value in pieces(x, values):
             bits = piece.view(_INTEGER)
-            if self._alike is not None and _from_zero_up(bits):
-                carry, table = self._alike
+            if self._one_table and _from_zero_up(bits):
+                carry, table = self._one_table
                 _entries(table, (bits + carry).bitwise_right_shift_(16), value)
             else:
-                thresholds, table = self._of_both_sides
+                thresholds, table = self._two_tables
                 index = (bits >> 15).bitwise_and_(2 * _ALL - 2)
                 above = _entries(thresholds, index).sub_(bits).bitwise_right_shift_(31)  # -1 or 0
                 _entries(table, index.sub_(above), value)
         return values
 
     @cached_property
-    def _alike(self) -> tuple[int, Tensor] | None:
-        """If all edges end with the same two bytes: what carries all above them to the next two, and their values."""
-        ends = (self._steps & (_ALL - 1)).unique()
+    def _one_table(self) -> tuple[int, Tensor] | None:
+        """If all steps end with the same two bytes: what carries all above them to the next two, and their values."""
+        ends = (self._bits & (_ALL - 1)).unique()
         if len(ends) != 1:
             return None
-        carry = _ALL - 1 - int(ends)
         beginnings = torch.arange(_INFINITE // _ALL + 2, device=ends.device)
         largest = (beginnings * _ALL + int(ends)).clamp(max=_INFINITE).int()
-        return carry, self._computed(largest.view(torch.float32))
+        return _ALL - 1 - int(ends), self._computed(largest.view(torch.float32))
 
     @cached_property
-    def _of_both_sides(self) -> tuple[Tensor, Tensor]:
+    def _two_tables(self) -> tuple[Tensor, Tensor]:
         """For each two bytes, twice, the last number before the step, or of all; the values up to there and above."""
-        first = torch.arange(_ALL, dtype=_INTEGER, device=self._steps.device) << 16
+        first = torch.arange(_ALL, dtype=_INTEGER, device=self._bits.device) << 16
         last = first | (_ALL - 1)
-        thresholds = last.index_copy(0, (self._steps >> 16).long(), self._steps)
+        thresholds = last.index_copy(0, (self._bits >> 16).long(), self._bits)
         for infinite in (_INFINITE // _ALL, _INFINITE // _ALL - _ALL // 2):
             thresholds[infinite] = first[infinite]  # what exceeds infinity is NaN
         ends = torch.stack([first, last], dim=1).view(torch.float32)
         return thresholds.repeat_interleave(2), self._computed(ends).flatten()
 
     def _computed(self, x: Tensor) -> Tensor:
-        codes = len(self._rising) - torch.searchsorted(self._rising, x)
+        codes = len(self._edges) - torch.searchsorted(self._edges, x)
         return torch.where(x.isnan(), x, self._values[codes])
 
 
@@ -144,7 +150,7 @@ def _index(piece: Tensor) -> Tensor:
 
 
 def _entries(table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    if torch.get_num_threads() > _ALONE:
+    if torch.get_num_threads() > _FEW_THREADS:
         return torch.take(table, index.long(), out=out)
     return torch.index_select(table, 0, index, out=out)
 
@@ -173,7 +179,7 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, slopes: Tensor, passed: tuple[float, float] | None) -> Tensor:
         ctx.passed = passed
-        own = laid(x)
+        own = dense(x)
         own = own.clone() if own is x else own  # the network may go on in place
         ctx.save_for_backward(own, None if passed else slopes)
         return _select(values, own)
@@ -184,7 +190,6 @@ class _LookUp(torch.autograd.Function):
         if ctx.passed:
             # of the operations that tell an interval from the rest, the one that is a single pass in two bytes
             return torch.ops.aten.hardtanh_backward(gradients[0], x, *ctx.passed), None, None, None
-        inner = torch.empty_like(x)
-        for piece, outer, into in pieces(x, gradients[0].contiguous(memory_format=_format(x)), inner):
-            into.copy_(_entries(slopes, _index(piece)).mul_(outer.float()))
-        return inner, None, None, None
+        with torch.no_grad():
+            own = _select(slopes, x)
+        return (own * gradients[0].float()).to(x.dtype), None, None, None

@@ -7,7 +7,7 @@ from attrs import Attribute, define, field
 from torch import Tensor
 
 from spdfq.quantizers.base import Parameters, Quantizer, bounded, straight_through
-from spdfq.quantizers.lookup import laid, pieces
+from spdfq.quantizers.lookup import dense, in_reach, pieces
 from spdfq.registry import quantizers
 
 FLOAT = torch.finfo(torch.float32)
@@ -74,7 +74,12 @@ class AffineQuantizer(Quantizer):
         step = self.step(parameters)
         if step["scale"].requires_grad:
             return super().dequantized(x, parameters)
-        result: Tensor = _FakeQuantize.apply(x, step["scale"], step["zero_point"], self.levels)
+        result: Tensor
+        if in_reach(x) and (zero_point := _shared(step["zero_point"])) is not None:
+            low, trained = -zero_point, x.requires_grad and torch.is_grad_enabled()
+            result = _FakeQuantizeWithoutMask.apply(x, step["scale"], low, low + self.levels - 1, trained)
+        else:
+            result = _FakeQuantize.apply(x, step["scale"], step["zero_point"], self.levels)
         return result
 
 
@@ -130,36 +135,47 @@ class UniformQuantizer(AffineQuantizer):
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-        if x.is_cpu and bool((zero_point == zero_point.reshape(-1)[0]).all()):
-            return _around_one_zero_point(ctx, x, scale, int(zero_point.reshape(-1)[0]), levels)
         rounded = (x / scale).round_().add_(zero_point)
         codes = rounded.clamp(0, levels - 1)
         if ctx.needs_input_grad[0]:
-            ctx.ends = None
             ctx.save_for_backward(rounded != codes)
         return codes.sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (saved,) = ctx.saved_tensors
-        if ctx.ends:
-            return torch.ops.aten.hardtanh_backward(gradients[0], saved, *ctx.ends), None, None, None
-        return gradients[0].masked_fill(saved, 0.0), None, None, None
+        (clamped,) = ctx.saved_tensors
+        return gradients[0].masked_fill(clamped, 0.0), None, None, None
 
 
-def _around_one_zero_point(ctx: Any, x: Tensor, scale: Tensor, zero_point: int, levels: int) -> Tensor:
-    """The same to the bit, without a mask, which costs more on a CPU than all the rest."""
-    low, high = -zero_point, levels - 1 - zero_point
-    x = laid(x)
-    values = torch.empty_like(x)
-    steps = torch.empty_like(x) if ctx.needs_input_grad[0] else values
-    for piece, exact, value in [(x, steps, values)] if scale.dim() else pieces(x, steps, values):
-        torch.round(torch.div(piece, scale, out=exact), out=value).clamp_(low, high)
-        value.add_(0.0).mul_(scale)  # no zero is below zero, as decoding gives none
-    if ctx.needs_input_grad[0]:
-        ctx.ends = _rounded_to(low, -1), _rounded_to(high, 1)
-        ctx.save_for_backward(steps)
-    return values
+def _shared(zero_point: Tensor) -> int | None:
+    """The zero point that all channels share, if there is one."""
+    low, high = zero_point.aminmax() if zero_point.numel() else (0, 1)
+    return int(low) if low == high else None
+
+
+class _FakeQuantizeWithoutMask(torch.autograd.Function):
+    """The same to the bit, with one zero point, in less time: a mask costs more on a CPU than all the rest.
+
+    For the gradient it keeps ``x / scale``: 4 bytes of each number instead of 1. At NaN the gradient may be 0 or pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, trained: bool) -> Tensor:
+        x = dense(x)
+        values = torch.empty_like(x)
+        steps = torch.empty_like(x) if trained else values
+        for piece, exact, value in [(x, steps, values)] if scale.dim() else pieces(x, steps, values):
+            torch.round(torch.div(piece, scale, out=exact), out=value).clamp_(low, high)
+            value.add_(0.0).mul_(scale)  # no zero is below zero, as decoding gives none
+        if trained:
+            ctx.ends = _rounded_to(low, -1), _rounded_to(high, 1)
+            ctx.save_for_backward(steps)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (steps,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradients[0], steps, *ctx.ends), None, None, None, None
 
 
 def _rounded_to(whole: int, side: int) -> float:
