@@ -1,5 +1,6 @@
 """Evenly spaced values."""
 
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -178,6 +179,7 @@ class _FakeQuantizeWithoutMask(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(gradients[0], steps, *ctx.ends), None, None, None, None
 
 
+@cache
 def _rounded_to(whole: int, side: int) -> float:
     """The end, exclusive, on one side of the float32 numbers that are rounded to ``whole``; halves go to even ones."""
     half = torch.tensor(whole + side / 2)
