@@ -40,10 +40,11 @@ def pays_in_two_bytes(x: Tensor) -> bool:
 
 def dense(x: Tensor) -> Tensor:
     """``x`` without gaps: itself, or a contiguous copy, which products of permuted tensors would make anyway."""
-    return x.resolve_neg().contiguous(memory_format=_format(x))
+    return x.resolve_neg().contiguous(memory_format=layout(x))
 
 
-def _format(x: Tensor) -> torch.memory_format:
+def layout(x: Tensor) -> torch.memory_format:
+    """Channels last for what has them there, contiguous for all else."""
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 

@@ -8,7 +8,7 @@ from attrs import Attribute, define, field
 from torch import Tensor
 
 from spdfq.quantizers.base import Parameters, Quantizer, bounded, straight_through
-from spdfq.quantizers.lookup import dense, in_reach, pieces
+from spdfq.quantizers.lookup import in_reach, layout, pieces
 from spdfq.registry import quantizers
 
 FLOAT = torch.finfo(torch.float32)
@@ -162,12 +162,15 @@ class _FakeQuantizeWithoutMask(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, trained: bool) -> Tensor:
-        x = dense(x)
-        values = torch.empty_like(x)
-        steps = torch.empty_like(x) if trained else values
-        for piece, exact, value in [(x, steps, values)] if scale.dim() else pieces(x, steps, values):
-            torch.round(torch.div(piece, scale, out=exact), out=value).clamp_(low, high)
-            value.add_(0.0).mul_(scale)  # no zero is below zero, as decoding gives none
+        steps = torch.empty_like(x, memory_format=layout(x))
+        torch.div(x, scale, out=steps)
+        values = torch.empty_like(steps) if trained else steps
+        zero, factor = scale.new_zeros(()), 1.0 if scale.dim() else float(scale)
+        for exact, value in pieces(steps, values):
+            rounded = torch.round(exact, out=value).clamp_(low, high)
+            torch.add(zero, rounded, alpha=factor, out=value)  # no zero is below zero, as decoding gives none
+        if scale.dim():
+            values.mul_(scale)
         if trained:
             ctx.ends = _rounded_to(low, -1), _rounded_to(high, 1)
             ctx.save_for_backward(steps)
