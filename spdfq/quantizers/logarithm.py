@@ -67,7 +67,7 @@ class Grid:
         """Values of float32 ``x`` of any shape under a scale ``[]``."""
         if pays(x) and (steps := Steps(self._ends(scale), self.values * scale)).apart:
             return steps.at(x)
-        return self.looked_up(self.codes(x / scale), scale)
+        return self.decoded(self.codes(x / scale), scale)
 
     def _ends(self, scale: Tensor) -> Tensor:
         """The largest x of which ``x / scale`` does not exceed each edge."""
@@ -78,7 +78,7 @@ class Grid:
         candidates = torch.stack(near)
         return torch.where(candidates / scale <= self.edges, candidates, 0.0).amax(dim=0)
 
-    def looked_up(self, codes: Tensor, scale: Tensor) -> Tensor:
+    def decoded(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Values of whole ``codes`` under a scale; NaN for code n."""
         values = self.values * scale
         return _looked_up(torch.cat([values, values.new_full([1], torch.nan)]), codes)
@@ -156,7 +156,7 @@ class LogarithmicQuantizer(Quantizer):
     def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
         """Values of float32 ``codes``, from the table."""
         grid, scale = self.grid(parameters), parameters["scale"]
-        exact = grid.looked_up(codes.detach().int(), scale)
+        exact = grid.decoded(codes.detach().int(), scale)
         shift = grid.shift * scale
         smooth = (exact + shift) * torch.exp2((codes.detach() - codes) * grid.step) - shift
         return self._lowered(straight_through(smooth, exact))

@@ -159,12 +159,13 @@ def _entries(table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
 def _passed(every: Tensor, slopes: Tensor) -> tuple[float, float] | None:
     """The ends, exclusive, of the one interval on which the gradient passes as it is, if it is 0 outside; or None."""
     values, slopes = _rising(every), _rising(slopes)
+    values, slopes = values[~values.isnan()], slopes[~values.isnan()]
     inside = slopes == 1
     count, first = int(inside.sum()), int(inside.int().argmax())
     last = first + count - 1
     if (
-        not 0 < first <= last < _ALL - 1
-        or count + int((slopes == 0).sum()) < _ALL
+        not 0 < first <= last < len(values) - 1
+        or count + int((slopes == 0).sum()) < len(values)
         or not bool(inside[first : last + 1].all())
     ):
         return None
