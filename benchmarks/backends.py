@@ -22,15 +22,16 @@ from typing import Any, get_args
 import torch
 from machine import about
 
-from spdfq.backends import Blockwise, Calibration, place
-from spdfq.backends.blocks import block_calls, block_names
-from spdfq.backends.reconstruction import Job
-from spdfq.backends.stream import Stream
-from spdfq.backends.training import learning
-from spdfq.models import Teacher, load_teacher
+from spdfq.backends import Blockwise, Calibration
+from spdfq.backends.learning.blocks import block_calls, block_names
+from spdfq.backends.learning.reconstruction import Job
+from spdfq.backends.learning.stream import Stream
+from spdfq.backends.learning.training import learning
+from spdfq.quantized import place
 from spdfq.recipe import ModelSpec, load_recipe
+from spdfq.recipe.structure import unstructure
 from spdfq.runtime import Precision, Runtime
-from spdfq.structure import unstructure
+from spdfq.teacher import Teacher, load_teacher
 
 ITERATIONS = 10  # in one turn
 IMAGES, CLOSED_FORM_TARGET, BLOCKWISE_TARGET = 32, 180.0, 1.3

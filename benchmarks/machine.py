@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spdfq.provenance import device_name, git_commit, versions
+from spdfq.runs.provenance import device_name, git_commit, versions
 
 
 def about(device: str = "cpu") -> dict[str, Any]:

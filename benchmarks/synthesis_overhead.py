@@ -21,12 +21,12 @@ from machine import about
 from torch import Tensor, nn
 
 from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss, TotalVariationLoss
-from spdfq.models import load_teacher
 from spdfq.recipe import ModelSpec
 from spdfq.runtime import Runtime
 from spdfq.synth import Flip, Jitter, MultiSemanticSampler, OptimizedImages, SoftLabelTarget
 from spdfq.synth.group import BALANCE_ITERATIONS
 from spdfq.synth.loop import Group
+from spdfq.teacher import load_teacher
 
 IMAGES, TARGET = 32, 1.35
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from machine import about
 
-from spdfq.models import load_teacher
 from spdfq.recipe import ModelSpec, load_recipe
 from spdfq.runtime import Runtime, make_runtime
 from spdfq.synth.loop import Group
+from spdfq.teacher import load_teacher
 
 MODEL = "vit_small_patch16_224"
 

@@ -21,7 +21,7 @@ def bench(ctx: click.Context, file: str, out: str | None, device: str | None, qu
 
     What is finished is kept: run the same command again to go on, or to try what failed once more.
     """
-    from spdfq.bench import run_bench
+    from spdfq.bench.run import run_bench
 
     result = run_bench(
         file,
@@ -46,7 +46,7 @@ def _print_table(result: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from spdfq.benchtable import caption, headings, lines, measures
+    from spdfq.bench.table import caption, headings, lines, measures
 
     table = Table(box=SIMPLE, pad_edge=False, caption=caption(result.plan, result.rows), caption_justify="left")
     for column in headings(result.plan):

@@ -36,9 +36,9 @@ def show(kind: str, name: str) -> None:
 @click.argument("name")
 def init(name: str) -> None:
     """Print a commented recipe to start from."""
-    from spdfq.commented import commented
-    from spdfq.describe import recipe_summary
     from spdfq.recipe import load_recipe
+    from spdfq.recipe.commented import commented
+    from spdfq.recipe.describe import recipe_summary
 
     click.echo(commented(load_recipe(name), recipe_summary(name)), nl=False)
 
@@ -61,8 +61,8 @@ def known(kind: str) -> str:
 
 def rows(kind: str, paper: bool) -> list[str]:
     """One line for each name of a kind."""
-    from spdfq.describe import plain, recipe_summary
     from spdfq.recipe import shipped
+    from spdfq.recipe.describe import plain, recipe_summary
     from spdfq.registry import registry
 
     found: list[tuple[str, str, str | None]]
@@ -79,9 +79,8 @@ def rows(kind: str, paper: bool) -> list[str]:
 
 def recipe(name: str) -> str:
     """A recipe with every default written out; a shared part with what it extends."""
-    from spdfq import toml
-    from spdfq.recipe import load_recipe, resolve
-    from spdfq.recipefile import whole
+    from spdfq.recipe import load_recipe, resolve, toml
+    from spdfq.recipe.files import whole
 
     part = not name.endswith(".toml") and not whole(name)
     return toml.dumps(resolve(name) if part else load_recipe(name).to_dict())
@@ -89,7 +88,7 @@ def recipe(name: str) -> str:
 
 def component(kind: str, name: str) -> list[str]:
     """All that is known of a component."""
-    from spdfq.describe import body, describe, plain
+    from spdfq.recipe.describe import body, describe, plain
     from spdfq.registry import registry
 
     entry = registry(kind).entry(name)

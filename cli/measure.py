@@ -33,7 +33,7 @@ def measure(
     The real images they are compared with are those of the run's own evaluation. The measures are also written into
     each run folder and its report.
     """
-    from spdfq.inspection import measure_runs
+    from spdfq.runs.inspection import measure_runs
 
     rows = measure_runs(folders, overrides=overrides, device=device, sheet=sheet, progress=options.progress(quiet))
     if as_json:

@@ -28,8 +28,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Run a recipe and write its run folder."""
-    from spdfq import pipeline
-    from spdfq.ranks import join
+    from spdfq.runs import pipeline
+    from spdfq.runtime.ranks import join
 
     result = pipeline.run(
         recipe,
@@ -61,8 +61,8 @@ def evaluate(folder: Path, overrides: tuple[str, ...], device: str | None, quiet
 
     With --set on other images, for example --set 'evaluation.dataset={type="image_folder", root="val"}'.
     """
-    from spdfq import pipeline
-    from spdfq.ranks import join
+    from spdfq.runs import pipeline
+    from spdfq.runtime.ranks import join
 
     metrics = pipeline.evaluate_run(folder, overrides=overrides, device=device, progress=options.progress(quiet))
     if not join().leads:
@@ -78,7 +78,7 @@ def evaluate(folder: Path, overrides: tuple[str, ...], device: str | None, quiet
 @options.overrides
 def check(recipe: str, overrides: tuple[str, ...]) -> None:
     """Check a recipe; all problems at once."""
-    from spdfq import pipeline
+    from spdfq.runs import pipeline
 
     for warning in pipeline.check(recipe, overrides=overrides):
         click.echo(f"warning: {warning}")
@@ -100,7 +100,7 @@ def summary(record: dict[str, Any], folder: Path) -> list[str]:
 
 def accuracy(metrics: dict[str, Any]) -> list[str]:
     """The accuracy before and after."""
-    from spdfq.evaluate import left_out
+    from spdfq.evaluation.accuracy import left_out
 
     before, after = metrics["fp"]["top1"], metrics["quantized"]["top1"]
     simulated = " (simulated)" if metrics.get("simulated") else ""

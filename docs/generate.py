@@ -9,10 +9,10 @@ import json
 import re
 from pathlib import Path
 
-from spdfq.describe import body, describe, plain, recipe_summary
 from spdfq.recipe import shipped
+from spdfq.recipe.describe import body, describe, plain, recipe_summary
 from spdfq.registry import REGISTRIES, Registration
-from spdfq.zoo import BUNDLED
+from spdfq.teacher.zoo import BUNDLED
 
 DOCS = Path(__file__).parent
 PLACES = {

@@ -5,23 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spdfq.api import quantize, synthesize
-    from spdfq.checkpoint import load_quantized
     from spdfq.errors import SpdfqError
-    from spdfq.models import Teacher, load_teacher
-    from spdfq.pipeline import RunResult, run
+    from spdfq.quantized.checkpoint import load_quantized
     from spdfq.recipe import Recipe, load_recipe
+    from spdfq.runs.pipeline import RunResult, run
+    from spdfq.teacher import Teacher, load_teacher
 
 # imported on first use: torch and timm take seconds
 _HOMES = {
     "Recipe": "spdfq.recipe",
-    "RunResult": "spdfq.pipeline",
+    "RunResult": "spdfq.runs.pipeline",
     "SpdfqError": "spdfq.errors",
-    "Teacher": "spdfq.models",
-    "load_quantized": "spdfq.checkpoint",
+    "Teacher": "spdfq.teacher",
+    "load_quantized": "spdfq.quantized.checkpoint",
     "load_recipe": "spdfq.recipe",
-    "load_teacher": "spdfq.models",
+    "load_teacher": "spdfq.teacher",
     "quantize": "spdfq.api",
-    "run": "spdfq.pipeline",
+    "run": "spdfq.runs.pipeline",
     "synthesize": "spdfq.api",
 }
 __all__ = [

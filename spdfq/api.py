@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from spdfq.backends import QuantizedModel
 from spdfq.backends import quantize as run_backend
-from spdfq.backends.student import student_factory
-from spdfq.models import Teacher
+from spdfq.backends.learning.student import student_factory
+from spdfq.quantized.model import QuantizedModel
 from spdfq.recipe import Recipe, load_recipe
 from spdfq.runtime import Runtime, make_runtime, own_threads
 from spdfq.synth import SyntheticImages
+from spdfq.teacher import Teacher
 
 AnyRecipe = Recipe | str | Path | dict[str, Any]
 

@@ -131,7 +131,7 @@ optimizers: Registry = Registry("optimizer", "spdfq.synth")
 schedules: Registry = Registry("schedule", "spdfq.synth")
 quantizers: Registry = Registry("quantizer", "spdfq.quantizers")
 observers: Registry = Registry("observer", "spdfq.quantizers")
-placements: Registry = Registry("placement", "spdfq.backends")
+placements: Registry = Registry("placement", "spdfq.quantized")
 steps: Registry = Registry("step", "spdfq.backends")
 datasets: Registry = Registry("dataset", "spdfq.data")
 

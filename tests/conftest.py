@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """A test image of each class, in folders."""
-    from tiny_run import save_photos
+    from support.runs import save_photos
 
     return save_photos(tmp_path_factory.mktemp("photos"))
 
@@ -27,7 +27,7 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="session")
 def recipe(photos):
     """The recipe of the finished run."""
-    from tiny_run import recipe_on
+    from support.runs import recipe_on
 
     return recipe_on(photos)
 
@@ -35,7 +35,7 @@ def recipe(photos):
 @pytest.fixture(scope="session")
 def first_run(recipe, tmp_path_factory):
     """A run in its folder beside its store, to be copied and not touched."""
-    from spdfq.pipeline import run
+    from spdfq.runs.pipeline import run
 
     return run(recipe, out=tmp_path_factory.mktemp("project") / "runs/first")
 

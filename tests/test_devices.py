@@ -4,15 +4,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from second_device import second_device
-from tiny import build
+from support.networks import build
+from support.second_device import second_device
 
 from spdfq.api import make_images
 from spdfq.backends import quantize
-from spdfq.models import Teacher
 from spdfq.recipe import load_recipe, shipped
 from spdfq.registry import observers, quantizers
 from spdfq.runtime import Runtime
+from spdfq.teacher import Teacher
 
 DEVICES = ["simulated"]
 if torch.cuda.is_available():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from spdfq_cli.main import main
-from tiny_recipe import NO_IMAGES
+from support.recipes import NO_IMAGES
 
 from spdfq import registry
 
@@ -29,7 +29,7 @@ SEEN = """
 import json, sys
 from click.testing import CliRunner
 from spdfq_cli.main import main
-from spdfq.models import load_teacher
+from spdfq.teacher import load_teacher
 from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
 

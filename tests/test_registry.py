@@ -9,8 +9,8 @@ import pytest
 
 import spdfq.registry
 from spdfq.errors import SpdfqError
+from spdfq.recipe.structure import structure, unstructure
 from spdfq.registry import REGISTRIES, Registry, losses, plugin_failures, registry
-from spdfq.structure import structure, unstructure
 
 EVERYTHING = [
     pytest.param(kind, name, id=f"{kind}:{name}") for kind, known in REGISTRIES.items() for name in known.names()

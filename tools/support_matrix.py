@@ -22,14 +22,15 @@ from families import FAMILIES, Family
 from torch import nn
 
 from spdfq.attention import ATTENTION_OUTPUTS, CLASS_ATTENTION, record_attention
-from spdfq.backends import QuantizedModel, quantize
-from spdfq.backends.model import find_sites
-from spdfq.checkpoint import load_quantized, save_quantized
+from spdfq.backends import quantize
 from spdfq.errors import SpdfqError
-from spdfq.models import Teacher
+from spdfq.quantized import QuantizedModel
+from spdfq.quantized.checkpoint import load_quantized, save_quantized
+from spdfq.quantized.model import find_sites
 from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
 from spdfq.synth.loop import Group
+from spdfq.teacher import Teacher
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "models.md"

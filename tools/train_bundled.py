@@ -1,4 +1,4 @@
-"""Train the bundled models on Fashion-MNIST's training split and write ``spdfq/zoo``.
+"""Train the bundled models on Fashion-MNIST's training split and write ``spdfq/teacher/zoo``.
 
     apt-get install dataset-fashion-mnist
     python tools/train_bundled.py --model vit_fmnist
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spdfq.zoo import BUNDLED
+from spdfq.teacher.zoo import BUNDLED
 
 ZOO = Path(__file__).parents[1] / "spdfq" / "zoo"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from attrs import define, frozen
 from torch import Tensor
 
-from spdfq.backends.model import QuantizedModel
-from spdfq.backends.products import WEIGHT
 from spdfq.errors import SpdfqError
-from spdfq.models import Teacher
+from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.products import WEIGHT
 from spdfq.runtime import Runtime
+from spdfq.teacher import Teacher
 
 
 @frozen(eq=False, kw_only=True)

@@ -8,12 +8,12 @@ from attrs import define, field, validators
 from torch import Tensor
 
 from spdfq.backends.base import BOTH, Calibration, Step
-from spdfq.backends.model import QuantizedModel
-from spdfq.backends.products import WEIGHT
 from spdfq.errors import DataError, ModelError, NonFiniteError
+from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.products import WEIGHT
 from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, Product
+from spdfq.recipe.structure import component
 from spdfq.registry import steps
-from spdfq.structure import component
 
 
 @steps.register("calibrate")

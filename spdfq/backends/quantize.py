@@ -1,18 +1,19 @@
-"""The back-end as one function: place quantizers, then run the recipe's steps."""
+"""The back-end as one function: place quantizers, then run the recipe's steps; and what can be checked before."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from spdfq.backends.base import Calibration
-from spdfq.backends.model import QuantizedModel
-from spdfq.backends.place import place
-from spdfq.backends.sensitivity import bits_within
-from spdfq.errors import DataError
-from spdfq.models import Teacher
+from spdfq.backends.base import Calibration, check_calibrated_by
+from spdfq.backends.budget.budget import check_budget
+from spdfq.backends.budget.sensitivity import bits_within
+from spdfq.errors import DataError, RecipeError, SpdfqError
+from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.place import beside_the_label, overridden, place
 from spdfq.recipe import Quantization
 from spdfq.runtime import Runtime
+from spdfq.teacher import Teacher
 
 
 def quantize(
@@ -48,3 +49,33 @@ def quantize(
     for index, step in enumerate(spec.steps):
         step.run(model, Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index))
     return model
+
+
+def check_quantization(teacher: Teacher, spec: Quantization) -> list[str]:
+    """Check everything in a quantization section that can be checked without images, and return the warnings.
+
+    Args:
+        teacher: the float model; its weights do not matter.
+        spec: the recipe's quantization section.
+
+    Raises:
+        RecipeError: an override that matches no site, a budget that cannot be reached, or steps that cannot run on this
+            model or in this order.
+    """
+    model = place(teacher, spec)
+    if spec.budget:
+        example = torch.zeros(1, *teacher.input_size, device=teacher.device)
+        check_budget(model, spec.budget, overridden(teacher, spec, model.sites), example)
+    problems = []
+    for index, step in enumerate(spec.steps):
+        try:
+            step.check(model, spec.steps[:index])
+        except SpdfqError as error:
+            problems.append(f"quantization.steps.{index}: {error}")
+    if problems:
+        raise RecipeError(problems)
+    try:
+        check_calibrated_by(spec.steps, model)
+    except SpdfqError as error:
+        raise RecipeError([f"quantization.steps: {error}"]) from None
+    return beside_the_label(model, spec)

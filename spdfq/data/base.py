@@ -8,7 +8,7 @@ from attrs import field, frozen, validators
 from torch import Tensor
 
 from spdfq.errors import DataError
-from spdfq.models import Teacher
+from spdfq.teacher import Teacher
 
 # labels from here on are a mistake, and beyond int64 no tensor would hold them
 MOST_CLASSES = 2**31

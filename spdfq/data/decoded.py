@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from spdfq.data.base import Batch, LabelledImages
 from spdfq.data.shards import stamp
 from spdfq.errors import DataError
-from spdfq.models import Teacher
 from spdfq.registry import datasets
+from spdfq.teacher import Teacher
 
 _RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these without being able to load a pixel
 

@@ -10,9 +10,9 @@ from attrs import frozen
 from torch import Tensor
 
 from spdfq.data.base import Batch, LabelledImages
-from spdfq.models import Teacher
 from spdfq.registry import datasets
-from spdfq.zoo import data_file
+from spdfq.teacher import Teacher
+from spdfq.teacher.zoo import data_file
 
 
 @datasets.register("fashion_mnist", paper="arXiv:1708.07747")

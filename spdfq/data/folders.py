@@ -10,8 +10,8 @@ from spdfq.data.decoded import DecodedImages, Entry, image_suffixes
 from spdfq.data.imagenet import difference, synsets
 from spdfq.data.labels import Labels, read_labels
 from spdfq.errors import DataError
-from spdfq.models import Teacher
 from spdfq.registry import datasets
+from spdfq.teacher import Teacher
 
 
 @datasets.register("image_folder")

@@ -10,8 +10,8 @@ from spdfq.attention import CLASS_ATTENTION
 from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs
 from spdfq.losses.priors import GaussianMixturePrior
+from spdfq.recipe.structure import component
 from spdfq.registry import losses
-from spdfq.structure import component
 
 Blocks = Literal["deep", "all"]
 Scale = Literal["mass", "sum", "max"]

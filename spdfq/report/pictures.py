@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spdfq.models import Teacher
     from spdfq.synth.base import SyntheticImages
+    from spdfq.teacher import Teacher
 
 Array = np.ndarray[Any, Any]
 

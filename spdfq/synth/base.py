@@ -9,9 +9,9 @@ from attrs import define, field, validators
 from torch import Tensor
 
 from spdfq.errors import DataError
-from spdfq.files import read_tensors, write_tensors
-from spdfq.models import Teacher
 from spdfq.runtime import Runtime
+from spdfq.runtime.files import read_tensors, write_tensors
+from spdfq.teacher import Teacher
 
 _REMEDY = "synthesise them again, or use --fresh"
 

@@ -8,9 +8,9 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from spdfq.attention import CLASS_ATTENTION, AttentionRecord, record_attention
-from spdfq.models import Teacher
 from spdfq.runtime import Runtime
 from spdfq.synth.pruning import Pruner, TokenPruning, find_layout
+from spdfq.teacher import Teacher
 
 
 @frozen(eq=False)

@@ -8,8 +8,8 @@ from attrs import define, field
 from torch import Tensor
 
 from spdfq.errors import DataError
-from spdfq.files import read_tensors, write_tensors
 from spdfq.losses.base import Loss
+from spdfq.runtime.files import read_tensors, write_tensors
 
 BALANCE_ITERATIONS = 10
 _REMEDY = "delete it or use --fresh; the group then starts again"

@@ -11,7 +11,6 @@ from spdfq.attention import AttentionRecord
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.losses.attention_prior import AttentionPriorLoss
 from spdfq.losses.base import Loss, LossInputs
-from spdfq.models import Teacher
 from spdfq.runtime import Advance, Runtime
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.forward import Passes, new_pruner
@@ -21,6 +20,7 @@ from spdfq.synth.pictures import prior_pictures
 from spdfq.synth.samplers import CropPlan
 from spdfq.synth.sources import noise
 from spdfq.synth.student import Rival, Student, StudentFactory
+from spdfq.teacher import Teacher
 
 if TYPE_CHECKING:
     from spdfq.synth.optimize import OptimizedImages

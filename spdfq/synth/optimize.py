@@ -8,11 +8,10 @@ from attrs import define, field, validators
 
 from spdfq.attention import AttentionRecord, record_attention
 from spdfq.errors import RecipeError, SpdfqError
-from spdfq.models import Teacher
+from spdfq.recipe.structure import component, component_list, components
 from spdfq.registry import losses as registered
 from spdfq.registry import sources
 from spdfq.runtime import Advance, Runtime
-from spdfq.structure import component, component_list, components
 from spdfq.synth.augmentations import RandomResizedCrop
 from spdfq.synth.base import Source, SyntheticImages
 from spdfq.synth.loop import OWN_COLUMNS, Group
@@ -23,6 +22,7 @@ from spdfq.synth.samplers import MultiSemanticSampler, WholeImageSampler
 from spdfq.synth.sources import noise
 from spdfq.synth.student import StudentFactory, StudentTraining
 from spdfq.synth.targets import NoTarget, OneHotTarget, SoftLabelTarget
+from spdfq.teacher import Teacher
 
 _RESERVED = {*OWN_COLUMNS, "steps"}
 

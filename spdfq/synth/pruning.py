@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from spdfq.attention import AttentionRecord, prefix_tokens, record_attention
 from spdfq.errors import DataError, SpdfqError
-from spdfq.models import Teacher
 from spdfq.synth.moves import Change, followed
 from spdfq.synth.sources import noise
+from spdfq.teacher import Teacher
 
 Grid = tuple[int, int]
 

@@ -7,11 +7,11 @@ import torch
 from attrs import define
 
 from spdfq.errors import DataError
-from spdfq.models import Teacher
+from spdfq.recipe.structure import component
 from spdfq.registry import sources
 from spdfq.runtime import Runtime
-from spdfq.structure import component
 from spdfq.synth.base import Source, SyntheticImages
+from spdfq.teacher import Teacher
 
 
 @sources.register("gaussian_noise")

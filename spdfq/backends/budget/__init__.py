@@ -1,0 +1,1 @@
+"""Bit-widths of single sites, chosen to meet a budget."""

@@ -1,0 +1,1 @@
+"""Steps that correct weights by least squares, without gradients."""

@@ -1,0 +1,1 @@
+"""Steps that optimise weights, roundings or scales by gradient descent."""

@@ -1,0 +1,84 @@
+"""The quantized student of an adversarial synthesis: a recipe's own back-end as far as its calibration."""
+
+from collections.abc import Callable
+from typing import cast
+
+from attrs import define, evolve
+from torch import Tensor, nn
+
+from spdfq.backends.base import Calibration, Step
+from spdfq.backends.calibrate import Calibrate
+from spdfq.errors import SpdfqError
+from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.place import place
+from spdfq.recipe import Quantization
+from spdfq.runtime import Runtime, silent
+from spdfq.teacher import Teacher
+
+
+@define(eq=False)
+class QuantizedStudent:
+    """A quantized model whose weights may be learned and whose ranges may be chosen anew.
+
+    Args:
+        module: the quantized model.
+        steps: that chose its ranges, with their positions in the recipe.
+        teacher: whose copy it is.
+        runtime: device, precision and seed streams.
+    """
+
+    module: QuantizedModel
+    steps: list[tuple[int, Step]]
+    teacher: Teacher
+    runtime: Runtime
+
+    @property
+    def network(self) -> nn.Module:
+        """The network inside, with the teacher's module names."""
+        return self.module.network
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The quantized parameters by name."""
+        return {name: self.module.weight(name) for name in self.module.weight_names()}
+
+    def calibrate(self, images: Tensor) -> None:
+        """Choose every range anew, on ``[B, C, h, w]``."""
+        for index, step in self.steps:
+            _run(step, index, self.module, images, self.teacher, self.runtime)
+
+
+def student_section(spec: Quantization) -> Quantization:
+    """The section without the steps that come after every site was calibrated: no student runs them."""
+    seen: set[str] = set()
+    for index, step in enumerate(spec.steps):
+        if isinstance(step, Calibrate):
+            seen.add(step.sites)
+        if "all" in seen or {"weights", "activations"} <= seen:
+            return evolve(spec, steps=spec.steps[: index + 1])
+    return spec
+
+
+def student_factory(teacher: Teacher, spec: Quantization, runtime: Runtime) -> Callable[[Tensor], QuantizedStudent]:
+    """Makes students of a teacher: placed as the section says, calibrated by its steps as far as they are needed.
+
+    Steps after the one that leaves every quantizer with its range are not run.
+
+    Raises:
+        SpdfqError: when a student is made: no step calibrates, or what a step raises.
+    """
+    quiet = evolve(runtime, progress=silent)
+
+    def make(images: Tensor) -> QuantizedStudent:
+        model, done = place(teacher, spec), []
+        for index, step in enumerate(student_section(spec).steps):
+            _run(step, index, model, images, teacher, quiet)
+            done.append((index, cast(Step, step)))
+            if all(quantizer.frozen for quantizer in model.quantizers.values()):
+                return QuantizedStudent(model, done, teacher, quiet)
+        raise SpdfqError("synthesis.student: no step of quantization.steps calibrates it; put 'calibrate' first")
+
+    return make
+
+
+def _run(step: Step, index: int, model: QuantizedModel, images: Tensor, teacher: Teacher, runtime: Runtime) -> None:
+    step.run(model, Calibration(teacher=teacher, images=images, runtime=runtime, index=index))

@@ -1,0 +1,90 @@
+"""What every step that trains by gradients needs: leaves, optimiser steps, and a state that can be taken up again."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from spdfq.errors import DataError
+from spdfq.runtime.files import read_tensors, write_tensors
+
+SAVE_SECONDS = 10.0
+_REMEDY = "delete it, or use --fresh"
+
+
+@contextmanager
+def learning(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, tensors gather gradients; on exit they do not any more."""
+    leaves = list(parameters)
+    for leaf in leaves:
+        leaf.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+            leaf.grad = None
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One optimiser step; what a loss does not depend on has a gradient of zero."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+def adam(*groups: tuple[list[Tensor], float]) -> torch.optim.Adam:
+    """Adam of the groups that hold anything, each with its learning rate."""
+    return torch.optim.Adam([{"params": leaves, "lr": lr} for leaves, lr in groups if leaves])
+
+
+@define(eq=False)
+class Training:
+    """Tensors on their way under Adam, that can be stored and taken up again to the bit.
+
+    Args:
+        named: what is learned, by name.
+        optimizer: an Adam of all of them.
+        iteration: the next one.
+    """
+
+    named: dict[str, Tensor]
+    optimizer: torch.optim.Adam
+    iteration: int = 0
+
+    def save(self, path: Path) -> None:
+        """Write it so that a crash leaves either the old file or the new one."""
+        stored = dict(self.named)
+        for name, leaf in self.named.items():
+            stored |= {f"{name}:{key}": value for key, value in self.optimizer.state[leaf].items()}
+        write_tensors(path, stored, {"iteration": str(self.iteration)})
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        """Take up what `save` wrote.
+
+        Raises:
+            DataError: the file is damaged, or of another training.
+        """
+        stored, metadata = read_tensors(path, _REMEDY)
+        moments = {name: self._moments(stored, name) for name in self.named}
+        if not metadata.get("iteration", "").isdecimal() or len(stored) != sum(1 + len(m) for m in moments.values()):
+            raise DataError(f"{path}: holds another training; {_REMEDY}")
+        for name, leaf in self.named.items():
+            if name not in stored or stored[name].shape != leaf.shape:
+                raise DataError(f"{path}: holds another {name}; {_REMEDY}")
+            leaf.copy_(stored[name])
+            self.optimizer.state[leaf] = {
+                key: value if key == "step" else value.to(leaf.device) for key, value in moments[name].items()
+            }
+        self.iteration = int(metadata["iteration"])
+
+    @staticmethod
+    def _moments(stored: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+        prefix = f"{name}:"
+        return {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}

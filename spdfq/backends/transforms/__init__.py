@@ -1,0 +1,1 @@
+"""Steps that change the network but not its output in float, so that it quantizes better."""

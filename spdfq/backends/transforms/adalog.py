@@ -1,0 +1,56 @@
+"""AdaLog's bias folding: what a shifted logarithm takes off goes into the bias of the layer that follows."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from attrs import define
+
+from spdfq.backends.base import NEITHER, Calibration, Step, check_calibrated_by
+from spdfq.backends.transforms.wiring import wiring
+from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.products import WEIGHT, input_site
+from spdfq.quantizers import AdaptiveLogQuantizer
+from spdfq.registry import steps
+
+
+@steps.register("adalog", paper="arXiv:2407.12951")
+@define(kw_only=True)
+class AdaLog(Step):
+    """Fold the shift of GELU outputs into biases, so that the codes a layer multiplies stand for powers alone.
+
+    A shifted ``adaptive_log`` quantizes x + shift and takes the shift off again, which an integer runtime cannot do for
+    nothing. Afterwards it leaves the shift in, and the layer's bias becomes ``c - shift · Ŵ 1`` with the quantized
+    weight Ŵ: the output stays the same, to rounding (AdaLog, arXiv 2407.12951, section 3.3). As Ŵ must not change any
+    more, put it last. Inputs of other than linear layers are left as they are; ``sites.json`` names them.
+    """
+
+    calibrates: ClassVar[frozenset[str]] = NEITHER
+
+    def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
+        """Refuse to come before calibration."""
+        check_calibrated_by(before, model)
+
+    @torch.no_grad()
+    def run(self, model: QuantizedModel, calibration: Calibration) -> None:
+        """Fold every shift; what cannot be folded goes to the model's notes.
+
+        Raises:
+            SpdfqError: a site was not calibrated.
+        """
+        model.check_calibrated()
+        linears = wiring(model.network, calibration.images[:1]).linears
+        biases = {input_site(name): calls.bias(model.network) for name, calls in linears.items()}
+        weights = {input_site(name): name for name in linears}
+        for site, quantizer in list(model.quantizers.items()):
+            if not isinstance(quantizer, AdaptiveLogQuantizer) or not quantizer.shift or quantizer.folded:
+                continue
+            if (bias := biases.get(site)) is None:
+                model.note("adalog", [f"{site} keeps its shift: no bias behind it can take it up"])
+                continue
+            weight = model.quantized(weights[site], WEIGHT, model.weight(weights[site]))
+            model.bias(bias).sub_((quantizer.shift * weight.double().sum(1)).float())
+            folded = attrs.evolve(quantizer, folded=True)
+            folded.restore(quantizer.tensors())
+            model.replace_quantizer(site, folded)

@@ -1,0 +1,167 @@
+"""RepQ's transform: channel-wise ranges after a LayerNorm, folded into the LayerNorm and the layers it feeds."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import attrs
+import torch
+from attrs import define, field, frozen, validators
+from torch import Tensor
+
+from spdfq.backends.base import NEITHER, Calibration, Step
+from spdfq.backends.calibrate import fit_weights
+from spdfq.backends.transforms.norms import NormGroup, norm_groups, rescale, uniform
+from spdfq.errors import NonFiniteError, SpdfqError
+from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.products import WEIGHT
+from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, UniformQuantizer
+from spdfq.quantizers.observers import Statistics
+from spdfq.recipe.structure import component
+from spdfq.registry import steps
+
+_NOTHING = "repq: nothing to fold; put { type = 'repq', part = 'channels' } before it"
+
+
+@frozen(eq=False)
+class Reparameterisation:
+    """From a scale and zero point of each channel to one of all channels, by a factor and an offset of each channel.
+
+    ``x' = x / factor - offset`` has under ``scale`` and ``zero_point`` the codes that x has under its channel's own.
+
+    Args:
+        scale: float64 ``[]``, the mean of the channels'.
+        zero_point: float64 ``[]``, the rounded mean of the channels'.
+        factor: float64 ``[C]``, r.
+        offset: float64 ``[C]``, b.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    factor: Tensor
+    offset: Tensor
+
+
+def reparameterise(scale: Tensor, zero_point: Tensor) -> Reparameterisation:
+    """RepQ-ViT's (arXiv 2212.08254, section 3.2) factors and offsets for ``scale``, ``zero_point`` ``[C]``."""
+    scale, zero_point = scale.double(), zero_point.double()
+    one_scale, one_zero = scale.mean(), zero_point.mean().round()
+    factor = scale / one_scale
+    return Reparameterisation(one_scale, one_zero, factor, -zero_point * scale / factor + one_zero * one_scale)
+
+
+@steps.register("repq", paper="arXiv:2212.08254")
+@define(kw_only=True)
+class RepQ(Step):
+    """Give each channel after a LayerNorm a range of its own, then fold the ranges into the LayerNorm and what follows.
+
+    With s, z of each channel, one scale s' = mean s and zero point z' = round(mean z): r = s / s', b = z's' - zs / r;
+    the LayerNorm's weight and bias become w / r and β / r - b, a layer's weight and bias W diag(r) and c + W diag(r) b.
+    In float nothing changes; quantized per tensor, the model equals the one quantized per channel. Each channel is
+    first moved by its median (the same fold with r = 1), so that zero lies inside its range. LayerNorms that feed
+    something else than linear layers are left as they are; ``sites.json`` names them with the reason. A layer without
+    a bias (Swin's reduction) gets one.
+
+    Weight ranges of the layers are chosen anew. Put it after ``calibrate``.
+
+    Args:
+        part: ``both``, or one of two halves with other steps in between: ``channels`` (a range for each channel) and
+            ``fold``.
+        observer: chooses the range of each channel.
+        weight_observer: chooses the ranges of the layers' weights.
+        batch: images per forward pass.
+    """
+
+    calibrates: ClassVar[frozenset[str]] = NEITHER
+
+    part: Literal["both", "channels", "fold"] = "both"
+    observer: Any = component("observer", default=PercentileMseObserver)
+    weight_observer: Any = component("observer", default=GridMseObserver)
+    batch: int = field(default=32, validator=validators.ge(1))
+
+    def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
+        """Refuse to fold what no step before has split."""
+        split = any(isinstance(step, RepQ) and step.part == "channels" for step in before)
+        own = any(
+            q.channel_axis is not None for name, q in model.quantizers.items() if model.sites[name].kind != WEIGHT
+        )
+        if self.part == "fold" and not split and not own:
+            raise SpdfqError(_NOTHING)
+
+    @torch.no_grad()
+    def run(self, model: QuantizedModel, calibration: Calibration) -> None:
+        """Transform the model; LayerNorms that are left out go to its notes.
+
+        Raises:
+            NonFiniteError: a LayerNorm puts out NaN or infinity.
+            SpdfqError: only ``fold`` is asked for and nothing has ranges for its channels.
+        """
+        groups, skipped = norm_groups(model, calibration.images[:1])
+        if self.part != "fold":
+            model.note("repq", skipped or ([] if groups else ["no LayerNorm feeds linear layers alone"]))
+            self._split(model, groups, calibration)
+        if self.part != "channels":
+            self._fold(model, groups)
+
+    def _split(self, model: QuantizedModel, groups: list[NormGroup], calibration: Calibration) -> None:
+        seen = self._statistics(model, {group.observed: group for group in groups}, calibration)
+        for group in groups:
+            statistics, quantizer = seen[group.observed], uniform(model, group.inputs[0])
+            median = statistics.samples.median(dim=1).values
+            rescale(model, group, torch.ones_like(median), median)
+            channels = attrs.evolve(quantizer, granularity="channel", axis=-1)
+            channels.restore(_channel_ranges(statistics, median, self.observer, channels))
+            for site in group.inputs:
+                model.replace_quantizer(site, _with(channels, channels.tensors()))
+
+    def _statistics(
+        self, model: QuantizedModel, groups: dict[str, NormGroup], calibration: Calibration
+    ) -> dict[str, Statistics]:
+        seen: dict[str, Statistics] = {}
+
+        def visit(name: str, _: str, tensor: Tensor) -> Tensor:
+            if name in groups:
+                channels = tensor.float().reshape(-1, tensor.shape[-1]).T
+                low, high = channels.aminmax(dim=1)
+                if not bool((low.isfinite() & high.isfinite()).all()):
+                    raise NonFiniteError(f"repq: {groups[name].name} puts out NaN or infinity; check the images")
+                seen.setdefault(name, Statistics(channels, channels.shape[1] // len(tensor))).add(channels, low, high)
+            return tensor
+
+        progress = calibration.runtime.progress("observing channels", len(calibration.images))
+        with model.visiting(visit), progress as advance:
+            for images in calibration.images.split(self.batch):
+                model.network(images)
+                advance(len(images))
+        return seen
+
+    def _fold(self, model: QuantizedModel, groups: list[NormGroup]) -> None:
+        split = [group for group in groups if model.quantizers[group.inputs[0]].channel_axis is not None]
+        if groups and not split:
+            raise SpdfqError(_NOTHING)
+        for group in split:
+            channels = model.quantizers[group.inputs[0]].tensors()
+            found = reparameterise(channels["scale"], channels["zero_point"])
+            rescale(model, group, found.factor, found.offset)
+            stored = {"scale": found.scale.float(), "zero_point": found.zero_point.to(torch.uint8)}
+            for site in group.inputs:
+                whole = attrs.evolve(uniform(model, site), granularity="tensor", axis=0)
+                model.replace_quantizer(site, _with(whole, stored))
+            fit_weights(model, self.weight_observer, [name for name in group.weights if name in model.quantizers])
+
+
+def _channel_ranges(
+    statistics: Statistics, median: Tensor, observer: Observer, channels: UniformQuantizer
+) -> dict[str, Tensor]:
+    """Scale and zero point of each channel, moved by its median."""
+    fitted = channels.fitted(*observer.range_of(statistics.moved(median), channels))
+    dead = statistics.low == statistics.high
+    if bool(dead.any()) and not bool(dead.all()):
+        # a constant channel is zero by now, whatever its scale; a scale of 1 would distort the mean
+        fitted["scale"] = torch.where(dead, fitted["scale"][~dead].mean(), fitted["scale"])
+    return fitted
+
+
+def _with(quantizer: UniformQuantizer, tensors: dict[str, Tensor]) -> UniformQuantizer:
+    fresh = attrs.evolve(quantizer)
+    fresh.restore(tensors)
+    return fresh

@@ -1,0 +1,1 @@
+"""Benches: grids of runs, and a table of their results."""

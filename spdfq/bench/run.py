@@ -1,0 +1,231 @@
+"""Benches: every cell of a plan run as a recipe; what is finished is kept, what fails does not stop the rest."""
+
+import json
+import traceback
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from spdfq.bench.plan import Combination, Plan, read_plan
+from spdfq.bench.table import markdown
+from spdfq.errors import DataError, RecipeError, SpdfqError
+from spdfq.recipe import Recipe, digest, load_recipe
+from spdfq.runs import pipeline
+from spdfq.runs.provenance import data_fingerprints, source_digest, versions
+from spdfq.runs.store import lock_folder, store_beside
+from spdfq.runtime import pick_device, pick_precision, silent
+from spdfq.runtime.files import write_text
+from spdfq.runtime.ranks import join
+
+Row = dict[str, Any]
+_CODE = (
+    "spdfq.backends.quantize",
+    "spdfq.quantized.checkpoint",
+    "spdfq.evaluation.accuracy",
+    "spdfq.evaluation.neighbours",
+)
+
+
+@frozen
+class Cell:
+    """One run of a bench.
+
+    Args:
+        combination: of the axes' values.
+        seed: of the run.
+        recipe: with that seed.
+        folder: of the run.
+        key: hash of all that decides the result; see `result_key`.
+    """
+
+    combination: Combination
+    seed: int
+    recipe: Recipe
+    folder: Path
+    key: str
+
+
+@frozen
+class BenchResult:
+    """What a bench gave.
+
+    Args:
+        folder: holds ``results.jsonl``, ``table.md`` and the cells' run folders.
+        plan: what the file asked for.
+        rows: one for each cell, as in ``results.jsonl``.
+        reused: how many cells were finished before.
+        failed: how many cells failed.
+    """
+
+    folder: Path
+    plan: Plan
+    rows: list[Row]
+    reused: int
+    failed: int
+
+
+def run_bench(
+    source: str,
+    *,
+    out: Path | None = None,
+    device: str | None = None,
+    progress: Any = silent,
+    announce: Callable[[str], None] = lambda line: None,
+) -> BenchResult:
+    """Run what is missing of a bench, and write its table.
+
+    Args:
+        source: a bench file, or a shipped name.
+        out: folder of the bench; by default ``runs/`` and the file's name.
+        device: instead of the recipes' own.
+        progress: see `spdfq.runtime`.
+        announce: called with the counts, with warnings, and with one line for each cell.
+
+    Raises:
+        RecipeError: the file or any cell's recipe has mistakes; all of them, before anything runs.
+        SpdfqError: several processes were started, or another one is writing this bench.
+        DataError: a model's checkpoint is not there, or an earlier call's results.jsonl is damaged.
+    """
+    if join().count > 1:
+        raise SpdfqError("a bench runs its cells one by one in one process; start it without torchrun")
+    plan = read_plan(source)
+    for warning in check(plan):
+        announce(f"warning: {warning}")
+    folder = out or Path("runs") / plan.name
+    cells = [_cell(combination, seed, folder, device) for combination in plan.combinations for seed in plan.seeds]
+    lock = lock_folder(folder)
+    try:
+        kept = _finished(cells, folder)
+        announce(f"{len(cells)} cells planned, {len(kept)} reused, {len(cells) - len(kept)} to run")
+        rows: dict[str, Row] = dict(kept)
+        for number, cell in enumerate(cells, 1):
+            name, reused = cell.folder.name, cell.folder.name in kept
+            if not reused:
+                rows[name] = _run(cell, folder, device, progress)
+            announce(f"[{number}/{len(cells)}] {name}: {_outcome(rows[name])}{' (reused)' if reused else ''}")
+            _write(folder, plan, [rows[other.folder.name] for other in cells if other.folder.name in rows])
+        announce(_stages([row for name, row in rows.items() if name not in kept]))
+    finally:
+        lock.release()
+    found = [rows[cell.folder.name] for cell in cells]
+    return BenchResult(folder, plan, found, len(kept), sum(row["error"] is not None for row in found))
+
+
+def check(plan: Plan) -> list[str]:
+    """Check every combination's recipe, and return the warnings.
+
+    Raises:
+        RecipeError: with every problem once, and where it comes up.
+    """
+    problems: dict[str, list[str]] = {}
+    warnings: dict[str, None] = {}
+    for combination in plan.combinations:
+        try:
+            warnings |= dict.fromkeys(pipeline.check(combination.data, seed=plan.seeds[0]))
+        except SpdfqError as error:
+            for problem in str(error).splitlines():
+                problems.setdefault(problem, []).append(combination.slug)
+    if problems:
+        raise RecipeError([f"{_places(slugs, plan)}: {problem}" for problem, slugs in problems.items()])
+    return list(warnings)
+
+
+def _places(slugs: list[str], plan: Plan) -> str:
+    if len(slugs) == len(plan.combinations):
+        return "every cell"
+    return slugs[0] if len(slugs) == 1 else f"{slugs[0]} and {len(slugs) - 1} more"
+
+
+def _cell(combination: Combination, seed: int, folder: Path, device: str | None) -> Cell:
+    recipe = load_recipe(combination.data, seed=seed)
+    return Cell(combination, seed, recipe, folder / "cells" / f"{combination.slug}-s{seed}", result_key(recipe, device))
+
+
+def result_key(recipe: Recipe, device: str | None = None) -> str:
+    """A hash of all that decides a result: recipe, data, local weights, code and versions, but where it runs only
+    as far as that decides the precision."""
+    precision = pick_precision(recipe.runtime.precision, pick_device(device or recipe.runtime.device))
+    data = {**recipe.to_dict(), "runtime": {"precision": precision}}
+    data.pop("published", None)
+    weights = recipe.model.checkpoint and sha256(_checkpoint(recipe.model.checkpoint).read_bytes()).hexdigest()
+    code, found = source_digest(recipe, *_CODE), versions()
+    return digest(data, data_fingerprints(recipe), weights, code, found["torch"], found["timm"])
+
+
+def _checkpoint(name: str) -> Path:
+    if not Path(name).is_file():
+        raise DataError(f"model.checkpoint: {name}: no such file")
+    return Path(name)
+
+
+def _finished(cells: list[Cell], folder: Path) -> dict[str, Row]:
+    """Rows of an earlier call that are still what their cells would give, by the name of the cell's folder."""
+    path = folder / "results.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        rows = {row["key"]: row for row in map(json.loads, lines) if row["error"] is None}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: damaged; remove it, and run the bench again: finished stages are kept") from None
+    return {
+        cell.folder.name: rows[cell.key] | _identity(cell, folder)
+        for cell in cells
+        if cell.key in rows and (cell.folder / "run.json").exists()
+    }
+
+
+def _identity(cell: Cell, folder: Path) -> Row:
+    return {
+        "axes": cell.combination.values,
+        "seed": cell.seed,
+        "key": cell.key,
+        "folder": cell.folder.relative_to(folder).as_posix(),
+        "error": None,
+    }
+
+
+def _run(cell: Cell, folder: Path, device: str | None, progress: Any) -> Row:
+    row = _identity(cell, folder)
+    try:
+        store = store_beside(folder).root
+        pipeline.run(cell.recipe, out=cell.folder, store=store, device=device, progress=progress)
+        return row | _measured(cell.folder)
+    except SpdfqError as error:
+        return row | {"error": "; ".join(str(error).splitlines())}
+    except Exception as error:
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        write_text(cell.folder / "error.txt", traceback.format_exc())
+        return row | {"error": f"{type(error).__name__}: {error} (traceback in {row['folder']}/error.txt)"}
+
+
+def _measured(folder: Path) -> Row:
+    """What a row keeps of a run."""
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return {
+        "metrics": record["metrics"],
+        "stages": record["stages"],
+        "seconds": sum(stage["seconds"] for stage in record["stages"].values()),
+        "model": record["model"]["name"],
+        "backend": record["backend"],
+        **{key: record[key] for key in ("device", "device_name", "precision", "versions", "git_commit")},
+    }
+
+
+def _outcome(row: Row) -> str:
+    if row["error"]:
+        return f"failed: {row['error']}"
+    metrics, by = row["metrics"], row["metrics"].get("measure", "top-1")
+    return f"{by} {metrics['fp']['top1']:.2f} -> {metrics['quantized']['top1']:.2f} in {row['seconds']:.1f} s"
+
+
+def _stages(rows: list[Row]) -> str:
+    """How much of the work the cells of this call shared."""
+    reused = [stage["reused"] for row in rows if row["error"] is None for stage in row["stages"].values()]
+    return f"{len(reused)} stages in the cells that ran: {sum(reused)} reused, {len(reused) - sum(reused)} run"
+
+
+def _write(folder: Path, plan: Plan, rows: list[Row]) -> None:
+    write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / "table.md", markdown(plan, rows))

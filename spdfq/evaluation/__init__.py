@@ -1,0 +1,1 @@
+"""How well a model works: accuracy by logits or by features, quality of images, and published numbers."""

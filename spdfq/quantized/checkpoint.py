@@ -1,0 +1,212 @@
+"""A quantized model as one safetensors file of packed integers and a config.json that says how to rebuild it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spdfq.errors import DataError, ModelError, SpdfqError
+from spdfq.quantized.model import QuantizedModel, Site
+from spdfq.quantized.products import WEIGHT
+from spdfq.quantizers import Quantizer
+from spdfq.quantizers.packing import pack, unpack
+from spdfq.recipe import ModelSpec, digest
+from spdfq.recipe.structure import structure, unstructure
+from spdfq.registry import quantizers
+from spdfq.runtime.files import read_tensors, write_tensors, write_text
+from spdfq.teacher import Teacher, load_teacher
+
+FORMAT = 1
+TENSORS, CONFIG = "model.safetensors", "config.json"
+
+
+def save_quantized(
+    model: QuantizedModel, folder: str | Path, teacher: Teacher, recipe: dict[str, Any] | None = None
+) -> None:
+    """Write a calibrated model into a folder.
+
+    Weights are stored as integers packed at their bit-width, everything that stays in float as it is.
+
+    Args:
+        model: in float32, with every quantizer frozen.
+        folder: is made if need be.
+        teacher: whose name and input description the file keeps.
+        recipe: the resolved recipe, kept for the reader; its ``model`` says how to build the network.
+
+    Raises:
+        DataError: the model is in another precision, or has a weight that is NaN.
+        SpdfqError: a quantizer was not calibrated.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / TENSORS, _packed(model))
+    config = {
+        "format": FORMAT,
+        "teacher": {field: getattr(teacher, field) for field in _TEACHER_FIELDS},
+        "sites": {name: [site.kind, list(site.shape), site.maker] for name, site in model.sites.items()},
+        "quantizers": {name: unstructure(quantizer, "quantizer") for name, quantizer in model.quantizers.items()},
+        "leftovers": model.leftovers,
+        "biases": model.biases,
+        "recipe": recipe or {},
+        "tensors_sha256": _file_digest(folder / TENSORS),
+    }
+    config = json.loads(json.dumps(config))
+    write_text(folder / CONFIG, json.dumps({**config, "config_digest": digest(config)}, indent=1) + "\n")
+
+
+_TEACHER_FIELDS = ("name", "mean", "std", "num_classes", "input_size", "crop_pct", "interpolation", "crop_mode")
+
+
+def load_quantized(folder: str | Path, module: nn.Module | None = None) -> QuantizedModel:
+    """Rebuild what `save_quantized` wrote; its logits are the saved model's to the bit.
+
+    Args:
+        folder: holds ``model.safetensors`` and ``config.json``.
+        module: the float architecture, where the teacher was a module of one's own.
+
+    Raises:
+        DataError: a missing, truncated, edited or newer file.
+        ModelError: the architecture cannot be built, or does not fit.
+    """
+    return load_checkpoint(folder, module)[0]
+
+
+def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tuple[QuantizedModel, Teacher, dict]:
+    """The quantized model, its teacher without the teacher's weights, and the recipe it was made by."""
+    config = verified(folder)
+    tensors = read_tensors(Path(folder) / TENSORS, "copy it again")[0]
+    teacher = _architecture(config, module)
+    sites = {name: Site(name, kind, tuple(shape), *maker) for name, (kind, shape, *maker) in config["sites"].items()}
+    restored = {name: _quantizer(name, table, folder) for name, table in config["quantizers"].items()}
+    biases = config.get("biases", [])  # files older than the first step that adds one lack it
+    _check_fit(teacher.module, [sites[name] for name in restored], biases, folder)
+    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases)
+    _fill(model, tensors, folder)
+    return model, teacher, config["recipe"]
+
+
+_NO_FIT = "{}: {} does not fit this architecture; the file was saved from another one"
+
+
+def _check_fit(module: nn.Module, quantized: list[Site], biases: list[str], folder: str | Path) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    modules = {name for name, _ in module.named_modules()}
+    for site in quantized:
+        owner = site.name.rpartition(".")[0]
+        if owner not in modules or (site.kind == WEIGHT and shapes.get(site.name) != site.shape):
+            raise ModelError(_NO_FIT.format(folder, site.name))
+    for bias in biases:
+        if not isinstance(dict(module.named_modules()).get(bias.rpartition(".")[0]), nn.Linear):
+            raise ModelError(_NO_FIT.format(folder, bias))
+
+
+def _packed(model: QuantizedModel) -> dict[str, Tensor]:
+    if other := [p.dtype for p in model.network.parameters() if p.is_floating_point() and p.dtype != torch.float32]:
+        raise DataError(f"a quantized model is stored in float32, this one is {other[0]}; save model.float()")
+    tensors: dict[str, Tensor] = {}
+    weights = set(model.weight_names())
+    for name, quantizer in model.quantizers.items():
+        tensors |= {f"{name}.{key}": value for key, value in quantizer.tensors().items()}
+    for name in weights:
+        quantizer = model.quantizers[name]
+        tensors[f"{name}.codes"] = pack(quantizer.codes(model.weight(name)), quantizer.bits)
+    owned = {name for name, _ in model.network.named_parameters()} | _float_buffers(model)
+    state = model.network.state_dict()
+    return tensors | {name: state[name].clone() for name in owned if name not in weights}
+
+
+def _float_buffers(model: QuantizedModel) -> set[str]:
+    """Names of the buffers that a state dict keeps and that belong to no quantizer."""
+    own = {id(module) for module in model.quantizers.values()}
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.network.named_modules()
+        if id(module) not in own
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def verified(folder: str | Path) -> dict[str, Any]:
+    """What ``config.json`` says of a saved model, if both files are whole and belong together.
+
+    Raises:
+        DataError: a missing, truncated, edited or newer file.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name}: no such file; a quantized model is a folder with {CONFIG} and {TENSORS}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        stored = config.pop("config_digest", None) if isinstance(config, dict) else None
+    except ValueError as error:
+        raise DataError(f"{folder / CONFIG}: not valid JSON ({error}); save the model again") from None
+    if not isinstance(config, dict) or "format" not in config:
+        raise DataError(f"{folder / CONFIG}: not the config of a quantized model; save the model again")
+    if config["format"] != FORMAT:
+        raise DataError(
+            f"{folder / CONFIG}: format {config['format']!r}, but this version of spdfq reads format {FORMAT}; "
+            "load it with the version that wrote it"
+        )
+    if stored != digest(config):
+        raise DataError(f"{folder / CONFIG}: was edited after it was written; save the model again")
+    if config["tensors_sha256"] != _file_digest(folder / TENSORS):
+        raise DataError(f"{folder / TENSORS}: truncated, edited or of another model than its {CONFIG}; copy both again")
+    return config
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _architecture(config: dict[str, Any], module: nn.Module | None) -> Teacher:
+    described = {**config["teacher"], "input_size": tuple(config["teacher"]["input_size"])}
+    if module is not None:
+        return Teacher(module, **described)
+    name, table = described["name"], config["recipe"].get("model", {})
+    if table.get("name") != name:
+        raise ModelError(f"{name} is a module of one's own; give the architecture: load_quantized(folder, module)")
+    problems: list[str] = []
+    spec: ModelSpec = structure(ModelSpec, table, "model", problems)
+    if problems:
+        raise ModelError("; ".join(problems))
+    return Teacher(load_teacher(spec, weights=False).module, **described)
+
+
+def _quantizer(name: str, table: dict[str, Any], folder: str | Path) -> Quantizer:
+    options = {key: value for key, value in table.items() if key != "type"}
+    try:
+        cls = quantizers.get(table["type"])
+    except SpdfqError as error:
+        raise DataError(f"{folder}: {name}: {error}") from None
+    problems: list[str] = []
+    built: Quantizer = structure(cls, options, name, problems)
+    if problems:
+        raise DataError(f"{folder}: {problems[0]}; it was written by another version of {table['type']!r}")
+    return built
+
+
+def _fill(model: QuantizedModel, tensors: dict[str, Tensor], folder: str | Path) -> None:
+    """Put the stored tensors into a freshly built model; every one of them must be used."""
+    left = dict(tensors)
+    try:
+        for name, quantizer in model.quantizers.items():
+            quantizer.restore({key: left.pop(f"{name}.{key}") for key in quantizer.stores})
+        weights = {}
+        for name in model.weight_names():
+            quantizer, shape = model.quantizers[name], model.weight(name).shape
+            weights[name] = quantizer.decode(unpack(left.pop(f"{name}.codes"), quantizer.bits, shape))
+    except KeyError as error:
+        raise DataError(f"{folder}: {error.args[0]} is missing; save the model again") from None
+    state = model.network.state_dict()
+    wanted = {name for name, _ in model.network.named_parameters()} | _float_buffers(model)
+    stray = (wanted - left.keys() - weights.keys()) | (left.keys() - wanted)
+    stray |= {name for name in left.keys() & wanted if left[name].shape != state[name].shape}
+    if stray:
+        raise ModelError(_NO_FIT.format(folder, min(stray)))
+    model.network.load_state_dict({**left, **weights}, strict=False)

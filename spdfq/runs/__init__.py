@@ -1,0 +1,1 @@
+"""A run: its stages in order, the store of finished stages, and what they depend on."""

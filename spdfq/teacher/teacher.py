@@ -1,0 +1,198 @@
+"""The teacher: a pretrained transformer with its own normalisation and input size."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+
+from spdfq.errors import ModelError, is_out_of_memory
+from spdfq.recipe import ModelSpec
+from spdfq.teacher.architectures import build, first_line
+
+
+def _floats(values: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
+    """The module in evaluation mode; every submodule's own mode is restored on exit."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield module.eval()
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@define(eq=False)
+class Teacher:
+    """A full-precision model and what its inputs look like.
+
+    Args:
+        module: any network in float32 taking normalised images ``[B, C, H, W]`` and returning logits
+            ``[B, num_classes]``, or features ``[B, D]`` where it has no head.
+        mean: of each channel, for pixels in 0..1.
+        std: of each channel.
+        num_classes: length of the logits; 0 for a backbone without a head.
+        input_size: ``(C, H, W)``; by default what the module's own ``patch_embed`` or timm configuration says.
+        name: how reports call it.
+        crop_pct: share of the image kept by the evaluation crop.
+        interpolation: of the evaluation resize.
+        crop_mode: how timm's evaluation crop is taken.
+    """
+
+    module: nn.Module
+    mean: tuple[float, ...] = field(converter=_floats, kw_only=True)
+    std: tuple[float, ...] = field(converter=_floats, kw_only=True)
+    num_classes: int = field(kw_only=True)
+    input_size: tuple[int, int, int] = field(default=None, kw_only=True)
+    name: str = field(default="", kw_only=True)
+    crop_pct: float = field(default=1.0, kw_only=True)
+    interpolation: str = field(default="bilinear", kw_only=True)
+    crop_mode: str = field(default="center", kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        self.name = self.name or type(self.module).__name__
+        if self.input_size is None:
+            self.input_size = (len(self.mean), *_own_size(self.module))
+        coarse = {p.dtype for p in self.module.parameters() if p.is_floating_point()} - {torch.float32}
+        if coarse:
+            raise ModelError(f"{self.name}: has weights in {_named(coarse)}; give Teacher(module.float(), ...)")
+        if len({len(self.mean), len(self.std), self.input_size[0]}) > 1:
+            raise ModelError(
+                f"{self.name}: mean has {len(self.mean)} values, std {len(self.std)}, the input {self.input_size[0]} "
+                "channels; they must agree"
+            )
+        if not all(value > 0 for value in self.std):
+            raise ModelError(f"{self.name}: std must be above 0, got {list(self.std)}")
+        if self.num_classes < 2 and not self.headless:
+            raise ModelError(
+                f"{self.name}: needs at least 2 classes, or 0 for a backbone without a head, got {self.num_classes}"
+            )
+
+    @property
+    def headless(self) -> bool:
+        """Whether the network gives features instead of logits."""
+        return self.num_classes == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        parameter = next(self.module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Pixels in 0..1 ``[B, C, H, W]`` to what the model takes."""
+        mean, std = self._statistics(pixels)
+        return (pixels - mean) / std
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Normalised images back to pixels in 0..1."""
+        mean, std = self._statistics(images)
+        return (images * std + mean).clamp(0, 1)
+
+    def pixel_range(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and highest normalised value of each channel, ``[1, C, 1, 1]``."""
+        mean, std = self._statistics(like)
+        return (0 - mean) / std, (1 - mean) / std
+
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """The module in evaluation mode without parameter gradients; both restored on exit."""
+        wanted = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
+        try:
+            with evaluation_mode(self.module) as module:
+                yield module.requires_grad_(False)
+        finally:
+            for parameter, flag in wanted:
+                parameter.requires_grad_(flag)
+
+    def fingerprint(self) -> str:
+        """A hash of the architecture's printout, every weight and the input description."""
+        described = (str(self.module), self.mean, self.std, self.num_classes, self.input_size, self.crop_pct)
+        state = hashlib.sha256(repr((*described, self.interpolation, self.crop_mode)).encode())
+        for name, tensor in self.module.state_dict().items():
+            state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return state.hexdigest()[:20]
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(values, device=like.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return mean, std
+
+
+def _named(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _own_size(module: nn.Module) -> tuple[int, int]:
+    size = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    if isinstance(size, (tuple, list)) and len(size) == 2:
+        return size[0], size[1]
+    configured = getattr(module, "pretrained_cfg", None) or {}
+    if "input_size" in configured:
+        return configured["input_size"][1], configured["input_size"][2]
+    raise ModelError(f"{type(module).__name__}: its input size is unknown; give Teacher(..., input_size=(C, H, W))")
+
+
+def _input_sides(spec: ModelSpec, module: nn.Module) -> tuple[int, int]:
+    """Height and width of the input."""
+    if spec.img_size is None:
+        return _own_size(module)
+    return (spec.img_size, spec.img_size) if isinstance(spec.img_size, int) else spec.img_size
+
+
+@torch.no_grad()
+def _try_size(spec: ModelSpec, module: nn.Module, size: tuple[int, int, int]) -> None:
+    try:
+        module(torch.zeros(1, *size))
+    except Exception as error:  # each architecture has its own way to fail
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"model.img_size: {spec.name} cannot run on {size[1]}x{size[2]} pixels ({first_line(error)}); take another "
+            "size, or leave it out"
+        ) from None
+
+
+def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
+    """The teacher a recipe names, in float32 on the CPU; the global random state is left as it was.
+
+    Args:
+        spec: the recipe's ``[model]`` section, or its name alone. Where nothing gives trained weights they are random,
+            always the same.
+        weights: false builds the architecture alone (to look at its sites).
+
+    Raises:
+        ModelError: unknown name, unreachable hub, weights that do not fit, or a size the model cannot run at.
+        DataError: damaged weights.
+    """
+    from timm.data import resolve_model_data_config
+
+    spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
+    module = build(spec, weights)
+    config = resolve_model_data_config(module)
+    size = (config["input_size"][0], *_input_sides(spec, module))
+    if spec.img_size is not None:
+        _try_size(spec, module.eval(), size)
+    return Teacher(
+        module.eval(),
+        mean=config["mean"],
+        std=config["std"],
+        num_classes=module.num_classes,
+        input_size=size,
+        name=spec.name,
+        crop_pct=config["crop_pct"],
+        interpolation=config["interpolation"],
+        crop_mode=config["crop_mode"],
+    )

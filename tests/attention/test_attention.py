@@ -1,0 +1,390 @@
+"""The attention recorder against unfused references, its cost, its refusals, and that it leaves nothing behind."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.attention import BOTH, NAMES, images_for
+from support.backends import images as colour_images
+from support.backends import quantized
+from support.networks import ARCHITECTURES, build
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spdfq.attention import (
+    ATTENTION_OUTPUTS,
+    CLASS_ATTENTION,
+    QUERIES_AND_KEYS,
+    attend,
+    attention_probabilities,
+    explicit_attention,
+    fused_attention,
+    prefix_tokens,
+    record_attention,
+)
+from spdfq.errors import ModelError
+
+EVERYTHING = BOTH | {QUERIES_AND_KEYS}
+PREFIX = {"vit": 1, "deit_distilled": 2, "dinov2_registers": 5, "beit": 1, "eva02": 1, "swin": 0}
+GRIDS = {name: [(4, 4)] * 2 for name in ARCHITECTURES} | {"swin": [(4, 4)] * 4}
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def unfused(model, images):
+    """Softmax outputs and what enters each projection, read by hooks from timm's own explicit path."""
+    probabilities, merged, hooks = [], [], []
+    for name, module in model.named_modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+        if name.endswith("attn.attn_drop"):
+            hooks.append(module.register_forward_hook(lambda m, inputs, _: probabilities.append(inputs[0])))
+        if name.endswith("attn.proj"):
+            hooks.append(module.register_forward_hook(lambda m, inputs, _: merged.append(inputs[0])))
+    logits = model(images)
+    for hook in hooks:
+        hook.remove()
+    return probabilities, merged, logits
+
+
+def expected_rows(name, probabilities):
+    if name == "swin":
+        return [p.sum(-2) / p.shape[-2] for p in probabilities]
+    return [p[:, :, 0, PREFIX[name] :] for p in probabilities]
+
+
+def largest_gap(found, expected):
+    assert [x.shape for x in found] == [x.shape for x in expected]
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+# recorded values
+
+
+@every_architecture
+@pytest.mark.parametrize("fused_before", [True, False])
+@torch.no_grad()
+def test_recorded_rows_are_those_of_the_unfused_softmax(name, fused_before):
+    model = build(name)
+    images = images_for(model)
+    probabilities, _, logits = unfused(model, images)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused_before
+    with record_attention(model) as record:
+        recorded_logits = model(images)
+    rows = expected_rows(name, probabilities)
+    assert largest_gap(record.class_attention, rows) < 1e-5
+    assert min(float(row.std()) for row in rows) > 1e-3, "a uniform reference would prove nothing"
+    assert largest_gap([recorded_logits], [logits]) < 1e-4
+    assert (record.names, record.grids, record.prefix) == (NAMES[name], GRIDS[name], PREFIX[name])
+    assert record.attention_outputs == []
+
+
+@every_architecture
+@torch.no_grad()
+def test_recorded_outputs_are_what_enters_the_projection(name):
+    model = build(name)
+    images = images_for(model)
+    _, merged, _ = unfused(model, images)
+    with record_attention(model, {ATTENTION_OUTPUTS}) as record:
+        model(images)
+    assert largest_gap([output.transpose(1, 2).flatten(2) for output in record.attention_outputs], merged) < 1e-4
+    assert record.class_attention == []
+    assert record.grids == GRIDS[name]
+
+
+@every_architecture
+@torch.no_grad()
+def test_recorded_queries_and_keys_are_what_the_softmax_is_taken_of(name):
+    model = build(name)
+    images = images_for(model, 2)
+    probabilities, _, _ = unfused(model, images)
+    with record_attention(model, {QUERIES_AND_KEYS}) as record:
+        model(images)
+    assert len(record.queries) == len(record.keys) == len(probabilities)
+    for query, key, expected in zip(record.queries, record.keys, probabilities, strict=True):
+        scores = query.shape[-1] ** -0.5 * query @ key.mT
+        assert scores.shape == expected.shape
+        # log p = score + bias - a number of each row, and the bias is the same in both images
+        first, second = (expected.log() - scores).chunk(2)
+        gap = torch.where(expected.chunk(2)[0] > 1e-20, first - second, torch.nan)  # masked ones are rounded to little
+        assert float((gap - gap.nanmean(-1, keepdim=True)).abs().nan_to_num().max()) < 1e-4
+        assert float(scores.std()) > 0.01
+
+
+@torch.no_grad()
+def test_a_quantized_models_attention_is_recorded_as_it_is_multiplied():
+    student = quantized("vit", count=2)
+    expected = student(colour_images(2))
+    with record_attention(student, {CLASS_ATTENTION, QUERIES_AND_KEYS}, rows=1) as record:
+        logits = student(colour_images(2))
+    assert torch.equal(logits, expected)
+    assert record.names == ["network.blocks.0.attn", "network.blocks.1.attn"]
+    assert (record.grids, record.prefix) == (GRIDS["vit"], 1)
+    for block, (query, key, row) in enumerate(zip(record.queries, record.keys, record.class_attention, strict=True)):
+        quantizer = student.network.blocks[block].attn.query_quantizer
+        assert query.shape == (1, 2, 17, 16)
+        assert torch.equal(quantizer(query), query), "already on the grid of its quantizer"
+        scores = query[:, :, :1] @ key.mT / 4  # the square root of 16 channels
+        assert largest_gap([scores.softmax(-1)[:, :, 0, 1:]], [row]) < 1e-6
+    assert not torch.equal(student.network.blocks[0].attn.query_quantizer(query * 1.01), query * 1.01)
+
+
+def test_the_outputs_of_a_quantized_models_attention_are_refused_by_name():
+    student = quantized("vit", count=2)
+    with (
+        record_attention(student, {ATTENTION_OUTPUTS}),
+        pytest.raises(ModelError, match=r"network\.blocks\.0\.attn: the attention outputs of a quantized model"),
+    ):
+        student(colour_images(2))
+
+
+def test_the_swin_reference_has_shifted_windows_with_masked_tokens():
+    model = build("swin")
+    probabilities, _, _ = unfused(model, images_for(model))
+    assert [bool((p == 0).any()) for p in probabilities] == [False, True, False, False]
+
+
+@every_architecture
+def test_the_gradient_of_recorded_rows_is_that_of_the_reference(name):
+    model = build(name)
+    images = images_for(model).requires_grad_()
+
+    def gradient(rows):
+        loss = sum((row * torch.linspace(-1, 1, row.shape[-1])).sum() for row in rows)
+        return torch.autograd.grad(loss, images)[0]
+
+    expected = gradient(expected_rows(name, unfused(model, images)[0]))
+    with record_attention(model) as record:
+        model(images)
+    found = gradient(record.class_attention)
+    assert float(expected.abs().max()) > 1e-4
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@every_architecture
+@torch.no_grad()
+def test_only_the_first_images_are_recorded_when_rows_are_given(name):
+    model = build(name)
+    images = images_for(model, 5)
+    with record_attention(model, EVERYTHING, rows=2) as record:
+        model(images)
+        some = [*record.class_attention, *record.attention_outputs, *record.queries, *record.keys]
+    with record_attention(model, EVERYTHING) as record:
+        model(images[:2])
+    alone = [*record.class_attention, *record.attention_outputs, *record.queries, *record.keys]
+    assert largest_gap(some, alone) < 1e-5
+
+
+class Masked(nn.Module):
+    """A class token, four patch tokens, and a mask of each image's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens):
+        keep = tokens.new_ones(len(tokens), 1, 5, 5, dtype=torch.bool)
+        for image in range(len(tokens)):
+            keep[image, 0, 0, 1 + image] = False
+        return F.scaled_dot_product_attention(tokens, tokens, tokens, keep)
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_a_mask_of_each_image_goes_with_its_row(rows):
+    model, tokens = Masked(), torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    with record_attention(model, rows=rows) as record:
+        model(tokens)
+    (row,) = record.class_attention
+    assert row.shape == (rows or 3, 2, 4)
+    assert (row == 0).nonzero()[:, [0, 2]].tolist() == [[image, image] for image in range(len(row)) for _ in range(2)]
+
+
+@torch.no_grad()
+def test_each_call_starts_afresh():
+    model = build("vit")
+    with record_attention(model, EVERYTHING) as record:
+        model(images_for(model, seed=1))
+        model(images_for(model, seed=2))
+        second = [*record.class_attention]
+    assert {len(x) for x in (record.names, record.attention_outputs, record.queries, record.keys)} == {2}
+    with record_attention(model) as record:
+        model(x=images_for(model, seed=2))
+    assert largest_gap(second, record.class_attention) == 0
+
+
+@torch.no_grad()
+def test_a_wrapper_around_the_model_is_looked_through():
+    class Normalised(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model(images * 2)
+
+    model = build("dinov2_registers")
+    images = images_for(model)
+    wrapper = Normalised(model)
+    with record_attention(wrapper) as record:
+        wrapper(images)
+    with record_attention(model) as expected:
+        model(images * 2)
+    assert record.names == ["model.blocks.0.attn", "model.blocks.1.attn"]
+    assert prefix_tokens(wrapper) == (5, True)
+    assert largest_gap(record.class_attention, expected.class_attention) == 0
+
+
+@torch.no_grad()
+def test_without_a_class_token_register_tokens_are_left_out_on_both_sides():
+    model = build("vit", class_token=False, reg_tokens=3, global_pool="avg")
+    images = images_for(model)
+    probabilities, _, _ = unfused(model, images)
+    with record_attention(model) as record:
+        model(images)
+    assert prefix_tokens(model) == (3, False)
+    assert largest_gap(record.class_attention, [p[:, :, 3:, 3:].mean(-2) for p in probabilities]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_pooling_head_is_no_block():
+    model = build("vit", class_token=False, global_pool="map")
+    with record_attention(model, BOTH) as record:
+        model(images_for(model))
+    assert record.names == ["blocks.0.attn", "blocks.1.attn"]
+    assert [row.shape for row in record.class_attention] == [(3, 2, 16)] * 2
+
+
+@torch.no_grad()
+def test_rows_stay_float32_under_autocast():
+    model = build("vit")
+    images = images_for(model)
+    with record_attention(model, BOTH) as record, torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images)
+    assert {row.dtype for row in record.class_attention} == {torch.float32}
+    assert {output.dtype for output in record.attention_outputs} == {torch.bfloat16}
+    sums = torch.cat([row.sum(-1) for row in record.class_attention])
+    assert bool((sums < 1).all())
+    assert bool((sums > 0.5).all())
+
+
+def test_a_nan_image_gives_nan_rows_and_not_an_error():
+    model = build("vit")
+    with record_attention(model) as record:
+        model(torch.full((1, 3, 32, 32), float("nan")))
+    assert record.class_attention[0].isnan().all()
+
+
+# cost
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor any operator returned, in elements."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+BATCH, HEADS, SIDE = 2, 8, 28
+SQUARE = BATCH * HEADS * (SIDE**2 + 1) ** 2
+
+
+def largest_while(model, images, recording):
+    with Largest() as largest:
+        if recording:
+            with record_attention(model, rows=BATCH) as record:
+                loss = model(images).sum()
+            loss = loss + sum(row.square().sum() for row in record.class_attention)
+        else:
+            loss = model(images).sum()
+        torch.autograd.grad(loss, images)
+    return largest.numel
+
+
+def test_recording_the_class_row_allocates_no_square_tensor_forward_or_backward():
+    model = build("vit", img_size=SIDE * 2, patch_size=2, num_heads=HEADS, depth=1)
+    images = images_for(model, BATCH).requires_grad_()
+    with fused_attention(model):
+        plain = largest_while(model, images, recording=False)
+    recorded = largest_while(model, images, recording=True)
+    assert plain < SQUARE / 4
+    assert recorded == plain, "the largest tensor must be one the model makes anyway"
+
+
+def test_the_watcher_of_the_test_above_sees_square_tensors():
+    model = build("vit", img_size=SIDE * 2, patch_size=2, num_heads=HEADS, depth=1)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    images = images_for(model, BATCH).requires_grad_()
+    assert largest_while(model, images, recording=False) >= SQUARE
+
+
+# the products themselves
+
+
+def test_probabilities_of_a_case_done_by_hand():
+    query, key = torch.tensor([[[[2.0, 0.0]]]]), torch.tensor([[[[1.0, 5.0], [0.0, 7.0], [3.0, 1.0]]]])
+    # scores / 2: 1, 0, 3; softmax: e^1, e^0, e^3 over their sum 23.80382
+    assert attention_probabilities(query, key, None, 0.5).flatten().tolist() == pytest.approx(
+        [0.114195, 0.042010, 0.843795], abs=1e-6
+    )
+    keep = torch.tensor([True, True, False])
+    assert attention_probabilities(query, key, keep, 0.5).flatten().tolist() == pytest.approx(
+        [0.731059, 0.268941, 0], abs=1e-6
+    )
+    bias = torch.tensor([0.0, 1.0, float("-inf")])
+    assert attention_probabilities(query, key, bias, 0.5).flatten().tolist() == pytest.approx([0.5, 0.5, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, "boolean", "additive"])
+def test_the_explicit_and_the_fused_way_agree(mask):
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(2, 3, 9, 8, generator=generator) for _ in range(3))
+    masks = {
+        None: None,
+        "boolean": torch.ones(9, 9).tril().bool(),
+        "additive": torch.randn(1, 3, 9, 9, generator=generator),
+    }
+    explicit = explicit_attention(query, key, value, masks[mask], 0.3)
+    fused = F.scaled_dot_product_attention(query, key, value, masks[mask], scale=0.3)
+    assert torch.allclose(explicit, fused, atol=1e-6)
+    assert torch.equal(attend(query, key, value, masks[mask], 0.3), explicit)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "explicit"),
+    [(torch.float32, 65, True), (torch.float32, 66, False), (torch.bfloat16, 200, True), (torch.bfloat16, 201, False)],
+)
+def test_few_tokens_are_explicit_products_on_a_cpu_more_in_bfloat16(dtype, tokens, explicit):
+    query = torch.randn(1, 1, tokens, 8, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    output = attend(query, query, query, None, 0.3)
+    assert output.dtype == dtype
+    assert ("ScaledDotProduct" in output.grad_fn.name()) is not explicit
+
+
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"enable_gqa": True}, {"scale": 0.1}, {"is_causal": True, "scale": 2.0}]
+)
+def test_every_option_of_a_tapped_call_is_honoured(options):
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(nn.Identity())
+
+        def forward(self, x):
+            x = self.part(x)
+            key = x[:, :2] if "enable_gqa" in options else x
+            return F.scaled_dot_product_attention(x, key, key + 1, **options)
+
+    model, x = Caller(), torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    with record_attention(model, {ATTENTION_OUTPUTS}) as record:
+        found = model(x)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(record.attention_outputs[0], found)

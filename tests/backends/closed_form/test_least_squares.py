@@ -1,0 +1,124 @@
+"""The repair's closed forms: ridge regression, and rounding that makes good its own errors."""
+
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+import torch
+
+from spdfq.backends.closed_form.least_squares import descended, ridge, round_by_halves
+from spdfq.backends.learning.feed import Products
+from spdfq.backends.transforms.grid import Grid
+from spdfq.quantizers import UniformQuantizer
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rows(count, columns, seed=0):
+    """Correlated inputs that are not centred."""
+    mix = torch.randn(columns, columns, generator=generator(seed + 1)) / columns**0.5
+    return torch.randn(count, columns, generator=generator(seed)) @ mix + 0.5
+
+
+def quantizer_of(weight, bits=3):
+    quantizer = UniformQuantizer(bits=bits, symmetric=True, granularity="channel")
+    quantizer.observe(weight)
+    quantizer.freeze()
+    return quantizer
+
+
+def off(found, wanted, gram):
+    """The squared error of each row's outputs."""
+    difference = (found - wanted).double()
+    return (difference @ gram.double() * difference).sum(1)
+
+
+# the regression
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1000.0])
+def test_it_is_numpys_least_squares_of_the_augmented_system(penalty):
+    a, y = rows(50, 6).double(), torch.randn(50, 4, generator=generator(7)).double()
+    root = penalty**0.5 * np.eye(6)
+    expected = np.linalg.lstsq(np.vstack([a.numpy(), root]), np.vstack([y.numpy(), np.zeros((6, 4))]), rcond=None)[0]
+    np.testing.assert_allclose(ridge(a.T @ a, a.T @ y, penalty).numpy(), expected, atol=1e-12)
+
+
+def test_known_noise_on_the_inputs_costs_what_the_closed_form_says():
+    """Inputs x of variance 1 and noise of variance t²: the error t²‖W‖² of an output falls to t² / (1 + t²) ‖W‖²."""
+    noise, weight = 0.5, torch.randn(4, 8, generator=generator(1))
+    x = torch.randn(40000, 8, generator=generator(2))
+    noisy = x + noise * torch.randn(40000, 8, generator=generator(3))
+    gap = (x - noisy) @ weight.T
+    found = Products(torch.zeros(8, 8).double(), torch.zeros(8, 4).double())
+    for part in range(0, 40000, 9000):
+        found.add(noisy[part : part + 9000], gap[part : part + 9000])
+    change = ridge(found.gram, found.gap, 1.0)
+    before, after = gap.double().square().sum(), (gap.double() - noisy.double() @ change).square().sum()
+    assert before / 40000 == pytest.approx(noise**2 * weight.square().sum().item(), rel=0.03)
+    assert after / before == pytest.approx(1 / (1 + noise**2), rel=0.03)
+    # the minimum of ‖Y - AX‖² + λ‖X‖² is ‖Y‖² - <AᵀY, X>, to rounding
+    assert after + change.square().sum() == pytest.approx((before - (found.gap * change).sum()).item(), rel=1e-5)
+
+
+# rounding
+
+
+def test_one_flip_is_the_best_of_all_single_moves():
+    x = rows(200, 5)
+    weight, gram = torch.randn(3, 5, generator=generator(1)), x.T @ x
+    quantizer = quantizer_of(weight)
+    codes = quantizer.codes(weight)
+    grid = Grid.of(quantizer, weight)
+    moved = []
+    for column, step in product(range(5), (-1, 0, 1)):
+        other = codes.int()
+        other[:, column] = (other[:, column] + step).clamp(0, 7)
+        moved.append(off(quantizer.decode(other), weight, gram))
+    found = descended(weight, gram, 1, grid)
+    torch.testing.assert_close(off(found, weight, gram), torch.stack(moved).min(0).values, rtol=1e-4, atol=1e-4)
+    assert ((quantizer.codes(found.float()).int() - codes.int()).abs().sum(1) <= 1).all()
+
+
+def test_flips_lower_the_error_until_no_move_does():
+    x = rows(200, 12)
+    weight, gram = torch.randn(6, 12, generator=generator(1)), x.T @ x
+    quantizer = quantizer_of(weight)
+    grid = Grid.of(quantizer, weight)
+    errors = [off(descended(weight, gram, flips, grid), weight, gram) for flips in range(8)]
+    torch.testing.assert_close(descended(weight, gram, 0, grid).float(), quantizer(weight))
+    assert all((after <= before * (1 + 1e-5)).all() for before, after in pairwise(errors))
+    assert errors[-1].sum() < 0.6 * errors[0].sum()
+    end = descended(weight, gram, 1000, grid)
+    moves = [end.float() + step * grid.step * torch.eye(12)[column] for column in range(12) for step in (-1, 1)]
+    allowed = [((grid.positions(move) > -0.5) & (grid.positions(move) < 7.5)).all(1) for move in moves]
+    for move, rows_inside in zip(moves, allowed, strict=True):
+        assert (off(move, weight, gram) >= off(end, weight, gram) * (1 - 1e-4))[rows_inside].all()
+
+
+def test_two_columns_by_hand():
+    gram, penalty = torch.tensor([[4.0, 2.0], [2.0, 3.0]]), 1.0
+    grid = Grid(torch.full([1, 2], -4.0), torch.ones(1, 2), 7)
+    found = round_by_halves(torch.tensor([[1.4, 0.7, 9.0]]), _with_a_stranger(gram), penalty, 0, grid, free=1)
+    # the first is rounded to 1; its error 0.4 times 2 / (3 + 1) makes the second 0.9, which is rounded to 1
+    assert found[0].tolist() == [1.0, 1.0, 9.0]
+    found = round_by_halves(torch.tensor([[1.4, 0.2, 9.0]]), _with_a_stranger(gram), penalty, 0, grid, free=1)
+    assert found[0].tolist() == [1.0, 0.0, 9.0]
+
+
+def _with_a_stranger(gram):
+    """One more column that has nothing to do with the others."""
+    return torch.block_diag(gram, torch.ones(1, 1))
+
+
+def test_the_bias_makes_good_what_is_left_and_is_not_rounded():
+    x = torch.cat([rows(300, 8), torch.ones(300, 1)], 1)
+    weight, gram = torch.randn(5, 9, generator=generator(4)), x.T @ x
+    quantizer = quantizer_of(weight[:, :8])
+    found = round_by_halves(weight, gram, 1e-6, 0, Grid.of(quantizer, weight[:, :8]), free=1)
+    torch.testing.assert_close(quantizer(found[:, :8].float()), found[:, :8].float(), atol=1e-5, rtol=0)
+    assert ((x.double() @ (found - weight).T).mean(0).abs() < 1e-4).all()
+    nearest = torch.cat([quantizer(weight[:, :8]), weight[:, 8:]], 1)
+    assert (off(found, weight, gram) < off(nearest, weight, gram)).all()

@@ -1,0 +1,107 @@
+"""The commands list, show and init: every component and recipe, and what each of their keys means."""
+
+import tomllib
+
+import attrs
+import pytest
+from support.commands import small_recipe, spdfq
+
+from spdfq.recipe import load_recipe, shipped
+from spdfq.recipe.commented import commented
+from spdfq.recipe.describe import arguments, body, describe
+from spdfq.recipe.files import whole
+from spdfq.registry import REGISTRIES
+
+COMPLETE = [name for name in shipped() if whole(name)]
+
+
+def test_list_names_every_component_and_every_shipped_recipe():
+    listed = spdfq("list").output.split("\n\n")
+    blocks = {block.split("\n")[0]: [line.split()[0] for line in block.split("\n")[1:] if line] for block in listed}
+    assert {kind: blocks[kind] for kind in REGISTRIES} == {kind: r.names() for kind, r in REGISTRIES.items()}
+    assert blocks["recipe"] == shipped()
+    assert "quickstart" in blocks["recipe"]
+
+
+def test_list_of_a_kind_gives_summary_and_paper():
+    line = next(line for line in spdfq("list", "loss").output.splitlines() if "attention_prior" in line)
+    assert line.endswith("follows a prior map drawn for it. [arXiv:2412.16553]")
+
+
+def test_show_gives_keys_defaults_types_meaning_paper_and_place():
+    shown = spdfq("show", "prior", "gaussian_mixture").output
+    assert "  max_components = 5    whole number\n      most Gaussians in one map" in shown
+    assert '  combine = "sum"    "sum" or "max"\n' in shown
+    assert "paper   arXiv:2412.16553\nsource  spdfq.losses.priors:" in shown
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, r in REGISTRIES.items() for name in r.names()])
+def test_every_key_of_every_component_is_documented(kind, name):
+    fields = describe(REGISTRIES[kind].get(name))
+    assert [field.name for field in fields if not field.doc] == []
+    assert spdfq("show", kind, name).exit_code == 0
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_show_recipe_prints_toml(name):
+    shown = tomllib.loads(spdfq("show", "recipe", name).stdout)
+    assert shown == load_recipe(name).to_dict() if name in COMPLETE else shown
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_init_prints_a_recipe_that_checks_and_says_the_same(name, tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text(spdfq("init", name).stdout)
+    assert load_recipe(str(path)).to_dict() == load_recipe(name).to_dict()
+    if load_recipe(name).model.bundled:  # the others are too big to be built here
+        assert spdfq("check", path).output.endswith("ok\n")
+
+
+@pytest.fixture
+def small(tmp_path):
+    return small_recipe(tmp_path)
+
+
+def test_a_commented_recipe_says_what_every_key_means(small):
+    text = commented(load_recipe(small))
+    assert load_recipe(tomllib.loads(text)).to_dict() == load_recipe(small).to_dict()
+    assert (
+        "# images optimised together; everything batch-wide is defined over a group. (whole number)\ngroup = 32\n"
+        in text
+    )
+    assert '[synthesis.target]\ntype = "one_hot"  # or none, soft_label\n' in text
+    assert (
+        "# classes of the head, where they differ from the architecture's own; 0 for none. (whole number)\n"
+        "# num_classes =\n" in text
+    )
+    bits = "# bit-widths that a site may get. ([whole number, ...])\n# choices = [2, 3, 4, 5, 6, 8]\n"
+    assert "# [quantization.budget]\n" in text
+    assert bits in text
+
+
+@attrs.frozen
+class Documented:
+    """One line.
+
+    More on ``it``.
+
+    Args:
+        first: what it
+            means.
+        second: other.
+
+    Returns:
+        Nothing.
+    """
+
+    first: int
+    second: tuple[float, ...] | None = None
+
+
+def test_docstrings_are_taken_apart():
+    assert arguments(Documented.__doc__) == {"first": "what it means.", "second": "other."}
+    assert body(Documented) == "More on `it`.\n\nReturns:\n    Nothing."
+    assert [(field.type, field.default) for field in describe(Documented)] == [
+        ("whole number", "required"),
+        ("[number, ...]", "none"),
+    ]

@@ -1,0 +1,251 @@
+"""Labelled images as a model wants them: folders, lists, and the bundled ones."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from support.data import GREY, RED, teacher, write
+
+from spdfq.data import FashionMnist, ImageFolder, decoded
+from spdfq.errors import DataError
+from spdfq.registry import datasets
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """``folder({"cat": {"a.png": colour}})`` writes 8×8 images of one colour and gives the dataset."""
+
+    def make(classes, **options):
+        write(tmp_path, classes)
+        return ImageFolder(root=str(tmp_path), **options)
+
+    return make
+
+
+# image folders
+
+
+def test_labels_count_the_subfolders_in_alphabetical_order_and_the_last_partial_batch_is_given(folder):
+    dataset = folder(
+        {"dog": {"1.png": RED, "2.jpg": RED}, "cat": {"1.png": GREY, "x/2.PNG": GREY}, "elk": {"1.bmp": RED}}
+    )
+    batches = list(dataset.batches(teacher(3), 2))
+    assert (len(dataset), dataset.classes) == (5, 3)
+    assert [tuple(batch.images.shape) for batch in batches] == [(2, 3, 8, 8), (2, 3, 8, 8), (1, 3, 8, 8)]
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_an_empty_subfolder_keeps_its_place_among_the_labels(folder):
+    dataset = folder({"a": {"1.png": RED}, "b": {}, "c": {"1.png": RED}})
+    (batch,) = dataset.batches(teacher(3), 10)
+    assert (dataset.classes, batch.labels.tolist()) == (3, [0, 2])
+
+
+def test_files_that_are_no_images_are_left_out(folder, tmp_path):
+    dataset = folder({"a": {"1.png": RED}})
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    (tmp_path / "list.csv").write_text("x")
+    assert (len(dataset), dataset.classes) == (1, 1)
+
+
+def test_every_suffix_that_pillow_reads_is_an_image_and_nothing_hidden_is(folder, tmp_path):
+    dataset = folder(
+        {"a": {"1.png": RED, ".hidden.png": RED, ".cache/3.png": RED}, ".ipynb_checkpoints": {"4.png": RED}}
+    )
+    for name in ("5.JFIF", "6.jpe", "7.jp2"):
+        (tmp_path / "a" / name).write_bytes((tmp_path / "a" / "1.png").read_bytes())
+    assert [entry.name for entry in dataset.entries()] == ["a/1.png", "a/5.JFIF", "a/6.jpe", "a/7.jp2"]
+    assert (dataset.classes, dataset.class_names) == (1, ["a"])
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pixels_of_more_than_8_bits_are_named_instead_of_clipped(folder, tmp_path, mode):
+    dataset = folder({"a": {"1.png": RED}})
+    Image.new(mode, (8, 8), 1000).save(tmp_path / "a" / "2.tif")
+    ((images, _, damaged),) = dataset.batches(teacher(), 2)
+    assert (len(images), damaged) == (1, ("a/2.tif",))
+    with pytest.raises(
+        DataError, match=rf"2\.tif: not a readable image \({mode} pixels, not 8 bits a channel; convert"
+    ):
+        list(ImageFolder(root=str(tmp_path), damaged="refuse").batches(teacher(), 2))
+
+
+def test_an_image_that_cannot_be_prepared_is_a_damaged_one(folder, monkeypatch):
+    def full(image):
+        if image.width > 8:
+            raise MemoryError
+        return torch.zeros(3, 8, 8)
+
+    dataset = folder({"a": {"1.png": RED, "2.png": RED}})
+    Image.new("L", (2000, 1)).save(dataset.entries()[1].place)
+    monkeypatch.setattr(decoded, "_transform", lambda teacher: full)
+    ((images, _, damaged),) = dataset.batches(teacher(), 2)
+    assert (len(images), damaged) == (1, ("a/2.png",))
+
+
+def kill(place):
+    if place.name == "2.png":
+        while not place.with_name("now").exists():  # the first image has arrived
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return place
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_worker_that_is_killed_is_one_clear_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFolder, "reader", lambda self: kill)
+    dataset = folder({"a": {"1.png": RED, "2.png": RED}}, workers=1)
+    batches = dataset.batches(teacher(), 1)
+    next(batches)
+    (tmp_path / "a" / "now").touch()
+    time.sleep(1)  # a model at work: nothing may be raised there
+    with pytest.raises(
+        DataError, match=r"^image_folder: .* was killed, .* set fewer workers, or workers = 0$"
+    ) as raised:
+        next(batches)
+    assert "\n" not in str(raised.value)
+
+
+def test_grey_images_fill_three_channels_and_colours_become_grey_for_one(folder):
+    dataset = folder({"a": {"1.png": GREY}, "b": {"1.png": RED}})
+    ((images, _, _),) = dataset.batches(teacher(), 2)
+    # (0.2 - 0.5) / 0.25 = -1.2; red: (1 - 0.5) / 0.25 = 2 and (0 - 0.5) / 0.25 = -2
+    assert images[:, :, 0, 0].tolist() == [pytest.approx([-1.2] * 3), pytest.approx([2, -2, -2])]
+    ((images, _, _),) = dataset.batches(teacher(size=(1, 8, 8)), 2)
+    # ITU-R 601: 0.299 of red, 76 of 255
+    assert images[:, 0, 0, 0].tolist() == pytest.approx([-1.2, (76 / 255 - 0.5) / 0.25])
+
+
+def test_images_with_a_palette_or_transparency_are_read_as_colours(folder):
+    dataset = folder({"a": {"1.png": ("RGBA", (255, 0, 0, 7)), "2.gif": ("P", 0)}})
+    ((images, _, _),) = dataset.batches(teacher(1 + 1), 2)
+    assert images[0, :, 0, 0].tolist() == pytest.approx([2, -2, -2])
+
+
+def test_the_crop_is_the_models_own(folder, tmp_path):
+    dataset = folder({"a": {"1.png": ("RGB", (0, 0, 0))}})
+    image = Image.new("RGB", (16, 8))
+    image.paste((255, 255, 255), (4, 0, 12, 8))
+    image.save(tmp_path / "a" / "1.png")
+
+    def white(**options):
+        ((images, _, _),) = dataset.batches(teacher(**options), 1)
+        return float((images > 0).float().mean())
+
+    assert white() == 1.0, "the centre square is all white"
+    assert 0.4 < white(crop_mode="squash") < 0.6, "the whole width, squashed, is half white"
+
+
+def test_a_folder_that_is_missing_or_empty_is_one_clear_line(tmp_path):
+    for use in (len, lambda dataset: dataset.classes, lambda dataset: list(dataset.batches(teacher(), 1))):
+        with pytest.raises(DataError, match=r"none: no such folder; give root = 'path/to/val'"):
+            use(ImageFolder(root=str(tmp_path / "none")))
+    with pytest.raises(DataError, match=r"^image_folder: an empty root: no such folder; give root = "):
+        len(ImageFolder(root=""))
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
+    expected = (
+        r"holds no images; expected a subfolder of images for each class \(a flat folder .* type = 'image_list'\)"
+    )
+    with pytest.raises(DataError, match=expected):
+        len(ImageFolder(root=str(tmp_path)))
+
+
+def test_a_subfolder_that_may_not_be_read_is_not_taken_for_an_empty_one(folder, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    dataset = folder({"cat": {"1.png": RED}, "dog": {"1.png": RED}})
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="dog"):
+        dataset.entries()
+
+
+def test_the_fingerprint_follows_names_sizes_times_and_classes(folder, tmp_path):
+    dataset = folder({"a": {"1.png": RED}, "b": {"1.png": RED}})
+    known = {dataset.fingerprint(), ImageFolder(root=str(tmp_path), workers=1).fingerprint()}
+    assert len(known) == 1
+    (tmp_path / "a" / "1.png").rename(tmp_path / "a" / "2.png")
+    known.add(dataset.fingerprint())
+    Image.new("L", (8, 8)).save(tmp_path / "a" / "2.png")
+    known.add(dataset.fingerprint())
+    assert len(known) == 3
+    os.utime(tmp_path / "a" / "2.png", ns=(0, 1))  # as of another image that happens to be of the same size
+    assert dataset.fingerprint() not in known
+
+
+# Fashion-MNIST
+
+
+@pytest.mark.parametrize(("split", "count"), [("test", 2000), ("train", 256)])
+def test_the_bundled_splits_have_ten_classes_in_equal_or_nearly_equal_parts(split, count):
+    dataset = FashionMnist(split=split)
+    batches = list(dataset.batches(teacher(10, (1, 28, 28)), 300))
+    labels = torch.cat([batch.labels for batch in batches])
+    assert (len(dataset), dataset.classes, len(labels)) == (count, 10, count)
+    assert len(batches[-1].labels) == count % 300
+    assert labels.dtype == torch.int64
+    assert int(labels.bincount().max() - labels.bincount().min()) <= 1
+
+
+def test_the_two_splits_share_no_image():
+    pixels = [FashionMnist(split=split)._load()[0].flatten(1) for split in ("test", "train")]
+    assert not {row.numpy().tobytes() for row in pixels[0]} & {row.numpy().tobytes() for row in pixels[1]}
+    assert FashionMnist().fingerprint() != FashionMnist(split="train").fingerprint()
+
+
+def test_a_model_of_28_by_28_grey_pixels_sees_the_images_as_they_are():
+    owner = teacher(10, (1, 28, 28))
+    images, *_ = next(FashionMnist().batches(owner, 5))
+    stored = FashionMnist()._load()[0][:5]
+    assert torch.equal((owner.denormalise(images) * 255).round().to(torch.uint8), stored)
+
+
+def test_other_models_see_them_resized_and_repeated_over_the_channels():
+    small, large = teacher(10, (1, 28, 28)), teacher(10, (3, 56, 56))
+    images, labels, _ = next(FashionMnist().batches(large, 5))
+    reference, same, _ = next(FashionMnist().batches(small, 5))
+    assert images.shape == (5, 3, 56, 56)
+    assert torch.equal(labels, same)
+    assert torch.equal(images[:, 0], images[:, 2])
+    resized = F.interpolate(reference, (56, 56), mode="bilinear", antialias=True)
+    assert torch.allclose(images[:, :1], resized, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", datasets.names())
+def test_every_dataset_has_what_evaluation_and_the_store_ask_for(name):
+    kind = datasets.get(name)
+    assert {"__len__", "classes", "check_classes", "batches", "fingerprint"} <= set(dir(kind))
+
+
+# subsets and chosen images
+
+
+def test_chosen_images_come_in_the_order_asked_for():
+    everything = torch.cat([batch.images for batch in FashionMnist().batches(bundled_like(), 500)])
+    images, labels, _ = next(FashionMnist().batches(bundled_like(), 10, [1999, 3, 700]))
+    assert torch.equal(images, everything[[1999, 3, 700]])
+    assert len(labels) == 3
+
+
+def test_a_limit_draws_a_subset_by_its_seed_and_keeps_the_order():
+    dataset = FashionMnist(limit=50)
+    chosen = dataset.chosen(2000)
+    assert len(dataset) == len(set(chosen)) == 50
+    assert chosen == sorted(chosen) == FashionMnist(limit=50).chosen(2000)
+    assert chosen != FashionMnist(limit=50, subset_seed=1).chosen(2000)
+    assert FashionMnist(limit=3000).chosen(2000) == list(range(2000))
+    limited = torch.cat([batch.labels for batch in dataset.batches(bundled_like(), 20)])
+    full = torch.cat([batch.labels for batch in FashionMnist().batches(bundled_like(), 500)])
+    assert torch.equal(limited, full[chosen])
+
+
+def bundled_like():
+    return teacher(classes=10, size=(1, 28, 28))

@@ -1,0 +1,326 @@
+"""What is measured on labelled images, on which of them, and how an interrupted evaluation goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attrs import frozen
+from safetensors import safe_open
+from support.accuracy import BATCH, evaluated, stopping
+from support.data import GREY, RED, Means, shade, teacher, write
+
+from spdfq.data import FashionMnist, ImageFolder
+from spdfq.errors import DataError, NonFiniteError
+from spdfq.evaluation import predictions
+from spdfq.evaluation.accuracy import accuracy, agreement, left_out, measure, reference
+from spdfq.evaluation.predictions import Predictions
+from spdfq.recipe import Evaluation
+from spdfq.runtime import Runtime
+from spdfq.runtime.ranks import Ranks
+
+TESTS = Path(__file__).parents[1]
+COUNT = 11
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """``folder({"cat": {"a.png": colour}})`` writes 8×8 images of one colour and gives the dataset."""
+
+    def make(classes, **options):
+        write(tmp_path / "images", classes)
+        return ImageFolder(root=str(tmp_path / "images"), **options)
+
+    return make
+
+
+class Steps:
+    """A progress bar that keeps what it is told."""
+
+    def __init__(self):
+        self.total, self.moved = None, []
+
+    def __call__(self, _, total):
+        self.total = total
+        return self
+
+    def __enter__(self):
+        return self.moved.append
+
+    def __exit__(self, *_):
+        pass
+
+
+# numbers
+
+
+def test_accuracy_of_a_case_done_by_hand():
+    logits = torch.tensor([[3.0, 1, 0, 0, 0, 2], [3, 1, 0, 0, 0, 2], [0, 5, 4, 3, 2, 1], [0, 5, 4, 3, 2, 1]])
+    labels = torch.tensor([0, 5, 1, 0])
+    # first and third are right; the second is second best, the fourth the worst of six
+    assert accuracy(logits, labels) == {"top1": 50.0, "top5": 75.0}
+    assert accuracy(logits[:, :3], torch.tensor([0, 0, 2, 1])) == {"top1": 75.0}
+
+
+def test_agreement_of_a_case_done_by_hand():
+    ours, theirs = torch.tensor([[1.0, 0], [0, 1], [0, 1], [1, 0]]), torch.tensor([[2.0, 1], [2, 1], [1, 2], [3, 0]])
+    assert agreement(ours, theirs) == 75.0
+
+
+def test_every_image_is_evaluated_once_in_evaluation_mode(folder):
+    dataset = folder({"a": {f"{i}.png": GREY for i in range(4)}, "b": {f"{i}.png": RED for i in range(4)}})
+    owner, steps = teacher(), Steps()
+    owner.module.train()
+    found = evaluated(owner.module, owner, dataset, progress=steps)
+    # grey: every channel (0.2 - 0.5) / 0.25; red: (2 - 2 - 2) / 3
+    grey, red = pytest.approx([-1.2, -2.4], abs=1e-6), pytest.approx([-2 / 3, -4 / 3])
+    assert found.logits.tolist() == [grey] * 4 + [red] * 4
+    assert found.labels.tolist() == [0] * 4 + [1] * 4
+    assert found.damaged == ()
+    assert not found.logits.requires_grad
+    assert owner.module.training
+    assert (steps.total, steps.moved) == (8, [3, 3, 2])
+
+
+@pytest.mark.parametrize("classes", [1 + 1, 4])
+def test_a_dataset_of_more_or_fewer_classes_than_the_model_is_refused(folder, classes):
+    dataset = folder({name: {"1.png": RED} for name in "abc"})
+    with pytest.raises(
+        DataError, match=f"^evaluation.dataset: has 3 classes, Means knows {classes}; labels are positions"
+    ):
+        evaluated(Means(classes), teacher(classes), dataset)
+    with pytest.raises(DataError, match="has 10 classes, Means knows 2"):
+        evaluated(Means(2), teacher(2), FashionMnist())
+
+
+def test_logits_that_are_not_finite_are_refused(folder):
+    dataset = folder({"a": {"1.png": RED}, "b": {"1.png": RED}})
+    owner = teacher()
+    owner.module.scale.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="fp: the logits of 2 of 2 images are NaN or infinite"):
+        evaluated(owner.module, owner, dataset)
+
+
+# damaged images
+
+DAMAGED = {"a": {"0.png": GREY, "1.png": None, "2.png": GREY}, "b": {"0.png": RED, "1.png": RED, "2.png": None}}
+
+
+def test_accuracy_is_that_of_the_images_that_can_be_read_and_the_others_are_named(folder):
+    spec, owner = Evaluation(dataset=folder(DAMAGED), batch=2), teacher()
+    steps = Steps()
+    fp = reference(owner, spec, Runtime(progress=steps))
+    assert (fp.damaged, fp.labels.tolist()) == (("a/1.png", "b/2.png"), [0, 0, 1, 1])
+    assert (steps.total, steps.moved) == (6, [2, 2, 2]), "the bar counts them as done"
+    metrics = measure(owner.module, owner, spec, Runtime(), fp)
+    assert (metrics["images"], metrics["damaged"]) == (4, ["a/1.png", "b/2.png"])
+    # every mean is negative, so the smaller factor wins: class 0 everywhere
+    assert metrics["fp"] == metrics["quantized"] == {"top1": 50.0}
+    assert metrics["agreement"] == 100.0
+
+
+def test_both_models_must_have_seen_the_same_images(folder, tmp_path):
+    spec, owner = Evaluation(dataset=folder(DAMAGED)), teacher()
+    fp = reference(owner, spec, Runtime())
+    good = (tmp_path / "images/a/0.png").read_bytes()
+    (tmp_path / "images/a/1.png").write_bytes(good)
+    (tmp_path / "images/a/0.png").write_bytes(good[:40])
+    with pytest.raises(
+        DataError, match=r"^evaluation\.dataset: a/0\.png, a/1\.png could be read for one of the two models"
+    ):
+        measure(owner.module, owner, spec, Runtime(), fp)
+
+
+def test_images_that_are_all_damaged_are_an_error(folder):
+    dataset = folder({"a": {"0.png": None, "1.png": None}, "b": {"0.png": None}})
+    with pytest.raises(DataError, match=r"^evaluation\.dataset: none of the 3 images can be read, the first is a/0"):
+        evaluated(Means(2), teacher(), dataset, batch=2)
+
+
+def test_the_line_on_damaged_images_names_the_first_five():
+    assert left_out(("a",)) == "1 image cannot be read and is left out: a"
+    names = tuple(map(str, range(2007)))
+    assert left_out(names) == "2,007 images cannot be read and are left out: 0, 1, 2, 3, 4 and 2,002 more"
+
+
+def test_predictions_are_read_back_as_they_were(tmp_path):
+    stored = Predictions(torch.randn(3, 4), torch.tensor([1, 0, 3]), ("a, b", "ü"))
+    stored.save(tmp_path / "p.safetensors")
+    read = Predictions.load(tmp_path / "p.safetensors")
+    assert read.logits.equal(stored.logits)
+    assert read.labels.equal(stored.labels)
+    assert read.damaged == stored.damaged
+
+
+# interrupted
+
+
+class Interrupted(Exception):
+    pass
+
+
+def eleven(folder):
+    """Eleven images of their own shades in two classes, the fifth of them damaged."""
+    shades = {f"{index:02d}.png": None if index == 4 else shade(10 * index) for index in range(COUNT)}
+    return folder({"a": dict(list(shades.items())[:6]), "b": dict(list(shades.items())[6:])})
+
+
+def interrupt():
+    raise Interrupted
+
+
+@pytest.fixture
+def save_always(monkeypatch):
+    monkeypatch.setattr(predictions, "SAVE_SECONDS", 0.0)
+
+
+def same(first, second):
+    return first.logits.equal(second.logits) and first.labels.equal(second.labels) and first.damaged == second.damaged
+
+
+@pytest.mark.parametrize("batches", range(6))
+def test_an_evaluation_resumed_after_any_batch_is_the_uninterrupted_one_to_the_bit(
+    folder, tmp_path, save_always, batches
+):
+    dataset, owner = eleven(folder), teacher()
+    hook = stopping(owner, batches, interrupt)
+    with pytest.raises(Interrupted):
+        evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state")
+    hook.remove()
+    owner.module.seen = 0
+    steps = Steps()
+    resumed = evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state", progress=steps)
+    done = sum((2, 2, 1, 2, 2, 1)[:batches])  # the third batch has a damaged image
+    assert owner.module.seen == 10 - done, "finished batches are not computed again"
+    assert (steps.total, sum(steps.moved)) == (COUNT, COUNT)
+    assert steps.moved[0] == (2 * batches or 2), "the bar starts where it stood"
+    assert same(resumed, evaluated(owner.module, owner, dataset, BATCH))
+    assert resumed.damaged == ("a/04.png",)
+
+
+def test_an_evaluation_that_had_finished_every_batch_computes_none(folder, tmp_path, save_always):
+    dataset, owner = eleven(folder), teacher()
+    first = evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state")
+    owner.module.seen = 0
+    assert same(evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state"), first)
+    assert owner.module.seen == 0
+
+
+def test_batches_are_written_every_few_seconds_and_each_once(folder, tmp_path, monkeypatch):
+    ticks = count(step=2)  # a clock that moves on by two seconds each time it is read
+    monkeypatch.setattr(predictions, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    dataset, owner = eleven(folder), teacher()
+    evaluated(owner.module, owner, dataset, BATCH, tmp_path)
+    starts = {}
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, "pt") as stored:
+            starts[path.stem] = sorted(int(name.split(".")[0]) for name in stored.keys() if "logits" in name)  # noqa: SIM118
+    # of six batches three take six seconds; the last two readings are those of saving
+    assert starts == {"000000000": [0, 2, 4], "000000006": [6, 8, 10]}
+
+
+def test_without_a_folder_nothing_is_written(folder, tmp_path, save_always):
+    dataset, owner = eleven(folder), teacher()
+    before = sorted(tmp_path.rglob("*"))
+    evaluated(owner.module, owner, dataset, BATCH)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_state_is_one_clear_line(folder, tmp_path, save_always):
+    dataset, owner = eleven(folder), teacher()
+    evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state")
+    path = tmp_path / "state/000000004.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(DataError, match=r"000000004.safetensors: damaged or missing .*; delete it, or use --fresh"):
+        evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state")
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from support.accuracy import BATCH, evaluated, stopping
+from support.data import teacher
+from spdfq.evaluation import predictions
+from spdfq.data import ImageFolder
+torch.set_num_threads(1)
+predictions.SAVE_SECONDS = 0.0
+owner = teacher()
+stopping(owner, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+evaluated(owner.module, owner, ImageFolder(root=sys.argv[1]), BATCH, Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_process_is_taken_up_where_it_stood(folder, tmp_path):
+    dataset, owner = eleven(folder), teacher()
+    command = [sys.executable, "-c", KILLED, dataset.root, str(tmp_path / "state")]
+    killed = subprocess.run(command, cwd=TESTS, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL
+    whole = evaluated(owner.module, owner, dataset, BATCH)
+    owner.module.seen = 0
+    assert same(evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state"), whole)
+    assert owner.module.seen == 3
+
+
+# several processes
+
+
+@frozen
+class Played(Ranks):
+    """One of two processes, after the other: it is told what rank 0 found and what the others did."""
+
+    told: object = None
+    others: tuple = ()
+
+    def first(self, make):
+        return make() if self.leads else self.told
+
+    def gathered(self, value):
+        if not self.leads:
+            raise Finished(value)
+        return [value, *self.others]
+
+
+class Finished(Exception):
+    pass
+
+
+def left_after_one_batch(owner, dataset, state):
+    hook = stopping(owner, 1, interrupt)
+    with pytest.raises(Interrupted):
+        evaluated(owner.module, owner, dataset, BATCH, state)
+    hook.remove()
+    owner.module.seen = 0
+
+
+def share_of_the_second(owner, dataset, state):
+    with pytest.raises(Finished) as second:
+        evaluated(owner.module, owner, dataset, BATCH, state, ranks=Played(1, 2, told=[0]))
+    return second.value.args[0]
+
+
+def test_two_processes_share_what_a_single_one_left(folder, tmp_path, save_always):
+    dataset, owner = eleven(folder), teacher()
+    left_after_one_batch(owner, dataset, tmp_path / "state")
+    share = share_of_the_second(owner, dataset, tmp_path / "elsewhere")
+    assert sorted(share) == [4, 8], "of the batches at 2, 4, 6, 8 and 10"
+    owner.module.seen = 0
+    both = evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state", ranks=Played(0, 2, others=(share,)))
+    assert owner.module.seen == 5, "those at 2, 6 and 10"
+    assert same(both, evaluated(owner.module, owner, dataset, BATCH))
+
+
+def test_a_single_process_takes_up_what_two_left(folder, tmp_path, monkeypatch):
+    dataset, owner = eleven(folder), teacher()
+    with monkeypatch.context() as patch:
+        patch.setattr(predictions, "SAVE_SECONDS", 0.0)
+        left_after_one_batch(owner, dataset, tmp_path / "state")
+    share_of_the_second(owner, dataset, tmp_path / "state")  # it has finished, and waits for the first
+    owner.module.seen = 0
+    alone = evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state")
+    assert owner.module.seen == 5
+    assert same(alone, evaluated(owner.module, owner, dataset, BATCH))

@@ -1,0 +1,371 @@
+"""The pictures, the loss table and the page of a run folder."""
+
+import base64
+import csv
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from spdfq.errors import DataError
+from spdfq.report import write_pictures, write_report
+from spdfq.report.curves import curves
+from spdfq.report.pictures import _columns, _Places, heat
+from spdfq.synth.base import SyntheticImages
+from spdfq.teacher import Teacher
+
+VOID = {"meta", "img", "line", "polygon", "polyline"}
+
+
+class Page(HTMLParser):
+    """The tags, headings and text of a page; refuses one whose tags do not nest."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.words, self.attributes = [], [], [], []
+        self.feed(html)
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+
+def teacher(channels=1, mean=0.5, std=0.25):
+    size = (channels, 4, 4)
+    return Teacher(
+        nn.Linear(1, 2), mean=[mean] * channels, std=[std] * channels, num_classes=2, input_size=size, name="tiny"
+    )
+
+
+def run_json():
+    return {
+        "name": "trial",
+        "started": "2026-01-18T09:14:03+00:00",
+        "versions": {"spdfq": "0.1.0", "torch": "2.14.0"},
+        "device": "cpu",
+        "device_name": "a processor",
+        "precision": "float32",
+        "threads": 2,
+        "git_commit": None,
+        "seed": 0,
+        "model": {"name": "tiny", "parameters": 250_000, "input_size": [1, 4, 4], "num_classes": 2},
+        "images": {"type": "optimize", "count": 2},
+        "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate", "blockwise"]},
+        "metrics": {
+            "images": 2000,
+            "fp": {"top1": 91.14, "top5": 99.8},
+            "quantized": {"top1": 89.86, "top5": 99.7},
+            "agreement": 95.25,
+            "simulated": True,
+        },
+        "stages": {
+            "images": {"seconds": 46.2, "reused": False, "key": "a"},
+            "quantize": {"seconds": 0.01, "reused": True, "key": "b"},
+        },
+        "warnings": [],
+    }
+
+
+def page(folder, **changes):
+    (folder / "run.json").write_text(json.dumps(run_json() | changes))
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def whole_folder(folder):
+    """A run folder with every optional piece."""
+    images = SyntheticImages(
+        images=torch.zeros(2, 1, 4, 4),
+        curves=torch.rand(1, 30, 2, generator=torch.Generator().manual_seed(0)),
+        columns=("total", "gradient"),
+        prior=torch.rand(2, 1, 2, 2, generator=torch.Generator().manual_seed(1)),
+        reached=torch.rand(2, 1, 2, 2, generator=torch.Generator().manual_seed(2)),
+    )
+    write_pictures(folder, images, teacher())
+    (folder / "recipe.toml").write_text('seed = 0\n\n[model]\nname = "tiny"\n')
+    sites = {
+        "quantized": [
+            {"name": f"blocks.{i}.fc.weight", "kind": "weight", "quantizer": "uniform", "bits": bits}
+            | {"granularity": "channel", "shape": [8, 6]}
+            for i, bits in enumerate((4, 8, 4))
+        ],
+        "float": [{"name": "norm", "what": "LayerNorm", "parameters": 1200}],
+    }
+    (folder / "sites.json").write_text(json.dumps(sites))
+    return folder
+
+
+def lightness(colours):
+    """CIE L* of sRGB colours."""
+    srgb = colours / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    return np.where(luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance)
+
+
+def test_heat_colours_grow_lighter_in_even_steps():
+    levels = lightness(heat(np.linspace(0, 1, 65)))
+    assert np.all(np.diff(levels) > 0)
+    eighths = np.diff(levels[::8])
+    assert eighths.min() > 9.5
+    assert eighths.max() < 12.5
+
+
+def test_grey_images_are_shown_as_the_pixels_they_stand_for(tmp_path):
+    images = torch.zeros(2, 1, 4, 4)
+    images[0, 0, 0, 0], images[1, 0, 3, 3] = 1.0, -9.0
+    assert write_pictures(tmp_path, SyntheticImages(images=images), teacher()) == ["synthetic.png"]
+    sheet = Image.open(tmp_path / "synthetic.png")
+    assert sheet.mode == "LA"
+    assert sheet.size == (2 * 112 + 3, 112)  # 4 pixels magnified 28 times
+    grey = np.array(sheet)
+    assert np.all(grey[:28, :28] == (191, 255))  # 255 (1 * 0.25 + 0.5) = 191.25
+    assert np.all(grey[28:, :112] == (128, 255))  # 255 * 0.5 = 127.5, rounded to even
+    assert np.all(grey[:, 112:115] == (255, 0))
+    assert np.all(grey[-28:, -28:] == (0, 255))  # below the pixel range: clamped
+
+
+def test_three_channels_are_shown_as_colours(tmp_path):
+    images = torch.zeros(1, 3, 4, 4)
+    images[:, 1], images[:, 2] = 2.0, -2.0
+    write_pictures(tmp_path, SyntheticImages(images=images), teacher(3))
+    sheet = Image.open(tmp_path / "synthetic.png")
+    assert sheet.mode == "RGBA"
+    assert np.all(np.array(sheet) == (128, 255, 0, 255))
+
+
+def test_large_images_are_not_magnified_and_at_most_64_are_shown(tmp_path):
+    images = torch.zeros(70, 1, 90, 60)
+    write_pictures(tmp_path, SyntheticImages(images=images), teacher())
+    assert Image.open(tmp_path / "synthetic.png").size == (8 * 63 - 3, 8 * 93 - 3)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (4, 4), (5, 5), (9, 5), (10, 5), (12, 6), (32, 8), (64, 8)])
+def test_the_grid_leaves_few_holes(count, columns):
+    assert _columns(count) == columns
+
+
+def test_prior_and_reached_attention_share_one_scale(tmp_path):
+    prior, reached = torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, 2)
+    prior[:, :, 0, 1] = 0.5  # all of its mass on one token, whatever its sum
+    images = SyntheticImages(images=torch.ones(1, 1, 4, 4), prior=prior, reached=reached, first_block=6)
+    assert write_pictures(tmp_path, images, teacher()) == ["synthetic.png", "attention.png"]
+    sheet = np.array(Image.open(tmp_path / "attention.png"))
+    place = _Places(112, 112)
+    assert sheet.shape[1::-1] == place.size(1, 2)
+    for row in (0, 1):
+        tiles = sheet[place.top(row) :, place.left(0) :][:112, : place.pair, :3]
+        assert np.all(tiles[:56, 56:112] == heat(np.array(1.0)))
+        assert np.all(tiles[56:, :112] == heat(np.array(0.0)))
+        assert np.all(tiles[:, -112:] == heat(np.array(0.25)))  # a quarter of the mass on each of four tokens
+    thumbnail = sheet[:112, place.left(0) + (place.pair - 112) // 2 :][:, :112]
+    assert np.all(thumbnail == (191, 191, 191, 255))
+
+
+def test_every_block_has_a_label_beside_its_row(tmp_path):
+    maps = torch.ones(1, 3, 2, 2)
+    write_pictures(tmp_path, SyntheticImages(images=torch.ones(1, 1, 4, 4), prior=maps, reached=maps), teacher())
+    sheet, place = np.array(Image.open(tmp_path / "attention.png")), _Places(112, 112)
+    inked = sheet[..., 3].astype(bool)
+    for row in range(3):
+        assert inked[place.top(row) :, : place.left(0)][:112].any()
+    assert inked[112 : place.top(0), place.left(0) :].any()  # the words prior and reached
+    assert not inked[:112, : place.left(0)].any()
+
+
+def test_maps_without_mass_are_drawn_dark(tmp_path):
+    maps = torch.zeros(1, 1, 2, 2)
+    write_pictures(tmp_path, SyntheticImages(images=torch.ones(1, 1, 4, 4), prior=maps, reached=maps), teacher())
+    place = _Places(112, 112)
+    assert np.all(np.array(Image.open(tmp_path / "attention.png"))[-112:, place.left(0)][:, :3] == heat(np.array(0.0)))
+
+
+def test_the_loss_table_holds_every_value_of_every_group(tmp_path):
+    curve = torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(0)) * 1000
+    images = SyntheticImages(images=torch.zeros(1, 1, 4, 4), curves=curve, columns=("a, b", "total"))
+    assert write_pictures(tmp_path, images, teacher()) == ["synthetic.png", "losses.csv"]
+    with open(tmp_path / "losses.csv", newline="") as handle:
+        header, *rows = csv.reader(handle)
+    assert header == ["group", "iteration", "a, b", "total"]
+    assert [tuple(map(int, row[:2])) for row in rows] == [(g, i) for g in range(2) for i in range(3)]
+    values = torch.tensor([[float(value) for value in row[2:]] for row in rows])
+    torch.testing.assert_close(values.view(2, 3, 2), curve, rtol=1e-5, atol=0)
+
+
+def test_pictures_of_an_earlier_run_do_not_stay_behind(tmp_path):
+    whole_folder(tmp_path)
+    assert (tmp_path / "attention.png").exists()
+    write_pictures(tmp_path, SyntheticImages(images=torch.zeros(1, 1, 4, 4)), teacher())
+    assert not (tmp_path / "attention.png").exists()
+    assert not (tmp_path / "losses.csv").exists()
+
+
+def curve_points(path, values, kind):
+    """The points of the first line or band drawn for a ``[groups, iterations]`` list."""
+    rows = [f"{g},{i},{v}" for g, group in enumerate(values) for i, v in enumerate(group)]
+    path.write_text("\n".join(["group,iteration,loss", *rows]) + "\n")
+    points = re.search(rf'class="{kind}" points="([^"]+)"', curves(path))[1]
+    return [tuple(map(float, point.split(","))) for point in points.split()]
+
+
+def test_wide_ranges_are_drawn_on_a_logarithmic_axis(tmp_path):
+    x, y = zip(*curve_points(tmp_path / "losses.csv", [[1, 10, 100, 1000]], "line"), strict=True)
+    # the plot spans 42..257 by 26..132: four intervals across, three decades up
+    assert x == pytest.approx([42 + 215 * (i + 0.5) / 4 for i in range(4)], abs=0.06)
+    assert y == pytest.approx([132 - 106 * i / 3 for i in range(4)], abs=0.06)
+    assert "loss (log scale)" in curves(tmp_path / "losses.csv")
+
+
+def test_groups_are_drawn_as_their_mean_inside_a_band(tmp_path):
+    path, values = tmp_path / "losses.csv", [[1, 1], [1, 2], [4, 3]]
+    assert [y for _, y in curve_points(path, values, "line")] == pytest.approx([97 - 1 / 3, 97 - 1 / 3], abs=0.06)
+    # 1 is at 132 and 4 at 26, so each unit is 106 / 3 high
+    high, low = [26, 26 + 106 / 3], [132, 132]
+    assert [y for _, y in curve_points(path, values, "band")] == pytest.approx([*high, *low[::-1]], abs=0.06)
+    assert "lowest to highest over 3 groups" in curves(path)
+    assert "log scale" not in curves(path)
+
+
+def test_long_curves_are_thinned_without_losing_their_peaks(tmp_path):
+    values = [1.0] * 4000
+    values[1234] = 5.0
+    band = curve_points(tmp_path / "losses.csv", [values], "band")
+    assert len(band) == 2 * 160
+    assert min(y for _, y in band) == 26
+    assert max(y for _, y in band) == 132
+
+
+@pytest.mark.parametrize("values", [[[2.0]], [[0.0, 0.0]], [[-3.0, -3.0, -3.0]], [[-2.0, 900.0]], [[1e-9, 1e9]]])
+def test_any_finite_curve_can_be_drawn(tmp_path, values):
+    points = curve_points(tmp_path / "losses.csv", values, "line")
+    assert all(42 <= x <= 257 and 25.9 <= y <= 132.1 for x, y in points)
+    Page(curves(tmp_path / "losses.csv"))
+
+
+def test_the_page_holds_all_pieces_and_fetches_nothing(tmp_path):
+    html = page(whole_folder(tmp_path))
+    parsed = Page(html)
+    assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
+    assert not re.search(r"https?:|url\(|@import|\son\w+=", html)
+    sources = [value for name, value in parsed.attributes if name in ("src", "href")]
+    carried = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
+    assert carried == [(tmp_path / name).read_bytes() for name in ("synthetic.png", "attention.png")]
+    for heading in ("Images", "Attention", "Losses", "Time", "Sites", "Recipe", "Environment"):
+        assert f"<h2>{heading}</h2>" in html
+    assert parsed.tags.count("svg") == 2
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_the_accuracy_line_says_what_was_measured(tmp_path):
+    html = page(tmp_path)
+    line = "FP 91.1 % → W4A4 89.9 % top-1 (simulated), 2000 images, agreement 95.2 %"
+    assert f'content="{line}"' in html
+    assert line in Page(html).text
+    assert "Change −1.2 points" in Page(html).text
+    assert "Top-5 99.8 % → 99.7 %" in Page(html).text
+
+
+def test_an_integer_measurement_is_not_called_simulated(tmp_path):
+    metrics = run_json()["metrics"] | {"simulated": False}
+    assert "simulated" not in Page(page(tmp_path, metrics=metrics)).text
+
+
+def test_missing_pieces_are_left_out(tmp_path):
+    metrics = {"images": 10, "fp": {"top1": 50.0}, "quantized": {"top1": 40.0}}
+    html = page(tmp_path, metrics=metrics)
+    assert re.findall("<h2>(.*?)</h2>", html) == ["Time", "Environment"]
+    assert "img" not in Page(html).tags
+    assert "None" not in Page(html).text
+    assert "Top-5" not in Page(html).text
+
+
+def test_values_of_a_run_are_escaped(tmp_path):
+    evil = "<script>alert('&\"')</script>"
+    whole_folder(tmp_path)
+    (tmp_path / "recipe.toml").write_text(f"name = '''{evil}'''\n")
+    sites = {
+        "quantized": [{"name": evil, "kind": evil, "quantizer": evil, "bits": 4, "shape": [1]}],
+        "float": [{"name": evil, "what": evil}],
+    }
+    (tmp_path / "sites.json").write_text(json.dumps(sites))
+    with open(tmp_path / "losses.csv", "w", newline="") as handle:
+        csv.writer(handle).writerows([("group", "iteration", evil), (0, 0, 1), (0, 1, 2)])
+    html = page(
+        tmp_path,
+        name=evil,
+        warnings=[evil],
+        device_name=evil,
+        model=run_json()["model"] | {"name": evil},
+        images={"type": evil, "count": 2},
+        backend={"label": evil, "placement": evil, "steps": [evil]},
+        stages={evil: {"seconds": 1.0, "reused": False, "key": evil}},
+        versions={evil: evil},
+    )
+    parsed = Page(html)
+    assert "script" not in parsed.tags
+    assert parsed.text.count(evil) >= 14
+    assert sum(evil in value for name, value in parsed.attributes if name in ("content", "aria-label")) == 2
+
+
+def test_reused_stages_are_marked(tmp_path):
+    assert "images 46 s quantize 0.0 s reused total 46 s" in Page(page(tmp_path)).text
+
+
+def test_sites_are_counted_and_listed(tmp_path):
+    text = Page(page(whole_folder(tmp_path))).text
+    assert "weight uniform channel 4 2 weight uniform channel 8 1" in text
+    assert "blocks.1.fc.weight weight 8 uniform channel 8 × 6" in text
+    assert "LayerNorm 1 1,200" in text
+
+
+def test_warnings_of_the_run_are_shown(tmp_path):
+    assert "Warnings something to know" in Page(page(tmp_path, warnings=["something to know"])).text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no run\.json"):
+        write_report(tmp_path)
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    (tmp_path / "run.json").write_text('{"name": ')
+    with pytest.raises(DataError, match=r"run\.json: not valid JSON"):
+        write_report(tmp_path)
+    (tmp_path / "run.json").write_text('{"name": "trial"}')
+    with pytest.raises(DataError, match="lacks 'metrics'"):
+        write_report(tmp_path)
+    (tmp_path / "sites.json").write_text("[]")
+    with pytest.raises(DataError, match=r"sites\.json: damaged; run the recipe again with --fresh"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("rows", ["0,0,1\n0,1,x", "0,0,1\n0,1,nan", "0,0,1\n0,1", "0,0,1\n0,1,2\n1,0,3"])
+def test_a_damaged_loss_table_is_refused_by_name(tmp_path, rows):
+    (tmp_path / "losses.csv").write_text(f"group,iteration,total\n{rows}\n")
+    with pytest.raises(DataError, match=r"losses\.csv: damaged"):
+        page(tmp_path)
+
+
+def test_a_report_is_written_without_importing_torch():
+    code = "import sys, spdfq.report; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

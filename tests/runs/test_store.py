@@ -1,0 +1,170 @@
+"""Finished stages are kept; begun ones go on; half of anything is never believed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spdfq.errors import DataError, SpdfqError
+from spdfq.runs.store import STATE, Store, lock_folder, store_beside
+from spdfq.runtime.files import read_tensors, replace_file, write_tensors, write_text
+
+
+class Stage:
+    """Writes a number, one higher each time it is made, and leaves a state behind where it fails."""
+
+    def __init__(self):
+        self.made, self.found, self.fail = 0, [], False
+
+    def make(self, folder):
+        state = folder / STATE / "progress"
+        self.found.append(state.read_text() if state.exists() else None)
+        if self.fail:
+            state.write_text("half")
+            raise KeyboardInterrupt
+        self.made += 1
+        write_text(folder / "value.json", json.dumps(self.made))
+
+    def load(self, folder):
+        return json.loads((folder / "value.json").read_text())
+
+
+@pytest.fixture
+def stage():
+    return Stage()
+
+
+def test_a_finished_stage_is_made_once(tmp_path, stage):
+    first, second = Store(tmp_path), Store(tmp_path)
+    assert [store.stage("images", "abc", stage.make, stage.load) for store in (first, second)] == [1, 1]
+    assert (first.records["images"].reused, second.records["images"].reused) == (False, True)
+    assert second.records["images"].key == "abc"
+    assert second.records["images"].seconds >= 0
+    assert not (tmp_path / "images-abc" / STATE).exists()
+
+
+def test_another_key_or_name_is_another_stage(tmp_path, stage):
+    store = Store(tmp_path)
+    assert [store.stage(name, key, stage.make, stage.load) for name, key in (("a", "x"), ("a", "y"), ("b", "x"))] == [
+        1,
+        2,
+        3,
+    ]
+
+
+def test_fresh_makes_a_finished_stage_anew_and_forgets_a_begun_one(tmp_path, stage):
+    store = Store(tmp_path)
+    store.stage("images", "abc", stage.make, stage.load)
+    store.fresh = True
+    assert store.stage("images", "abc", stage.make, stage.load) == 2
+    assert not store.records["images"].reused
+    begin(tmp_path, stage)
+    store.stage("images", "begun", stage.make, stage.load)
+    assert stage.found[-1] is None
+
+
+def begin(root, stage):
+    stage.fail = True
+    with pytest.raises(KeyboardInterrupt):
+        Store(root).stage("images", "begun", stage.make, stage.load)
+    stage.fail = False
+
+
+def test_a_begun_stage_finds_its_state_again(tmp_path, stage):
+    begin(tmp_path, stage)
+    store = Store(tmp_path)
+    assert store.stage("images", "begun", stage.make, stage.load) == 1
+    assert stage.found == [None, "half"]
+    assert not store.records["images"].reused
+    assert not (tmp_path / "images-begun" / STATE).exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", None])
+def test_a_finished_stage_that_is_damaged_is_one_clear_error(tmp_path, stage, damage):
+    Store(tmp_path).stage("images", "abc", stage.make, stage.load)
+    value = tmp_path / "images-abc" / "value.json"
+    value.unlink() if damage is None else value.write_text(damage)
+    with pytest.raises(DataError, match=r"images-abc: a finished stage that is damaged .*delete it, or use --fresh"):
+        Store(tmp_path).stage("images", "abc", stage.make, stage.load)
+    assert Store(tmp_path, fresh=True).stage("images", "abc", stage.make, stage.load) == 2
+
+
+def test_the_store_lies_beside_the_run_folder_or_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.delenv("SPDFQ_STORE", raising=False)
+    assert store_beside(tmp_path / "runs/quickstart").root == tmp_path / "runs/.store"
+    monkeypatch.setenv("SPDFQ_STORE", str(tmp_path / "elsewhere"))
+    assert store_beside(tmp_path / "runs/quickstart").root == tmp_path / "elsewhere"
+
+
+def test_state_of_work_that_is_not_kept_survives_what_kills_it_alone(tmp_path):
+    store, seen = Store(tmp_path), []
+
+    def work(error=None):
+        with store.unfinished("again", "abc") as folder:
+            seen.append([path.name for path in folder.iterdir()])
+            (folder / "half").touch()
+            if error:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        work(KeyboardInterrupt())
+    with pytest.raises(SpdfqError):
+        work(SpdfqError("mend it"))
+    work()
+    work()
+    assert seen == [[], ["half"], [], []]
+    assert not (tmp_path / "again-abc").exists()
+
+
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_folder_that_another_process_holds_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    lock_folder(folder).release()
+    command = [sys.executable, "-c", HOLD, str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(
+            SpdfqError, match="run: another process is writing this run; wait for it, or choose another"
+        ):
+            lock_folder(folder)
+        other.stdin.close()
+        other.wait()
+    lock_folder(folder).release()
+
+
+# files
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    path = tmp_path / "value.json"
+    write_text(path, "old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(path, fail)
+    assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"value.json": "old"}
+    write_text(path, "new: \N{GREEK SMALL LETTER ALPHA}")
+    assert {found.name: found.read_bytes() for found in tmp_path.iterdir()} == {"value.json": b"new: \xce\xb1"}
+
+
+def test_tensors_come_back_with_their_metadata(tmp_path):
+    given = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.uint8, requires_grad=False)}
+    write_tensors(tmp_path / "x.safetensors", given, {"iteration": "3"})
+    found, metadata = read_tensors(tmp_path / "x.safetensors", "delete it")
+    assert all(torch.equal(found[name], value) for name, value in given.items())
+    assert metadata == {"iteration": "3"}
+    with pytest.raises(DataError, match=r"y.safetensors: damaged or missing .*; delete it"):
+        read_tensors(tmp_path / "y.safetensors", "delete it")

@@ -1,0 +1,227 @@
+"""Token pruning: which patches leave, that they are really gone, that they move along, and who cannot have it."""
+
+import pytest
+import torch
+from attrs import evolve
+from support.networks import build
+from support.teachers import GRID, HEADS, ITERATIONS, RUNTIME, SIDE, acting, recipe, same, tiny_teacher
+
+from spdfq.attention import record_attention
+from spdfq.errors import DataError, NonFiniteError, SpdfqError
+from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss
+from spdfq.runs.pipeline import check
+from spdfq.synth import Flip, Move, SyntheticImages, WholeImageSampler, loop
+from spdfq.synth.loop import Group
+from spdfq.synth.pruning import TokenPruning, find_layout
+from spdfq.teacher import Teacher
+
+PATCH = SIDE // GRID[0]
+PRUNING = TokenPruning(at=(2, 4, 7), share=0.3)  # of 16 patches: 12, then 9, then 7 are left
+
+
+def pruned(**changes):
+    return recipe(**{"pruning": PRUNING, **changes})
+
+
+class PatchRoll:
+    """One patch down and two to the right."""
+
+    def draw(self, generator, moment):
+        return Move(shift=(PATCH, 2 * PATCH))
+
+
+class HalfPatchRoll:
+    """More than half a patch down, less than half to the right."""
+
+    def draw(self, generator, moment):
+        return Move(shift=(PATCH // 2 + 1, PATCH // 2 - 1))
+
+
+def tokens_in_block(teacher, run):
+    """How many tokens each call of the second block saw."""
+    seen = []
+    handle = teacher.module.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    run()
+    handle.remove()
+    return seen
+
+
+def teacher_of(name):
+    return Teacher(build(name), mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=10, input_size=(3, 32, 32))
+
+
+# which patches
+
+
+def test_a_share_of_the_remaining_patches_leaves_each_time():
+    counts = [TokenPruning().left(196, iteration) for iteration in (0, 49, 50, 100, 200, 300, 3999)]
+    assert counts == [196, 196, 138, 97, 68, 48, 48]  # 196 - 58, 138 - 41, 97 - 29, 68 - 20
+
+
+def test_patches_of_the_lowest_class_attention_in_the_last_block_leave():
+    teacher = tiny_teacher()
+    with teacher.frozen() as module:
+        group = Group(pruned(), teacher, RUNTIME, 0, 2)
+        with record_attention(module) as record:
+            module(group.state.images)
+        order = record.class_attention[-1].mean(1).argsort(1)
+        group.passes.prune(group.state.images, 2)
+        assert [row.nonzero().flatten().tolist() for row in group.passes.pruner.alive] == order[
+            :, 4:
+        ].sort().values.tolist()
+        before = group.passes.pruner.alive.clone()
+        group.passes.prune(group.state.images, 4)
+    assert group.passes.pruner.alive.sum(1).tolist() == [9, 9]
+    assert (before | group.passes.pruner.alive).equal(before)  # none comes back
+
+
+def test_images_have_patches_of_their_own():
+    teacher = tiny_teacher()
+    with teacher.frozen():
+        group = Group(pruned(), teacher, RUNTIME, 0, 3)
+        group.passes.prune(group.state.images, 2)
+    assert len(group.passes.pruner.alive.unique(dim=0)) == 3
+
+
+# really gone
+
+
+def test_patches_left_out_are_absent_from_every_later_pass_and_crops_are_whole():
+    teacher, spec = tiny_teacher(), pruned(images=2, iterations=9)
+    seen = tokens_in_block(teacher, lambda: spec.synthesize(teacher, RUNTIME))
+    look = [17, *[17, 17, 16] * 2]  # whether the model allows it, checked first and where it is needed
+    together, apart = [17], [[tokens, 17] for tokens in (13, 10, 8)]  # images with crops, images and then crops
+    before = [[17], [13], [10]]  # a pass that ranks what is left
+    assert seen[:-1] == [
+        *(*look, *together * 2),
+        *(*before[0], *apart[0] * 2),
+        *(*before[1], *apart[1] * 3),
+        *(*before[2], *apart[2] * 2),
+    ]
+    assert seen[-1] == 17  # what the result shows is whole
+
+
+def test_the_blocks_see_the_remaining_patches_with_the_positions_they_had():
+    teacher = tiny_teacher()
+    images = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[0, 3, 4, 9], [1, 2, 14, 15]])
+    layout = find_layout(teacher)
+    with torch.no_grad(), layout.only(teacher.module, tokens):
+        logits = teacher.module(images)
+    module = teacher.module
+    with torch.no_grad():
+        patches = module.patch(images).flatten(2).mT + module.position[:, 1:]
+        kept = torch.stack([row[chosen] for row, chosen in zip(patches, tokens, strict=True)])
+        first = (module.cls_token + module.position[:, :1]).expand(2, -1, -1)
+        expected = module.head(module.blocks(torch.cat([first, kept], 1))[:, 0])
+    assert torch.allclose(logits, expected, atol=1e-6)
+    assert module.blocks[0]._forward_pre_hooks == {}
+
+
+def test_no_loss_of_the_model_reaches_the_pixels_of_a_patch_that_left():
+    spec = pruned(losses={"ce": SoftCrossEntropyLoss()}, sampler=WholeImageSampler(), augmentations=())
+    teacher = tiny_teacher()
+    with teacher.frozen():
+        group = Group(spec, teacher, RUNTIME, 0, 2)
+        group.passes.prune(group.state.images, 2)
+        logits = group._forward(2).logits
+    (gradient,) = torch.autograd.grad(logits.square().sum(), group.state.images)
+    reached = gradient.abs().amax(1).unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).amax((-2, -1)).flatten(1) > 0
+    assert torch.equal(reached, group.passes.pruner.alive)
+
+
+@pytest.mark.parametrize(
+    ("augmentations", "shift"),
+    [((PatchRoll(),), (1, 2)), ((HalfPatchRoll(),), (1, 0)), ((Flip(probability=1.0),), None)],
+    ids=["whole patches", "parts of a patch", "mirrored"],
+)
+def test_the_patches_move_along_with_the_images(augmentations, shift):
+    teacher = tiny_teacher()
+    with teacher.frozen():
+        group = Group(pruned(augmentations=augmentations), teacher, RUNTIME, 0, 2)
+        group.passes.prune(group.state.images, 2)
+        tokens = group._forward(2).tokens
+    alive = group.passes.pruner.alive.view(2, *GRID)
+    expected = alive.flip(-1) if shift is None else alive.roll(shift, (1, 2))
+    assert torch.equal(torch.zeros(2, 16, dtype=torch.bool).scatter(1, tokens, True), expected.flatten(1))
+    assert (tokens.diff() > 0).all()
+
+
+def test_a_prior_covers_the_patches_that_are_left_and_sums_to_one_over_them():
+    losses = {"prior": AttentionPriorLoss(blocks="all"), "ce": SoftCrossEntropyLoss()}
+    teacher = tiny_teacher()
+    with teacher.frozen():
+        group = Group(pruned(losses=losses, augmentations=(PatchRoll(),)), teacher, RUNTIME, 0, 2)
+        whole = losses["prior"].maps(group._forward(0).scoped("prior"), 0)
+        group.passes.prune(group.state.images, 2)
+        inputs = group._forward(2).scoped("prior")
+        maps = losses["prior"].maps(inputs, 0)
+        assert losses["prior"](inputs).isfinite()
+    assert maps.shape == inputs.attention.class_attention[0].shape == (2, HEADS, 12)
+    picked = whole.gather(-1, inputs.tokens.unsqueeze(1).expand(-1, HEADS, -1))
+    assert torch.allclose(maps, picked / picked.sum(-1, keepdim=True), atol=1e-6)
+
+
+# resuming
+
+
+@pytest.mark.parametrize("iteration", [2, 9])
+def test_a_pruned_run_resumes_to_the_bit(tmp_path, monkeypatch, iteration):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    teacher = tiny_teacher()
+    with pytest.raises(NonFiniteError):
+        acting(lambda inputs: inputs.images.sum() * float("nan"), iteration, pruning=PRUNING).synthesize(
+            teacher, RUNTIME, tmp_path
+        )
+    whole = acting(None, -1, pruning=PRUNING)
+    resumed = whole.synthesize(teacher, RUNTIME, tmp_path)
+    assert same(resumed, whole.synthesize(teacher, RUNTIME))
+    assert not same(resumed, acting(None, -1).synthesize(teacher, RUNTIME))
+
+
+def test_the_state_of_a_run_without_pruning_is_refused(tmp_path):
+    recipe().synthesize(tiny_teacher(), RUNTIME, tmp_path)
+    with pytest.raises(DataError, match=r"the patches left are nothing, expected \[2, 16\]; delete it or use --fresh"):
+        pruned().synthesize(tiny_teacher(), RUNTIME, tmp_path)
+
+
+def test_pruning_after_the_last_iteration_changes_nothing():
+    late = evolve(PRUNING, at=(ITERATIONS,))
+    assert same(pruned(pruning=late).synthesize(tiny_teacher(), RUNTIME), recipe().synthesize(tiny_teacher(), RUNTIME))
+
+
+# who cannot have it
+
+
+@pytest.mark.parametrize("name", ["vit", "deit_distilled", "dinov2_registers"])
+def test_models_with_a_class_token_and_added_positions_are_pruned(name):
+    teacher = teacher_of(name)
+    losses = {"ce": SoftCrossEntropyLoss()}
+    result = pruned(losses=losses, iterations=6).synthesize(teacher, RUNTIME)
+    assert isinstance(result, SyntheticImages)
+    assert find_layout(teacher).grid == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("swin", "has no class token to rank its patches by"),
+        ("beit", "depend on where in the sequence a patch stands"),  # relative positions
+        ("eva02", "depend on where in the sequence a patch stands"),  # rotary ones
+    ],
+)
+def test_other_models_are_refused_with_the_reason(name, why):
+    with pytest.raises(SpdfqError, match=rf"synthesis.pruning: \w+ .*{why}; leave \[synthesis.pruning\] out"):
+        find_layout(teacher_of(name))
+
+
+def test_a_model_that_cannot_have_it_is_refused_before_anything_runs():
+    recipe = {"extends": ["quickstart"], "model": {"name": "bundled:swin_fmnist"}, "synthesis": {"pruning": {}}}
+    with pytest.raises(SpdfqError, match=r"synthesis.pruning: bundled:swin_fmnist has no class token"):
+        check(recipe)
+
+
+@pytest.mark.parametrize(("wrong", "why"), [((), "ascending"), ((0, 5), "from 1 up"), ((5, 5), "ascending")])
+def test_iterations_out_of_order_are_refused(wrong, why):
+    with pytest.raises(ValueError, match=why):
+        TokenPruning(at=wrong)
