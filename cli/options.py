@@ -29,9 +29,9 @@ as_json = click.option("--json", "as_json", is_flag=True, help="The result as JS
 
 def progress(quiet: bool) -> Any:
     """Bars on standard error, or none."""
-    from spdfq.runtime import rich_progress, silent
+    from spdfq.runtime import RichProgress, silent
 
-    return silent if quiet else rich_progress
+    return silent if quiet else RichProgress()
 
 
 def announce(quiet: bool) -> Callable[[str], None]:

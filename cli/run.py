@@ -47,7 +47,7 @@ def run(
     if as_json:
         options.print_json({**record, "folder": str(result.folder)})
     else:
-        click.echo("\n".join(summary(record, result.folder)))
+        click.echo("\n".join(summary(record, result.folder, recipe)))
 
 
 @click.command()
@@ -85,16 +85,20 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
     click.echo("ok")
 
 
-def summary(record: dict[str, Any], folder: Path) -> list[str]:
-    """What a reader wants to know at the end of a run."""
+def summary(record: dict[str, Any], folder: Path, recipe: str) -> list[str]:
+    """The last lines of a run: accuracy, controls, size, where the results are, and what to type next."""
     backend, stages = record["backend"], record["stages"]
+    size = {name: f"{count / 1e6:.2f} MB" for name, count in record["size"].items()}
     return [
         f"{record['name']}: {backend['label']} of {record['model']['name']}, placement {backend['placement']}",
         *accuracy(record["metrics"]),
+        *controls(record),
         *([f"published  {record['published']['line']}"] if record.get("published") else []),
+        f"size       {size['float']} in float32 -> {size['quantized']} packed",
         "seconds    " + ", ".join(_stage(name, stage) for name, stage in stages.items()),
         f"folder     {folder}",
         f"report     {folder / 'report.html'}",
+        f"next       {_next(recipe, folder)}",
     ]
 
 
@@ -114,5 +118,25 @@ def accuracy(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
+def controls(record: dict[str, Any]) -> list[str]:
+    """The run's own row and those of its controls, which differ in their images alone."""
+    if not record["controls"]:
+        return []
+    rows = [("this run", record["metrics"]), *((row["name"], row["metrics"]) for row in record["controls"])]
+    width = max(len(name) for name, _ in rows)
+    return [
+        f"{'controls   ' if index == 0 else ' ' * 11}{name:<{width}}  {metrics['quantized']['top1']:6.2f} %, agreement "
+        f"{metrics['agreement']:6.2f} %"
+        for index, (name, metrics) in enumerate(rows)
+    ]
+
+
 def _stage(name: str, stage: dict[str, Any]) -> str:
     return f"{name} {stage['seconds']:.1f}" + (" (reused)" if stage["reused"] else "")
+
+
+def _next(recipe: str, folder: Path) -> str:
+    """What a user would type after this run."""
+    if recipe.endswith(".toml"):
+        return f"spdfq measure {folder}   (the quality of its images)"
+    return f"spdfq init {recipe} > my.toml && spdfq run my.toml   (edit my.toml in between)"

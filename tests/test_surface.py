@@ -44,7 +44,7 @@ PUBLIC = {
         check_sheet write_pictures write_report write_sheet
     """,
     "spdfq.runtime": """
-        Advance Runtime generator make_runtime own_threads pick_device pick_precision rich_progress silent
+        Advance Progress RichProgress Runtime generator make_runtime own_threads pick_device pick_precision silent
     """,
     "spdfq.teacher": """
         Teacher evaluation_mode load_teacher

@@ -10,7 +10,7 @@ from attrs import field, frozen, validators
 
 from spdfq.errors import RecipeError
 from spdfq.recipe.files import resolve, shipped, whole
-from spdfq.recipe.structure import component, component_list, structure, unstructure
+from spdfq.recipe.structure import component, component_list, components, structure, unstructure
 
 SCHEMA = 1
 
@@ -233,6 +233,8 @@ class Recipe:
         seed: seed of every random draw.
         model: the teacher.
         synthesis: where the calibration images come from.
+        controls: other sources of images, by name. A run quantizes the model on each of them too, with the same
+            back-end, and shows their accuracy beside its own.
         quantization: the back-end.
         evaluation: the labelled images the accuracy is measured on.
         runtime: device and precision.
@@ -243,6 +245,7 @@ class Recipe:
     seed: int = field(default=0, validator=validators.ge(0))
     model: ModelSpec
     synthesis: Any = component("source")
+    controls: dict[str, Any] = components("source")
     quantization: Quantization
     evaluation: Evaluation
     runtime: RuntimeSpec = field(factory=RuntimeSpec)

@@ -1,10 +1,12 @@
 """Everything that can be wrong with a run and be seen before anything is computed."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spdfq.backends.quantize import check_quantization
-from spdfq.errors import RecipeError
+from spdfq.errors import RecipeError, SpdfqError
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.recipe import Recipe
 from spdfq.runs.finished import run_record
@@ -12,42 +14,70 @@ from spdfq.runs.provenance import data_fingerprints
 from spdfq.teacher import Teacher, load_teacher
 
 
-def spare(source: Any, folder: Path) -> None:
-    """Raises RecipeError where a run would write its own recipe.toml over the one it was given."""
+def refuse_own_recipe(source: Any, folder: Path) -> None:
+    """Refuse a run that would overwrite the recipe.toml it was given.
+
+    Raises:
+        RecipeError: the folder holds that recipe and no finished run.
+    """
     given = isinstance(source, (str, Path)) and Path(source).resolve() == (folder / "recipe.toml").resolve()
     if given and not run_record(folder):
         raise RecipeError([f"{source}: the run's own recipe.toml would replace it; choose another --out"])
 
 
 def checked_teacher(recipe: Recipe) -> tuple[Teacher, list[str]]:
-    """The teacher, and the warnings, after everything that can be wrong with the recipe was looked at."""
-    data_fingerprints((recipe.synthesis, recipe.evaluation))  # first: a missing folder costs no download of weights
+    """Check the whole recipe, and return the teacher and the warnings.
+
+    Raises:
+        SpdfqError: with every problem found.
+    """
+    # data first: a missing folder is reported before weights are downloaded
+    data_fingerprints((recipe.synthesis, recipe.controls, recipe.evaluation))
     teacher = load_teacher(recipe.model)
-    return teacher, [*check_fit(recipe, teacher), *_shared_images(recipe)]
+    shared = [line for key, source in _sources(recipe) for line in _shared_images(key, source, recipe)]
+    return teacher, [*check_fit(recipe, teacher), *shared]
 
 
 def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
-    """Raise everything in the recipe that this teacher cannot have, all at once, or return the warnings."""
+    """Check that the recipe's parts work with this teacher, and return the warnings.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
     problems: list[str] = []
-    told = recipe.warnings()
-    for attempt in (
-        lambda: recipe.synthesis.check(teacher),
-        lambda: told.extend(check_quantization(teacher, recipe.quantization)),
-        lambda: evaluator_for(teacher).check(recipe.evaluation, teacher),
-    ):
+    warnings = recipe.warnings()
+
+    def attempt(check: Callable[[], object], key: str = "") -> None:
         try:
-            attempt()
-        except RecipeError as error:
-            problems += error.problems
+            check()
+        except SpdfqError as error:
+            problems.extend(_placed(problem, key) for problem in str(error).splitlines())
+
+    for key, source in _sources(recipe):
+        attempt(partial(source.check, teacher), key)
+    attempt(lambda: warnings.extend(check_quantization(teacher, recipe.quantization)))
+    attempt(lambda: evaluator_for(teacher).check(recipe.evaluation, teacher))
     if problems:
         raise RecipeError(problems)
-    return told
+    return warnings
 
 
-def _shared_images(recipe: Recipe) -> list[str]:
-    """A warning where real images to calibrate on are among those that the accuracy is measured on."""
-    dataset = getattr(recipe.synthesis, "dataset", None)
+def _placed(problem: str, key: str) -> str:
+    """A problem of a source of images, which says ``synthesis`` or no key at all, with the key of that source."""
+    if key in ("", "synthesis"):
+        return problem
+    return key + problem.removeprefix("synthesis") if problem.startswith("synthesis") else f"{key}: {problem}"
+
+
+def _sources(recipe: Recipe) -> list[tuple[str, Any]]:
+    """The recipe's own source of images and those of its controls, each with its key."""
+    return [("synthesis", recipe.synthesis), *((f"controls.{name}", it) for name, it in recipe.controls.items())]
+
+
+def _shared_images(key: str, source: Any, recipe: Recipe) -> list[str]:
+    """A warning if real calibration images are also among the images that the accuracy is measured on."""
+    dataset = getattr(source, "dataset", None)
     if not (shared := dataset and set(dataset.identities()) & set(recipe.evaluation.dataset.identities())):
         return []
     first = f"the first of them {min(shared)}"
-    return [f"synthesis.dataset: {len(shared):,} of its images are evaluation.dataset's too, {first}; give others"]
+    return [f"{key}.dataset: {len(shared):,} of its images are evaluation.dataset's too, {first}; give others"]

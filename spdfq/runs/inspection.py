@@ -14,10 +14,9 @@ from spdfq.recipe import Recipe, digest
 from spdfq.report import check_sheet, write_report, write_sheet
 from spdfq.report.measures import MEASURES_FILE
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
-from spdfq.runs.pipeline import Progress
 from spdfq.runs.provenance import data_fingerprints
 from spdfq.runs.store import lock_folder
-from spdfq.runtime import Runtime, make_runtime, own_threads, silent
+from spdfq.runtime import Progress, Runtime, make_runtime, own_threads, silent
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
 from spdfq.synth import SyntheticImages

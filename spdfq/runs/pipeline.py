@@ -1,43 +1,44 @@
-"""A recipe from end to end: teacher, images, quantized model, evaluation, run folder; only here is their order."""
+"""Run a recipe from end to end: teacher, images, quantized model, evaluation, controls, run folder."""
 
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
-from datetime import UTC, datetime
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from attrs import asdict, define, evolve, field, frozen
-from torch import Tensor
+from attrs import asdict, define, field, frozen
 
-from spdfq.api import make_images
-from spdfq.backends import quantize
-from spdfq.backends.learning.student import student_section
 from spdfq.evaluation.accuracy import accuracy, left_out
-from spdfq.evaluation.evaluator import Evaluator, evaluator_for
-from spdfq.evaluation.published import check_full_precision, compare
-from spdfq.quantized.checkpoint import load_checkpoint, save_quantized, verified
-from spdfq.recipe import Evaluation, Recipe, digest, load_recipe, to_toml
-from spdfq.recipe.structure import unstructure
+from spdfq.evaluation.evaluator import evaluator_for
+from spdfq.evaluation.published import check_full_precision
+from spdfq.quantized.checkpoint import load_checkpoint
+from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.report import write_pictures, write_report
 from spdfq.report.measures import MEASURES_FILE
-from spdfq.runs.checks import check_fit, checked_teacher, spare
+from spdfq.runs.checks import check_fit, checked_teacher, refuse_own_recipe
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
-from spdfq.runs.provenance import data_fingerprints, device_name, git_commit, source_digest, versions
-from spdfq.runs.store import STATE, StageRecord, Store, lock_folder, store_beside
-from spdfq.runtime import Advance, Runtime, make_runtime, own_threads, silent
+from spdfq.runs.forecast import Forecast
+from spdfq.runs.record import facts, now
+from spdfq.runs.stages import (
+    STAGES,
+    EvaluateStage,
+    ImagesStage,
+    QuantizeStage,
+    Stage,
+    TeacherStage,
+    Work,
+    evaluation_key,
+    stage_key,
+)
+from spdfq.runs.store import StageRecord, Store, lock_folder, store_beside
+from spdfq.runtime import Progress, make_runtime, own_threads, silent
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
-from spdfq.synth import SyntheticImages
-from spdfq.teacher import Teacher, load_teacher
+from spdfq.teacher import load_teacher
 
 Announce = Callable[[str], None]
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
-
-
-_NO_PART_IN_THE_MODEL = ("evaluation", "runtime", "published")
+_CONTROL_STAGES = tuple(stage for stage in STAGES if not isinstance(stage, TeacherStage))
 
 
 @frozen
@@ -50,12 +51,14 @@ class RunResult:
         metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher in percent, the
             number of ``images`` that could be read, and the names of the ``damaged`` ones that could not; for a model
             without a head k-NN top-1, and ``similarity``, the mean cosine of its features to the teacher's.
+        controls: metrics of each control, by its name.
         stages: seconds, key, and whether it was reused, for each stage.
     """
 
     folder: Path
     recipe: Recipe
     metrics: dict[str, Any]
+    controls: dict[str, dict[str, Any]]
     stages: dict[str, dict[str, Any]]
 
 
@@ -78,40 +81,51 @@ def run(
         source: a `Recipe`, the name of a shipped recipe, the path of a ``.toml`` file, or plain data.
         overrides: ``dotted.key=value`` pairs, the value as TOML.
         seed: replaces the recipe's own.
-        out: the run folder; by default ``runs/`` and the recipe's name, or its folder's where it is a ``recipe.toml``.
+        out: the run folder; by default ``runs/`` and the recipe's name, or its folder's name for a ``recipe.toml``.
         device: replaces ``runtime.device``.
-        fresh: do finished stages anew.
+        fresh: do finished stages again.
         store: where finished stages are kept; by default ``.store`` beside the run folder, or ``SPDFQ_STORE``.
-        progress: see `spdfq.runtime`.
-        announce: is handed one line for each stage and warning.
+        progress: see `spdfq.runtime.Runtime`. If it has a method ``stage``, as `spdfq.runtime.RichProgress` has, a run
+            calls it at the start of each stage.
+        announce: called with one line for each stage and each warning.
 
     Raises:
-        SpdfqError: anything the user can mend; the message says where and how.
+        SpdfqError: anything the user can fix; the message says where and how.
     """
     overrides = tuple(overrides)
     recipe = load_recipe(source, overrides, seed)
     folder = Path(out) if out else _default_folder(source, recipe, bool(overrides or seed is not None))
-    spare(source, folder)
-    teacher, told = checked_teacher(recipe)
+    refuse_own_recipe(source, folder)
+    teacher, warnings = checked_teacher(recipe)
     ranks = join()
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
     kept = Store(store, fresh, ranks) if store else store_beside(folder, fresh, ranks)
     new = not folder.exists()
     lock = lock_folder(folder) if ranks.leads else None
     try:
-        return _Run(recipe, folder, teacher, runtime, kept, announce if ranks.leads else _unheard).result(told)
+        teacher_print = teacher.fingerprint()
+        teacher.module.to(runtime.device)
+        work = Work(recipe, teacher, runtime, teacher_print)
+        return _Run(work, folder, kept, announce if ranks.leads else _say_nothing).result(warnings)
     finally:
         if lock:
             with suppress(OSError):
                 if new and [path.name for path in folder.iterdir()] == [Path(lock.lock_file).name]:
-                    shutil.rmtree(folder)  # nothing came of it
+                    shutil.rmtree(folder)  # the run failed before it wrote anything
             lock.release()
 
 
 def check(
     source: Recipe | str | Path | dict[str, Any], *, overrides: Iterable[str] = (), seed: int | None = None
 ) -> list[str]:
-    """Everything that can be checked without weights and data: warnings are returned, problems raised all at once."""
+    """Check everything that can be checked without weights and data.
+
+    Returns:
+        The warnings.
+
+    Raises:
+        RecipeError: with all problems.
+    """
     recipe = load_recipe(source, overrides, seed)
     return check_fit(recipe, load_teacher(recipe.model, weights=False))
 
@@ -120,21 +134,21 @@ def check(
 def evaluate_run(
     folder: str | Path, *, overrides: Iterable[str] = (), device: str | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Measure the saved model of a run again, on the run's own evaluation section or an overridden one.
+    """Measure the saved model of a run again, on the run's own evaluation section or a changed one.
 
-    What a killed call had finished is taken up again.
+    A call that was killed continues where it stopped.
 
     Args:
         folder: of a finished run.
-        overrides: ``evaluation.key=value`` (or ``runtime.``) pairs; the model itself is what it is.
+        overrides: ``evaluation.key=value`` or ``runtime.key=value`` pairs; the model itself does not change.
         device: replaces ``runtime.device``.
-        progress: see `spdfq.runtime`.
+        progress: see `spdfq.runtime.Runtime`.
 
     Returns:
         The metrics, as in `RunResult`.
 
     Raises:
-        SpdfqError: anything the user can mend; the message says where and how.
+        SpdfqError: anything the user can fix; the message says where and how.
     """
     recipe = finished_recipe(folder, overrides)
     spec, ranks = recipe.evaluation, join()
@@ -145,7 +159,7 @@ def evaluate_run(
     check_teacher(folder, run_record(folder), fingerprint)
     saved = (Path(folder) / "quantized" / "config.json").read_text(encoding="utf-8")
     evaluator = evaluator_for(teacher)
-    key = _key(fingerprint, saved, _evaluation_key(spec, evaluator), runtime.device.type)
+    key = stage_key(fingerprint, saved, evaluation_key(spec, evaluator), runtime.device.type)
     teacher.module.to(runtime.device)
     evaluator.check(spec, teacher)
     with store_beside(Path(folder), ranks=ranks).unfinished("again", key) as state:
@@ -153,8 +167,8 @@ def evaluate_run(
         return evaluator.measure(model.to(runtime.device), teacher, spec, runtime, fp, state / "quantized")
 
 
-def _unheard(_: str) -> None:
-    """What ranks other than the first announce."""
+def _say_nothing(_: str) -> None:
+    """What processes other than the first announce."""
 
 
 def _default_folder(source: Any, recipe: Recipe, changed: bool) -> Path:
@@ -164,202 +178,94 @@ def _default_folder(source: Any, recipe: Recipe, changed: bool) -> Path:
     return Path("runs") / f"{name}{suffix}"
 
 
-def _evaluation_key(spec: Evaluation, evaluator: Evaluator) -> str:
-    read = {name: getattr(spec, name) for name in ("dataset", "bank")}
-    # more workers decode faster, and change nothing
-    spec = evolve(spec, **{name: evolve(one, workers=0) for name, one in read.items() if hasattr(one, "workers")})
-    return digest(unstructure(spec), data_fingerprints(spec), source_digest(spec, type(evaluator).__module__))
-
-
-def _key(fingerprint: str, *parts: Any) -> str:
-    return digest(fingerprint, versions()["torch"], versions()["timm"], *parts)
-
-
 @define
 class _Run:
-    recipe: Recipe
+    """One run: its stages in order, then its controls, then its folder."""
+
+    work: Work
     folder: Path
-    teacher: Teacher
-    runtime: Runtime
     store: Store
     announce: Announce
-    started: str = field(factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"), init=False)
-    fingerprint: str = field(default="", init=False)
+    started: str = field(factory=now, init=False)
+    records: dict[str, StageRecord] = field(factory=dict, init=False)
     warnings: list[str] = field(factory=list, init=False)
+    forecast: Forecast = field(init=False)
 
-    def result(self, told: list[str]) -> RunResult:
-        if run_record(self.folder).get("recipe_digest") not in (None, digest(self.recipe.to_dict())):
-            self.announce(f"{self.folder}: held the run of another recipe, which this one replaces")
-        for line in told:
+    def __attrs_post_init__(self) -> None:
+        recipe = self.work.recipe
+        controls = [f"{name}: {stage.name}" for name in recipe.controls for stage in _CONTROL_STAGES]
+        optimized = {name for name, source in recipe.controls.items() if type(source) is type(recipe.synthesis)}
+        self.forecast = Forecast([*(stage.name for stage in STAGES), *controls], frozenset(optimized))
+
+    def result(self, warnings: list[str]) -> RunResult:
+        work, recipe = self.work, self.work.recipe
+        if run_record(self.folder).get("recipe_digest") not in (None, digest(recipe.to_dict())):
+            self.announce(f"{self.folder}: the run of another recipe was here; this run replaces it")
+        for line in warnings:
             self._warn(line)
-        self.fingerprint = self.teacher.fingerprint()
-        self.teacher.module.to(self.runtime.device)
-        fp = self._stage("teacher", self._teacher_key(), self._make_reference, self._load_reference)
-        by = "k-NN " if self.teacher.headless else ""
+        for stage in STAGES:
+            self._finish(stage, work, stage.name)
+            if isinstance(stage, TeacherStage):
+                self._check_teacher()
+            if isinstance(stage, ImagesStage) and work.results[stage.name].damaged:
+                self._warn(f"synthesis.dataset: {left_out(work.results[stage.name].damaged)}")
+        controls = [self._control(name, source) for name, source in recipe.controls.items()]
+        if work.runtime.ranks.leads:
+            self._write(controls)
+        work.runtime.ranks.wait()
+        measured = {
+            name: control.results[EvaluateStage.name] for name, control in zip(recipe.controls, controls, strict=True)
+        }
+        stages = {name: asdict(record) for name, record in self.records.items()}
+        return RunResult(self.folder, recipe, work.results[EvaluateStage.name], measured, stages)
+
+    def _finish(self, stage: Stage, work: Work, name: str) -> None:
+        """Load the result of a stage from the store, or make it."""
+        names = self.forecast.names
+        if begin := getattr(work.runtime.progress, "stage", None):
+            expected, later = self.forecast.expected(name), self.forecast.later(name)
+            begin(names.index(name) + 1, len(names), name, expected, later)
+        work.keys[stage.name] = key = stage.key(work)
+        work.results[stage.name] = self.store.stage(
+            stage.name, key, lambda folder: stage.make(work, folder), lambda folder: stage.load(work, folder)
+        )
+        self.records[name] = record = self.store.records[stage.name]
+        if not record.reused:
+            self.forecast.seconds[name] = record.seconds
+        how = f"reused from the store ({key[:8]})" if record.reused else f"{record.seconds:.1f} s"
+        self.announce(f"stage {names.index(name) + 1} of {len(names)}, {name}: {how}")
+
+    def _control(self, name: str, source: Any) -> Work:
+        """The same teacher, back-end and evaluation with other images."""
+        work = self.work.control(source)
+        for stage in _CONTROL_STAGES:
+            self._finish(stage, work, f"{name}: {stage.name}")
+        return work
+
+    def _check_teacher(self) -> None:
+        """Announce the accuracy in full precision, and compare it with the published one."""
+        work, fp = self.work, self.work.results[TeacherStage.name]
+        by = "k-NN " if work.teacher.headless else ""
         self.announce(f"full precision: {by}top-1 {accuracy(fp.logits, fp.labels)['top1']:.2f} %")
         if fp.damaged:
             self._warn(f"evaluation.dataset: {left_out(fp.damaged)}")
-        if checked := check_full_precision(self.recipe, self.teacher, fp.logits, fp.labels):
-            self.announce(checked)
-        images_key = self._images_key()
-        images = self._stage("images", images_key, self._make_images, _load_images)
-        if images.damaged:
-            self._warn(f"synthesis.dataset: {left_out(images.damaged)}")
-        quantized_key = self._quantized_key(images_key)
-        stored = self._stage("quantize", quantized_key, self._make_quantized(images.images), _checkpoint_folder)
-        metrics = self._stage(
-            "evaluate", self._evaluate_key(quantized_key), self._make_metrics(stored, fp), _load_metrics
-        )
-        if self.runtime.ranks.leads:
-            self._write(images, stored, metrics)
-        self.runtime.ranks.wait()
-        stages = {name: asdict(record) for name, record in self.store.records.items()}
-        return RunResult(self.folder, self.recipe, metrics, stages)
-
-    def _stage(self, name: str, key: str, make: Callable[[Path], object], load: Callable[[Path], Any]) -> Any:
-        result = self.store.stage(name, key, make, load)
-        record: StageRecord = self.store.records[name]
-        how = f"reused from the store ({key[:8]})" if record.reused else f"{record.seconds:.1f} s"
-        self.announce(f"{name}: {how}")
-        return result
+        if line := check_full_precision(work.recipe, work.teacher, fp.logits, fp.labels):
+            self.announce(line)
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)
         self.announce(f"warning: {line}")
 
-    def _teacher_key(self) -> str:
-        return self._key(_evaluation_key(self.recipe.evaluation, evaluator_for(self.teacher)))
-
-    def _images_key(self) -> str:
-        spec = self.recipe.synthesis
-        data, precision = data_fingerprints(spec), self.runtime.precision
-        parts = (unstructure(spec, "source"), data, self.recipe.seed, precision, source_digest(spec))
-        return self._key(*parts, *self._student_parts())
-
-    def _student_parts(self) -> tuple[Any, ...]:
-        """What images depend on that a quantized student helped to make."""
-        if not self.recipe.synthesis.needs_student:
-            return ()
-        spec = student_section(self.recipe.quantization)
-        return unstructure(spec), source_digest(spec, "spdfq.backends.learning.student")
-
-    def _quantized_key(self, images: str) -> str:
-        spec, precision = self.recipe.quantization, self.runtime.precision
-        source = source_digest(spec, "spdfq.backends.quantize", "spdfq.quantized.checkpoint")
-        return self._key(unstructure(spec), images, self.recipe.seed, precision, source)
-
-    def _evaluate_key(self, quantized: str) -> str:
-        return self._key(quantized, self._teacher_key())
-
-    def _key(self, *parts: Any) -> str:
-        return _key(self.fingerprint, *parts)
-
-    def _make_reference(self, folder: Path) -> None:
-        evaluator, spec = evaluator_for(self.teacher), self.recipe.evaluation
-        found = evaluator.reference(self.teacher, spec, self.runtime, folder / STATE)
-        if self.runtime.ranks.leads:
-            found.save(folder / "reference.safetensors")
-
-    def _make_images(self, folder: Path) -> None:
-        images = make_images(self.recipe, self.teacher, self.runtime, folder / STATE)
-        if self.runtime.ranks.leads:
-            images.save(folder / "synthetic.safetensors")
-
-    def _make_quantized(self, images: Tensor) -> Callable[[Path], None]:
-        def make(folder: Path) -> None:
-            if not self.runtime.ranks.leads:
-                return
-            model = quantize(self.teacher, images, self.recipe.quantization, self.runtime, folder / STATE)
-            save_quantized(model, folder / "quantized", self.teacher, self._parts())
-            write_text(folder / "sites.json", json.dumps(model.site_table(), indent=1) + "\n")
-
-        return make
-
-    def _parts(self) -> dict[str, Any]:
-        """What of the recipe made the model."""
-        return {key: value for key, value in self.recipe.to_dict().items() if key not in _NO_PART_IN_THE_MODEL}
-
-    def _load_reference(self, folder: Path) -> Any:
-        return evaluator_for(self.teacher).load_reference(folder / "reference.safetensors")
-
-    def _make_metrics(self, stored: Path, fp: Any) -> Callable[[Path], None]:
-        def make(folder: Path) -> None:
-            model = load_checkpoint(stored / "quantized", self._blank())[0].to(self.runtime.device)
-            evaluator, spec = evaluator_for(self.teacher), self.recipe.evaluation
-            metrics = evaluator.measure(model, self.teacher, spec, self.runtime, fp, folder / STATE)
-            if self.runtime.ranks.leads:
-                write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-
-        return make
-
-    def _blank(self) -> torch.nn.Module:
-        return load_teacher(self.recipe.model, weights=False).module
-
-    def _write(self, images: SyntheticImages, stored: Path, metrics: dict[str, Any]) -> None:
-        folder = self.folder
-        write_text(folder / "recipe.toml", to_toml(self.recipe.to_dict()))
+    def _write(self, controls: list[Work]) -> None:
+        work, folder = self.work, self.folder
+        images, stored = work.results[ImagesStage.name], work.results[QuantizeStage.name]
+        write_text(folder / "recipe.toml", to_toml(work.recipe.to_dict()))
         images.save(folder / "synthetic.safetensors")
-        write_pictures(folder, images, self.teacher)
-        (folder / MEASURES_FILE).unlink(missing_ok=True)  # of the images that were here before
+        write_pictures(folder, images, work.teacher)
+        (folder / MEASURES_FILE).unlink(missing_ok=True)  # measured on the images that were here before
         shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
         shutil.copy(stored / "sites.json", folder / "sites.json")
-        write_text(folder / "run.json", json.dumps(self._facts(images, metrics), indent=1) + "\n")
+        found = facts(work, folder, self.started, self.records, self.warnings, controls)
+        write_text(folder / "run.json", json.dumps(found, indent=1) + "\n")
         write_report(folder)
         self.announce(f"report: {folder / 'report.html'}")
-
-    def _facts(self, images: SyntheticImages, metrics: dict[str, Any]) -> dict[str, Any]:
-        recipe, teacher, runtime = self.recipe, self.teacher, self.runtime
-        return {
-            "name": self.folder.resolve().name,
-            "started": self.started,
-            "versions": versions(),
-            "device": runtime.device.type,
-            "device_name": device_name(runtime.device),
-            "precision": runtime.precision,
-            "threads": torch.get_num_threads(),
-            "git_commit": git_commit(),
-            "seed": recipe.seed,
-            "recipe_digest": digest(recipe.to_dict()),
-            "model": {
-                "name": teacher.name,
-                "fingerprint": self.fingerprint,
-                "parameters": teacher.parameters,
-                "input_size": list(teacher.input_size),
-                "num_classes": teacher.num_classes,
-                "mean": list(teacher.mean),
-                "std": list(teacher.std),
-            },
-            "images": {
-                "type": unstructure(recipe.synthesis, "source")["type"],
-                "count": len(images.images),
-                "damaged": list(images.damaged),
-            },
-            "backend": _backend(recipe),
-            "metrics": metrics,
-            "published": compare(recipe, metrics),
-            "stages": {name: asdict(record) for name, record in self.store.records.items()},
-            "warnings": self.warnings,
-        }
-
-
-def _backend(recipe: Recipe) -> dict[str, Any]:
-    spec = unstructure(recipe.quantization)
-    return {
-        "label": recipe.quantization.label,
-        "placement": spec["placement"]["type"],
-        "steps": [step["type"] for step in spec["steps"]],
-    }
-
-
-def _load_images(folder: Path) -> SyntheticImages:
-    return SyntheticImages.load(folder / "synthetic.safetensors")
-
-
-def _load_metrics(folder: Path) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return metrics
-
-
-def _checkpoint_folder(folder: Path) -> Path:
-    verified(folder / "quantized")
-    return folder

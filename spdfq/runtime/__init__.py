@@ -1,25 +1,17 @@
 """What every stage is given: device, precision, seeds, progress, the processes of a run, and atomic writes of files."""
 
-from spdfq.runtime.runtime import (
-    Advance,
-    Runtime,
-    generator,
-    make_runtime,
-    own_threads,
-    pick_device,
-    pick_precision,
-    rich_progress,
-    silent,
-)
+from spdfq.runtime.progress import Advance, Progress, RichProgress, silent
+from spdfq.runtime.runtime import Runtime, generator, make_runtime, own_threads, pick_device, pick_precision
 
 __all__ = [
     "Advance",
+    "Progress",
+    "RichProgress",
     "Runtime",
     "generator",
     "make_runtime",
     "own_threads",
     "pick_device",
     "pick_precision",
-    "rich_progress",
     "silent",
 ]

@@ -1,7 +1,7 @@
-"""What every stage is handed: device, precision, seed streams and a progress bar."""
+"""What every stage is given: device, precision, seeds and a progress bar."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -9,10 +9,10 @@ import torch
 from attrs import field, frozen
 
 from spdfq.errors import SpdfqError
+from spdfq.runtime.progress import Progress, silent
 from spdfq.runtime.ranks import Ranks
 
 Precision = Literal["float32", "bfloat16"]
-Advance = Callable[..., None]
 ALONE = Ranks()
 
 
@@ -21,39 +21,6 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     text = "/".join(map(str, (seed, *purpose)))
     state = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     return torch.Generator().manual_seed(state)
-
-
-@contextmanager
-def silent(_: str, __: int) -> Iterator[Advance]:
-    """A progress bar that shows nothing."""
-    yield lambda steps=1, **values: None
-
-
-@contextmanager
-def rich_progress(description: str, total: int) -> Iterator[Advance]:
-    """A bar on standard error with rate, time left and live values; ``advance(steps, name=value)`` moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Column
-
-    # the live values take what is left of the line: they must not push out the count and the time left
-    columns = (
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(description))),
-        BarColumn(bar_width=14),
-        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total)) + 1)),
-        TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True, min_width=6)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-        TextColumn("[dim]{task.fields[values]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-    )
-    with Progress(*columns, console=Console(stderr=True), expand=True) as bar:
-        task = bar.add_task(description, total=total, rate="", values="")
-
-        def advance(steps: int = 1, **values: float) -> None:
-            speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            bar.update(task, advance=steps, rate=f"{speed:.1f}/s" if speed else "", values=shown)
-
-        yield advance
 
 
 @frozen(kw_only=True)
@@ -71,7 +38,7 @@ class Runtime:
     device: torch.device = field(factory=lambda: torch.device("cpu"))
     precision: Precision = "float32"
     seed: int = 0
-    progress: Callable[[str, int], AbstractContextManager[Advance]] = silent
+    progress: Progress = silent
     ranks: Ranks = ALONE
 
     def generator(self, *purpose: str | int) -> torch.Generator:
@@ -87,7 +54,7 @@ class Runtime:
 
 @contextmanager
 def own_threads() -> Iterator[None]:
-    """Inside, a runtime may set the number of threads; on exit it is what it was. Decorates functions too."""
+    """Restore the number of CPU threads on exit, so that a runtime may change it inside. Also a decorator."""
     before = torch.get_num_threads()
     try:
         yield

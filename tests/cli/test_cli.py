@@ -29,6 +29,8 @@ RECORD = {
     "model": {"name": "bundled:vit_fmnist"},
     "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate"]},
     "metrics": METRICS,
+    "size": {"float": 2_745_000, "quantized": 467_000},
+    "controls": [{"name": "gaussian_noise", "metrics": {**METRICS, "quantized": {"top1": 9.5}, "agreement": 100.0}}],
     "stages": {
         "images": {"seconds": 2.04, "reused": False, "key": "a"},
         "quantize": {"seconds": 0.1, "reused": True, "key": "b"},
@@ -122,6 +124,20 @@ def test_run_hands_its_options_to_the_pipeline_and_sums_up_on_standard_output(ca
     assert "top-1      91.25 % FP -> 88.50 % quantized (simulated), 2000 images\n" in result.stdout
     assert "seconds    images 2.0, quantize 0.1 (reused)\n" in result.stdout
     assert f"report     {tmp_path / 'report.html'}\n" in result.stdout
+    assert "size       2.75 MB in float32 -> 0.47 MB packed\n" in result.stdout
+    assert result.stdout.endswith(
+        "next       spdfq init quickstart > my.toml && spdfq run my.toml   (edit my.toml in between)\n"
+    )
+
+
+def test_controls_are_shown_beside_the_run(calls):
+    lines = spdfq("run", "quickstart").stdout.splitlines()
+    first = lines.index("controls   this run         88.50 %, agreement  94.00 %")
+    assert lines[first + 1] == "           gaussian_noise    9.50 %, agreement 100.00 %"
+
+
+def test_after_a_recipe_of_your_own_the_next_command_measures_its_images(calls, tmp_path, small):
+    assert f"next       spdfq measure {tmp_path}   (the quality of its images)" in spdfq("run", small).stdout
 
 
 def test_damaged_images_are_counted_and_named_beside_the_accuracy():
@@ -141,7 +157,7 @@ def test_run_leaves_unsaid_options_to_the_pipeline(calls):
     spdfq("run", "quickstart")
     options = calls[0][1]
     assert (options["seed"], options["out"], options["device"], options["fresh"]) == (None, None, None, False)
-    assert options["progress"].__name__ == "rich_progress"
+    assert type(options["progress"]).__name__ == "RichProgress"
 
 
 def test_json_is_alone_on_standard_output(calls, tmp_path):

@@ -91,7 +91,7 @@ def test_what_is_no_whole_source_or_back_end_merges(folder):
     found = load_recipe({"extends": ["quickstart", str(few), "bits/w3a3"]})
     assert found.synthesis.images == 8
     assert found.synthesis.losses == load_recipe("quickstart").synthesis.losses
-    assert (found.quantization.label, len(found.quantization.steps)) == ("W3A3", 2)
+    assert (found.quantization.label, len(found.quantization.steps)) == ("W3A3", 3)
 
 
 def test_a_merged_recipe_shares_nothing_with_its_parts():

@@ -151,8 +151,14 @@ def test_components_of_a_script_and_of_an_interpreter_have_a_digest(tmp_path, mo
 def test_components_are_found_at_any_depth():
     recipe = load_recipe("quickstart")
     found = {type(component).__name__ for component in components_in(recipe)}
-    assert {"OptimizedImages", "GaussianMixturePrior", "Adam", "UniformQuantizer", "PercentileMseObserver"} <= found
-    assert {"Blockwise", "FashionMnist", "Override", "ModelSpec"} <= found
+    assert {
+        "OptimizedImages",
+        "GaussianMixturePrior",
+        "SpectralAdam",
+        "UniformQuantizer",
+        "PercentileMseObserver",
+    } <= found
+    assert {"Ridge", "FashionMnist", "Override", "ModelSpec"} <= found
 
 
 def test_the_data_that_a_spec_reads_is_fingerprinted_wherever_it_is():

@@ -21,7 +21,10 @@ def test_a_second_run_reuses_every_stage_and_says_so(finished, recipe):
     keys = {name: stage["key"] for name, stage in finished.stages.items()}
     assert {name: stage["key"] for name, stage in result.stages.items()} == keys
     told = [line for line in said if "reused from the store" in line]
-    assert told == [f"{name}: reused from the store ({keys[name][:8]})" for name in STAGES]
+    assert told == [
+        f"stage {number} of 4, {name}: reused from the store ({keys[name][:8]})"
+        for number, name in enumerate(STAGES, 1)
+    ]
     assert f"full precision: top-1 {finished.metrics['fp']['top1']:.2f} %" in said
     assert torch.equal(images_of(result).images, images_of(finished).images)
     for name in ("quantized/model.safetensors", "sites.json", "losses.csv", "synthetic.png"):

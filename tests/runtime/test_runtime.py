@@ -1,14 +1,12 @@
 """Seed streams, devices, precision and the progress bar."""
 
-import io
-
 import pytest
 import torch
 from attrs import evolve
 
 from spdfq.errors import SpdfqError
 from spdfq.recipe import RuntimeSpec
-from spdfq.runtime import Runtime, generator, make_runtime, pick_device, pick_precision, rich_progress, silent
+from spdfq.runtime import Runtime, generator, make_runtime, pick_device, pick_precision
 
 
 def draw(*arguments):
@@ -87,20 +85,3 @@ def test_a_runtime_follows_its_section_and_the_device_given_beside_it(monkeypatc
         torch.set_num_threads(threads)
     with pytest.raises(SpdfqError, match="no cuda device"):
         make_runtime(evolve(spec, threads=None), seed=3)
-
-
-def test_the_silent_bar_takes_what_the_shown_one_takes():
-    with silent("x", 3) as advance:
-        assert advance() is None
-        assert advance(2, loss=1.0) is None
-
-
-def test_the_shown_bar_is_on_standard_error_with_its_live_values(monkeypatch, capsys):
-    shown = io.StringIO()
-    monkeypatch.setattr("sys.stderr", shown)
-    with rich_progress("synthesising", 3) as advance:
-        advance(2)
-        advance(loss=0.123456)
-    assert capsys.readouterr().out == ""
-    for part in ("synthesising", "3/3", "loss 0.1235"):
-        assert part in shown.getvalue()

@@ -18,8 +18,7 @@ from spdfq.losses import (
 from spdfq.losses.functional import teacher_student_discrepancy
 from spdfq.recipe import load_recipe
 from spdfq.recipe.structure import structure
-from spdfq.runs import pipeline
-from spdfq.runs.store import Store
+from spdfq.runs.stages import ImagesStage, Work
 from spdfq.runtime import Runtime
 from spdfq.synth import Adam, Constant, Flip, Jitter, OptimizedImages, StudentTraining, loop
 from spdfq.synth.loop import Group
@@ -308,13 +307,13 @@ def test_a_student_of_another_back_end_is_refused(tmp_path, monkeypatch):
         acting(None, -1).synthesize(own, RUNTIME, tmp_path, student=other)
 
 
-def test_images_depend_on_the_back_end_only_where_a_student_helps(tmp_path):
+def test_images_depend_on_the_back_end_only_where_a_student_helps():
     own = load_teacher("bundled:vit_fmnist")
 
     def key(images, bits):
         data = {"extends": ["models/vit_fmnist", images, "backends/blockwise"]}
         recipe = load_recipe(data, [f"quantization.weights.bits={bits}", CALIBRATE, NO_OVERRIDES])
-        return pipeline._Run(recipe, tmp_path, own, RUNTIME, Store(tmp_path), print)._images_key()
+        return ImagesStage().key(Work(recipe, own, RUNTIME, own.fingerprint()))
 
     assert key("images/psaq_vit", 4) == key("images/psaq_vit", 3)
     assert key("images/psaq_vit_v2", 4) != key("images/psaq_vit_v2", 3)

@@ -1,0 +1,87 @@
+"""What a run writes about itself: ``run.json``."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import asdict
+
+from spdfq.evaluation.published import compare
+from spdfq.quantized.checkpoint import TENSORS
+from spdfq.recipe import Recipe, digest
+from spdfq.recipe.structure import unstructure
+from spdfq.runs.provenance import device_name, git_commit, versions
+from spdfq.runs.stages import EvaluateStage, ImagesStage, QuantizeStage, Work
+from spdfq.runs.store import StageRecord
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def facts(
+    work: Work, folder: Path, started: str, stages: dict[str, StageRecord], warnings: list[str], controls: list[Work]
+) -> dict[str, Any]:
+    """The contents of ``run.json``.
+
+    Args:
+        work: finished.
+        folder: the run folder.
+        started: when the run started.
+        stages: how each stage came about, by name.
+        warnings: that were shown.
+        controls: finished, in the recipe's order.
+    """
+    recipe, teacher, runtime = work.recipe, work.teacher, work.runtime
+    images, metrics = work.results[ImagesStage.name], work.results[EvaluateStage.name]
+    return {
+        "name": folder.resolve().name,
+        "started": started,
+        "versions": versions(),
+        "device": runtime.device.type,
+        "device_name": device_name(runtime.device),
+        "precision": runtime.precision,
+        "threads": torch.get_num_threads(),
+        "git_commit": git_commit(),
+        "seed": recipe.seed,
+        "recipe_digest": digest(recipe.to_dict()),
+        "model": {
+            "name": teacher.name,
+            "fingerprint": work.fingerprint,
+            "parameters": teacher.parameters,
+            "input_size": list(teacher.input_size),
+            "num_classes": teacher.num_classes,
+            "mean": list(teacher.mean),
+            "std": list(teacher.std),
+        },
+        "size": {
+            "float": sum(tensor.numel() * tensor.element_size() for tensor in teacher.module.state_dict().values()),
+            "quantized": (work.results[QuantizeStage.name] / "quantized" / TENSORS).stat().st_size,
+        },
+        "images": {**_images(work), "damaged": list(images.damaged)},
+        "backend": _backend(recipe),
+        "metrics": metrics,
+        "controls": [
+            {"name": name, **_images(control), "metrics": control.results[EvaluateStage.name]}
+            for name, control in zip(recipe.controls, controls, strict=True)
+        ],
+        "published": compare(recipe, metrics),
+        "stages": {name: asdict(record) for name, record in stages.items()},
+        "warnings": warnings,
+    }
+
+
+def _images(work: Work) -> dict[str, Any]:
+    source = unstructure(work.recipe.synthesis, "source")["type"]
+    return {"type": source, "count": len(work.results[ImagesStage.name].images)}
+
+
+def _backend(recipe: Recipe) -> dict[str, Any]:
+    spec = unstructure(recipe.quantization)
+    return {
+        "label": recipe.quantization.label,
+        "placement": spec["placement"]["type"],
+        "steps": [step["type"] for step in spec["steps"]],
+    }

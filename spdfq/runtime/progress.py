@@ -1,0 +1,91 @@
+"""Progress of long work: nothing, or bars on standard error."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from attrs import define, field
+
+Advance = Callable[..., None]
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@contextmanager
+def silent(_: str, __: int) -> Iterator[Advance]:
+    """A progress bar that shows nothing."""
+    yield lambda steps=1, **values: None
+
+
+@define
+class RichProgress:
+    """Bars on standard error with the rate, the time left and live values.
+
+    ``progress(description, total)`` is a context manager. It gives ``advance(steps, name=value, ...)``, which moves
+    the bar and shows the values below it. A run calls `stage` at the start of each of its stages.
+    """
+
+    label: str = field(default="", init=False)
+    _expected: float | None = field(default=None, init=False)
+    _later: float | None = field(default=0.0, init=False)
+    _started: float = field(factory=time.monotonic, init=False)
+
+    def stage(self, number: int, count: int, name: str, expected: float | None, later: float | None) -> None:
+        """Say which stage of a run begins.
+
+        Args:
+            number: of the stage, from 1.
+            count: how many stages the run has.
+            name: of the stage.
+            expected: seconds that the stage will take; ``None`` if nothing is known.
+            later: seconds that all stages after it will take; ``None`` if one of them is not known.
+        """
+        self.label = f"stage {number} of {count}, {name}: "
+        self._expected, self._later, self._started = expected, later, time.monotonic()
+
+    def time_left(self, bar: float | None) -> str:
+        """The time left for the whole run, or for the bar alone outside a run.
+
+        Args:
+            bar: seconds left for the bar; ``None`` while its rate is not known.
+        """
+        rest = max(0.0, self._expected - (time.monotonic() - self._started)) if self._expected is not None else None
+        known = [seconds for seconds in (bar, rest) if seconds is not None]
+        if not known:
+            return ""
+        about = "at least " if self._later is None else ""
+        return f"{about}{clock(max(known) + (self._later or 0.0))} left"
+
+    @contextmanager
+    def __call__(self, description: str, total: int) -> Iterator[Advance]:
+        """Show one bar."""
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.text import Text
+
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=14),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[left]}"),
+        )
+        task = bar.add_task(f"{self.label}{description}", total=total, rate="", left="")
+        shown = Text("", style="dim")  # below the bar, where it wraps: no value is cut off
+        with Live(Group(bar, shown), console=Console(stderr=True), refresh_per_second=8):
+
+            def advance(steps: int = 1, **values: float) -> None:
+                state = bar.tasks[task]
+                speed = state.finished_speed or state.speed
+                rate = f"{speed:.1f}/s" if speed else ""
+                bar.update(task, advance=steps, rate=rate, left=self.time_left(state.time_remaining))
+                shown.plain = "   ".join(f"{name}={value:.4g}" for name, value in values.items())
+
+            yield advance
+
+
+def clock(seconds: float) -> str:
+    """A duration as ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
