@@ -9,13 +9,13 @@ from pathlib import Path
 
 import attrs
 import pytest
-from spdfq.teacher.zoo import BUNDLED
 from spdfq_cli.main import main
 
 from spdfq import registry
 from spdfq.bench.plan import read_plan
 from spdfq.data import FashionMnist
 from spdfq.recipe import load_recipe, shipped
+from spdfq.teacher.zoo import BUNDLED
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

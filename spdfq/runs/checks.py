@@ -5,7 +5,7 @@ from typing import Any
 
 from spdfq.backends.quantize import check_quantization
 from spdfq.errors import RecipeError
-from spdfq.evaluation import neighbours as features
+from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.recipe import Recipe
 from spdfq.runs.finished import run_record
 from spdfq.runs.provenance import data_fingerprints
@@ -33,7 +33,7 @@ def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
     for attempt in (
         lambda: recipe.synthesis.check(teacher),
         lambda: told.extend(check_quantization(teacher, recipe.quantization)),
-        lambda: features.check(recipe.evaluation, teacher),
+        lambda: evaluator_for(teacher).check(recipe.evaluation, teacher),
     ):
         try:
             attempt()

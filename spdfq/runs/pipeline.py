@@ -15,9 +15,8 @@ from torch import Tensor
 from spdfq.api import make_images
 from spdfq.backends import quantize
 from spdfq.backends.learning.student import student_section
-from spdfq.evaluation import accuracy as evaluate
-from spdfq.evaluation import neighbours as features
 from spdfq.evaluation.accuracy import accuracy, left_out
+from spdfq.evaluation.evaluator import Evaluator, evaluator_for
 from spdfq.evaluation.published import check_full_precision, compare
 from spdfq.quantized.checkpoint import load_checkpoint, save_quantized, verified
 from spdfq.recipe import Evaluation, Recipe, digest, load_recipe, to_toml
@@ -145,16 +144,13 @@ def evaluate_run(
     fingerprint = teacher.fingerprint()
     check_teacher(folder, run_record(folder), fingerprint)
     saved = (Path(folder) / "quantized" / "config.json").read_text(encoding="utf-8")
-    key = _key(fingerprint, saved, _evaluation_key(spec, _judge(teacher)), runtime.device.type)
+    evaluator = evaluator_for(teacher)
+    key = _key(fingerprint, saved, _evaluation_key(spec, evaluator), runtime.device.type)
     teacher.module.to(runtime.device)
-    features.check(spec, teacher)
-    judge = _judge(teacher)
+    evaluator.check(spec, teacher)
     with store_beside(Path(folder), ranks=ranks).unfinished("again", key) as state:
-        fp = judge.reference(teacher, spec, runtime, state / "fp")
-        metrics: dict[str, Any] = judge.measure(
-            model.to(runtime.device), teacher, spec, runtime, fp, state / "quantized"
-        )
-    return metrics
+        fp = evaluator.reference(teacher, spec, runtime, state / "fp")
+        return evaluator.measure(model.to(runtime.device), teacher, spec, runtime, fp, state / "quantized")
 
 
 def _unheard(_: str) -> None:
@@ -168,16 +164,11 @@ def _default_folder(source: Any, recipe: Recipe, changed: bool) -> Path:
     return Path("runs") / f"{name}{suffix}"
 
 
-def _judge(teacher: Teacher) -> Any:
-    """The module that measures: logits where there is a head, features where there is none."""
-    return features if teacher.headless else evaluate
-
-
-def _evaluation_key(spec: Evaluation, judge: Any) -> str:
+def _evaluation_key(spec: Evaluation, evaluator: Evaluator) -> str:
     read = {name: getattr(spec, name) for name in ("dataset", "bank")}
     # more workers decode faster, and change nothing
     spec = evolve(spec, **{name: evolve(one, workers=0) for name, one in read.items() if hasattr(one, "workers")})
-    return digest(unstructure(spec), data_fingerprints(spec), source_digest(spec, judge.__name__))
+    return digest(unstructure(spec), data_fingerprints(spec), source_digest(spec, type(evaluator).__module__))
 
 
 def _key(fingerprint: str, *parts: Any) -> str:
@@ -237,7 +228,7 @@ class _Run:
         self.announce(f"warning: {line}")
 
     def _teacher_key(self) -> str:
-        return self._key(_evaluation_key(self.recipe.evaluation, _judge(self.teacher)))
+        return self._key(_evaluation_key(self.recipe.evaluation, evaluator_for(self.teacher)))
 
     def _images_key(self) -> str:
         spec = self.recipe.synthesis
@@ -264,7 +255,8 @@ class _Run:
         return _key(self.fingerprint, *parts)
 
     def _make_reference(self, folder: Path) -> None:
-        found = _judge(self.teacher).reference(self.teacher, self.recipe.evaluation, self.runtime, folder / STATE)
+        evaluator, spec = evaluator_for(self.teacher), self.recipe.evaluation
+        found = evaluator.reference(self.teacher, spec, self.runtime, folder / STATE)
         if self.runtime.ranks.leads:
             found.save(folder / "reference.safetensors")
 
@@ -288,13 +280,13 @@ class _Run:
         return {key: value for key, value in self.recipe.to_dict().items() if key not in _NO_PART_IN_THE_MODEL}
 
     def _load_reference(self, folder: Path) -> Any:
-        return _judge(self.teacher).Reference.load(folder / "reference.safetensors")
+        return evaluator_for(self.teacher).load_reference(folder / "reference.safetensors")
 
     def _make_metrics(self, stored: Path, fp: Any) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
             model = load_checkpoint(stored / "quantized", self._blank())[0].to(self.runtime.device)
-            judge, spec = _judge(self.teacher), self.recipe.evaluation
-            metrics = judge.measure(model, self.teacher, spec, self.runtime, fp, folder / STATE)
+            evaluator, spec = evaluator_for(self.teacher), self.recipe.evaluation
+            metrics = evaluator.measure(model, self.teacher, spec, self.runtime, fp, folder / STATE)
             if self.runtime.ranks.leads:
                 write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
 

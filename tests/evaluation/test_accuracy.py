@@ -18,7 +18,7 @@ from support.data import GREY, RED, Means, shade, teacher, write
 from spdfq.data import FashionMnist, ImageFolder
 from spdfq.errors import DataError, NonFiniteError
 from spdfq.evaluation import predictions
-from spdfq.evaluation.accuracy import accuracy, agreement, left_out, measure, reference
+from spdfq.evaluation.accuracy import LogitsEvaluator, accuracy, agreement, left_out
 from spdfq.evaluation.predictions import Predictions
 from spdfq.recipe import Evaluation
 from spdfq.runtime import Runtime
@@ -26,6 +26,7 @@ from spdfq.runtime.ranks import Ranks
 
 TESTS = Path(__file__).parents[1]
 COUNT = 11
+EVALUATOR = LogitsEvaluator()
 
 
 @pytest.fixture
@@ -114,10 +115,10 @@ DAMAGED = {"a": {"0.png": GREY, "1.png": None, "2.png": GREY}, "b": {"0.png": RE
 def test_accuracy_is_that_of_the_images_that_can_be_read_and_the_others_are_named(folder):
     spec, owner = Evaluation(dataset=folder(DAMAGED), batch=2), teacher()
     steps = Steps()
-    fp = reference(owner, spec, Runtime(progress=steps))
+    fp = EVALUATOR.reference(owner, spec, Runtime(progress=steps))
     assert (fp.damaged, fp.labels.tolist()) == (("a/1.png", "b/2.png"), [0, 0, 1, 1])
     assert (steps.total, steps.moved) == (6, [2, 2, 2]), "the bar counts them as done"
-    metrics = measure(owner.module, owner, spec, Runtime(), fp)
+    metrics = EVALUATOR.measure(owner.module, owner, spec, Runtime(), fp)
     assert (metrics["images"], metrics["damaged"]) == (4, ["a/1.png", "b/2.png"])
     # every mean is negative, so the smaller factor wins: class 0 everywhere
     assert metrics["fp"] == metrics["quantized"] == {"top1": 50.0}
@@ -126,14 +127,14 @@ def test_accuracy_is_that_of_the_images_that_can_be_read_and_the_others_are_name
 
 def test_both_models_must_have_seen_the_same_images(folder, tmp_path):
     spec, owner = Evaluation(dataset=folder(DAMAGED)), teacher()
-    fp = reference(owner, spec, Runtime())
+    fp = EVALUATOR.reference(owner, spec, Runtime())
     good = (tmp_path / "images/a/0.png").read_bytes()
     (tmp_path / "images/a/1.png").write_bytes(good)
     (tmp_path / "images/a/0.png").write_bytes(good[:40])
     with pytest.raises(
-        DataError, match=r"^evaluation\.dataset: a/0\.png, a/1\.png could be read for one of the two models"
+        DataError, match=r"^evaluation\.dataset: a/0\.png, a/1\.png could be read for only one of the two models"
     ):
-        measure(owner.module, owner, spec, Runtime(), fp)
+        EVALUATOR.measure(owner.module, owner, spec, Runtime(), fp)
 
 
 def test_images_that_are_all_damaged_are_an_error(folder):

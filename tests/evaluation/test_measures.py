@@ -9,7 +9,6 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
-from spdfq.teacher.zoo import data_file
 from spdfq_cli.main import main
 from support.backends import images as colour_images
 from support.backends import teacher
@@ -36,6 +35,7 @@ from spdfq.runs.inspection import measure_runs
 from spdfq.runtime import Runtime
 from spdfq.synth import SyntheticImages
 from spdfq.teacher import Teacher
+from spdfq.teacher.zoo import data_file
 
 RUNTIME = Runtime()
 

@@ -12,10 +12,13 @@ from torch import nn
 
 from spdfq.data import FashionMnist, ImageFolder, LabelledImages
 from spdfq.errors import DataError, ModelError, RecipeError
-from spdfq.evaluation import neighbours as features
-from spdfq.evaluation.neighbours import NEIGHBOURS, nearest_neighbours, similarity
+from spdfq.evaluation import neighbours
+from spdfq.evaluation.evaluator import evaluator_for
+from spdfq.evaluation.neighbours import NEIGHBOURS, NeighboursEvaluator, nearest_neighbours, similarity
 from spdfq.recipe import Evaluation
 from spdfq.runtime import Runtime
+
+EVALUATOR = NeighboursEvaluator()
 
 # neighbours and similarity
 
@@ -35,7 +38,7 @@ def test_chunks_of_queries_vote_as_all_together(monkeypatch):
     queries, bank = torch.randn(7, 5, generator=generator), torch.randn(30, 5, generator=generator)
     labels = torch.arange(30) % 4
     whole = nearest_neighbours(queries, bank, labels, 4)
-    monkeypatch.setattr(features, "_CHUNK", 60)  # two queries at a time
+    monkeypatch.setattr(neighbours, "_CHUNK", 60)  # two queries at a time
     torch.testing.assert_close(nearest_neighbours(queries, bank, labels, 4), whole)
 
 
@@ -51,7 +54,7 @@ def test_similarity_is_the_mean_cosine():
 
 def test_a_reference_is_the_teachers_neighbours_among_the_banks_own_features():
     teacher = own()
-    found = features.reference(teacher, EVALUATION, Runtime())
+    found = EVALUATOR.reference(teacher, EVALUATION, Runtime())
     pixels, labels, _ = next(iter(TEST.batches(teacher, 40)))
     banked, known, _ = next(iter(TRAIN.batches(teacher, 60)))
     with torch.no_grad():
@@ -71,8 +74,8 @@ def test_a_reference_is_the_teachers_neighbours_among_the_banks_own_features():
 
 def test_measuring_the_teacher_itself_finds_no_difference():
     teacher = own()
-    fp = features.reference(teacher, EVALUATION, Runtime())
-    metrics = features.measure(teacher.module, teacher, EVALUATION, Runtime(), fp)
+    fp = EVALUATOR.reference(teacher, EVALUATION, Runtime())
+    metrics = EVALUATOR.measure(teacher.module, teacher, EVALUATION, Runtime(), fp)
     assert metrics["quantized"] == metrics["fp"]
     assert (metrics["agreement"], metrics["similarity"]) == (100.0, pytest.approx(1.0))
     assert (metrics["images"], metrics["bank"], metrics["measure"]) == (40, 60, "k-NN top-1")
@@ -87,22 +90,22 @@ def test_a_quantized_model_is_judged_by_a_bank_of_its_own_features():
             return -super().forward(images)
 
     teacher = own()
-    fp = features.reference(teacher, EVALUATION, Runtime())
-    metrics = features.measure(Turned(), teacher, EVALUATION, Runtime(), fp)
+    fp = EVALUATOR.reference(teacher, EVALUATION, Runtime())
+    metrics = EVALUATOR.measure(Turned(), teacher, EVALUATION, Runtime(), fp)
     assert metrics["similarity"] == pytest.approx(-1.0)
     assert (metrics["agreement"], metrics["quantized"]) == (100.0, metrics["fp"])
 
 
 def test_a_stored_reference_reads_back(tmp_path):
-    fp = features.reference(own(), EVALUATION, Runtime())
+    fp = EVALUATOR.reference(own(), EVALUATION, Runtime())
     fp.save(tmp_path / "reference.safetensors")
-    again = features.Reference.load(tmp_path / "reference.safetensors")
+    again = EVALUATOR.load_reference(tmp_path / "reference.safetensors")
     assert all(torch.equal(getattr(fp, name), getattr(again, name)) for name in ("features", "logits", "labels"))
 
 
 def test_features_that_are_no_vectors_are_refused():
-    with pytest.raises(ModelError, match=r"own: gives features \[40, 1, 28, 28\] instead of \[n, D\]"):
-        features.reference(own(nn.Identity()), EVALUATION, Runtime())
+    with pytest.raises(ModelError, match=r"own: returns features \[40, 1, 28, 28\] instead of \[n, D\]"):
+        EVALUATOR.reference(own(nn.Identity()), EVALUATION, Runtime())
 
 
 # banks
@@ -114,23 +117,23 @@ def test_features_that_are_no_vectors_are_refused():
         (
             Evaluation(dataset=TEST),
             own(),
-            "evaluation.bank: is required, as own has no head and is measured by nearest",
+            "evaluation.bank: is required, because own has no head and is measured by nearest",
         ),
-        (Evaluation(dataset=TEST, bank=TEST), own(), "evaluation.bank: is evaluation.dataset itself"),
+        (Evaluation(dataset=TEST, bank=TEST), own(), "evaluation.bank: is the same as evaluation.dataset"),
         (EVALUATION, own(classes=10), "evaluation.bank: is for models without a head, own has one; leave it out"),
     ],
 )
 def test_a_bank_is_for_models_without_a_head_and_they_need_one(spec, teacher, message):
     with pytest.raises(RecipeError, match=message):
-        features.check(spec, teacher)
+        evaluator_for(teacher).check(spec, teacher)
 
 
 def test_a_bank_with_too_few_images_or_other_classes_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds 19 images; 20 neighbours need as many"):
-        features.reference(own(), evolve(EVALUATION, bank=evolve(TRAIN, limit=19)), Runtime())
+    with pytest.raises(DataError, match="has 19 readable images; at least 20 are needed"):
+        EVALUATOR.reference(own(), evolve(EVALUATION, bank=evolve(TRAIN, limit=19)), Runtime())
     (tmp_path / "only").mkdir()
     with pytest.raises(DataError, match=r"evaluation.bank: has 1 classes, evaluation.dataset 10"):
-        features.reference(own(), evolve(EVALUATION, bank=ImageFolder(root=str(tmp_path))), Runtime())
+        EVALUATOR.reference(own(), evolve(EVALUATION, bank=ImageFolder(root=str(tmp_path))), Runtime())
 
 
 def test_a_bank_of_other_class_folders_is_refused_by_the_first_that_differs(tmp_path):
@@ -139,7 +142,7 @@ def test_a_bank_of_other_class_folders_is_refused_by_the_first_that_differs(tmp_
         Image.new("L", (28, 28)).save(tmp_path / name / "1.png")
     bank, val = (ImageFolder(root=str(tmp_path / name)) for name in ("bank", "val"))
     with pytest.raises(DataError, match=r"^evaluation.bank: class 0 is ant, in evaluation.dataset bee; labels are pos"):
-        features.reference(own(), evolve(EVALUATION, dataset=val, bank=bank), Runtime())
+        EVALUATOR.reference(own(), evolve(EVALUATION, dataset=val, bank=bank), Runtime())
 
 
 def test_images_that_are_in_the_bank_too_are_refused_whatever_the_two_are_called(tmp_path):
@@ -150,24 +153,24 @@ def test_images_that_are_in_the_bank_too_are_refused_whatever_the_two_are_called
         Image.new("L", (28, 28), index).save(folder / f"{index}.png")
     links.symlink_to(photos)
     spec = evolve(EVALUATION, dataset=ImageFolder(root=str(photos), limit=3), bank=ImageFolder(root=str(links)))
-    features.check(spec, own())
-    with pytest.raises(DataError, match=r"evaluation.bank: holds 3 images of evaluation.dataset, .*photos/class0/"):
-        features.reference(own(), spec, Runtime())
+    EVALUATOR.check(spec, own())
+    with pytest.raises(DataError, match=r"evaluation.bank: shares 3 images with evaluation.dataset, .*photos/class0/"):
+        EVALUATOR.reference(own(), spec, Runtime())
     farm = tmp_path / "farm"
     for path in photos.glob("*/*"):
         (farm / path.parent.name).mkdir(parents=True, exist_ok=True)
         (farm / path.parent.name / f"other{path.name}").symlink_to(path)
-    with pytest.raises(DataError, match=r"evaluation.bank: holds 3 images of evaluation.dataset, .*photos/class0/"):
-        features.reference(own(), evolve(spec, bank=ImageFolder(root=str(farm))), Runtime())
-    with pytest.raises(DataError, match=r"holds 7 images of evaluation.dataset, the first of them fmnist_test"):
-        features.reference(own(), evolve(EVALUATION, bank=evolve(TEST, limit=7)), Runtime())
+    with pytest.raises(DataError, match=r"evaluation.bank: shares 3 images with evaluation.dataset, .*photos/class0/"):
+        EVALUATOR.reference(own(), evolve(spec, bank=ImageFolder(root=str(farm))), Runtime())
+    with pytest.raises(DataError, match=r"shares 7 images with evaluation.dataset, the first of them fmnist_test"):
+        EVALUATOR.reference(own(), evolve(EVALUATION, bank=evolve(TEST, limit=7)), Runtime())
 
 
 def test_a_dataset_that_cannot_name_its_images_is_measured_all_the_same():
     class Nameless(FashionMnist):
         identities = LabelledImages.identities
 
-    found = features.reference(own(), evolve(EVALUATION, bank=Nameless(split="train", limit=60)), Runtime())
+    found = EVALUATOR.reference(own(), evolve(EVALUATION, bank=Nameless(split="train", limit=60)), Runtime())
     assert len(found.labels) == 40
 
 
@@ -175,7 +178,7 @@ def test_a_bank_of_bare_numbers_has_the_classes_of_the_dataset():
     class Bare(FashionMnist):
         classes = None
 
-    found = features.reference(own(), evolve(EVALUATION, bank=Bare(split="train", limit=60)), Runtime())
+    found = EVALUATOR.reference(own(), evolve(EVALUATION, bank=Bare(split="train", limit=60)), Runtime())
     assert found.logits.shape == (40, 10)
     with pytest.raises(DataError, match=r"evaluation.bank: has label 9, but the other one's classes are 0 to 4"):
-        features._refuse_beyond(5, torch.tensor([9]), torch.tensor([4]))
+        neighbours._check_labels(5, torch.tensor([9]), torch.tensor([4]))

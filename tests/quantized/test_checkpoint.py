@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from spdfq.teacher.zoo import data_file
 from support.backends import CALIBRATE, NO_OVERRIDES, RUNTIME, back_end, images, network, quantized, teacher, teacher_of
 from torch import nn
 
@@ -19,6 +18,7 @@ from spdfq.errors import DataError, ModelError, SpdfqError
 from spdfq.quantized.checkpoint import load_checkpoint, load_quantized, save_quantized
 from spdfq.recipe import ModelSpec, load_recipe
 from spdfq.teacher import load_teacher
+from spdfq.teacher.zoo import data_file
 
 MIXED = (
     "quantization.overrides=[{sites=['*.fc1.*'], bits=3}, {sites=['*.qkv.*', '*.query'], bits=5}, "

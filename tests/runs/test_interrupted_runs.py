@@ -13,8 +13,7 @@ import torch
 from support.runs import STAGES, again, images_of, reused
 
 from spdfq.errors import SpdfqError
-from spdfq.evaluation import accuracy as evaluate
-from spdfq.evaluation import predictions
+from spdfq.evaluation import accuracy, predictions
 from spdfq.runs.pipeline import evaluate_run, run
 from spdfq.runs.store import lock_folder
 from spdfq.synth import loop
@@ -59,7 +58,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(finished, recipe, t
 
 def interrupt_after(monkeypatch, batches):
     """Ctrl-C before an evaluation's next batch; gives the list of the batches that are computed, by their start."""
-    computed, predict = [], evaluate._batch_by_batch
+    computed, predict = [], accuracy._batch_by_batch
 
     def watched(*arguments):
         for start, found in predict(*arguments):
@@ -68,7 +67,7 @@ def interrupt_after(monkeypatch, batches):
             computed.append(start)
             yield start, found
 
-    monkeypatch.setattr(evaluate, "_batch_by_batch", watched)
+    monkeypatch.setattr(accuracy, "_batch_by_batch", watched)
     monkeypatch.setattr(predictions, "SAVE_SECONDS", 0.0)
     return computed
 

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from spdfq.teacher.zoo import BUNDLED, data_file
 
 import spdfq.teacher.architectures
 from spdfq.data import FashionMnist
@@ -16,6 +15,7 @@ from spdfq.evaluation.accuracy import accuracy, logits_over
 from spdfq.recipe import Evaluation, ModelSpec, load_recipe
 from spdfq.runtime import Runtime
 from spdfq.teacher import load_teacher
+from spdfq.teacher.zoo import BUNDLED, data_file
 
 TINY = ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", {"num_classes": 7, "img_size": 32})
 
