@@ -22,7 +22,7 @@ from spdfq.quantized.checkpoint import load_checkpoint, save_quantized, verified
 from spdfq.recipe import Evaluation, Recipe, digest, load_recipe, to_toml
 from spdfq.recipe.structure import unstructure
 from spdfq.report import write_pictures, write_report
-from spdfq.report.measures import MEASURES_FILE
+from spdfq.report.image_quality import MEASURES_FILE
 from spdfq.runs.checks import check_fit, checked_teacher, spare
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
 from spdfq.runs.provenance import data_fingerprints, device_name, git_commit, source_digest, versions

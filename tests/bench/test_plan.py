@@ -140,7 +140,10 @@ count = [1]
         ("schema = 2", "schema: "),
         ("base = [", "not valid TOML"),
         ("seed = 1\n[model]", "is a recipe or a part of one, not a bench file; name it under"),
-        ("[keys]\nquantization.weights.bits = [1979-05-27]", "keys.quantization.weights.bits: a date is not a recipe value"),
+        (
+            "[keys]\nquantization.weights.bits = [1979-05-27]",
+            "keys.quantization.weights.bits: a date is not a recipe value",
+        ),
         ("[base]\nseeds = []\n[keys]\nseeds.5.x = [1, 2]", "keys.seeds.5.x: '5' is not a position of this list"),
         ("[base]\nmodel = 3\n[keys]\nmodel.name = ['a']", "keys.model.name: 'model' is a value, it has no keys"),
     ],
