@@ -14,19 +14,13 @@ from spdfq.bench.table import markdown
 from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.recipe import Recipe, digest, load_recipe
 from spdfq.runs import pipeline
-from spdfq.runs.provenance import data_fingerprints, source_digest, versions
+from spdfq.runs.provenance import code_digests, data_fingerprints, versions
 from spdfq.runs.store import lock_folder, store_beside
 from spdfq.runtime import pick_device, pick_precision, silent
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
 
 Row = dict[str, Any]
-_CODE = (
-    "spdfq.backends.quantize",
-    "spdfq.quantized.checkpoint",
-    "spdfq.evaluation.accuracy",
-    "spdfq.evaluation.neighbours",
-)
 
 
 @frozen
@@ -151,8 +145,8 @@ def result_key(recipe: Recipe, device: str | None = None) -> str:
     data = {**recipe.to_dict(), "runtime": {"precision": precision}}
     data.pop("published", None)
     weights = recipe.model.checkpoint and sha256(_checkpoint(recipe.model.checkpoint).read_bytes()).hexdigest()
-    code, found = source_digest(recipe, *_CODE), versions()
-    return digest(data, data_fingerprints(recipe), weights, code, found["torch"], found["timm"])
+    found = versions()
+    return digest(data, data_fingerprints(recipe), weights, code_digests(recipe), found["torch"], found["timm"])
 
 
 def _checkpoint(name: str) -> Path:
