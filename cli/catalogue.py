@@ -80,9 +80,9 @@ def rows(kind: str, paper: bool) -> list[str]:
 def recipe(name: str) -> str:
     """A recipe with every default written out; a shared part with what it extends."""
     from spdfq.recipe import load_recipe, resolve, toml
-    from spdfq.recipe.files import whole
+    from spdfq.recipe.files import is_complete
 
-    part = not name.endswith(".toml") and not whole(name)
+    part = not name.endswith(".toml") and not is_complete(name)
     return toml.dumps(resolve(name) if part else load_recipe(name).to_dict())
 
 

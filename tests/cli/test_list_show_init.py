@@ -9,10 +9,10 @@ from support.commands import small_recipe, spdfq
 from spdfq.recipe import load_recipe, shipped
 from spdfq.recipe.commented import commented
 from spdfq.recipe.describe import arguments, body, describe
-from spdfq.recipe.files import whole
+from spdfq.recipe.files import is_complete
 from spdfq.registry import REGISTRIES
 
-COMPLETE = [name for name in shipped() if whole(name)]
+COMPLETE = [name for name in shipped() if is_complete(name)]
 
 
 def test_list_names_every_component_and_every_shipped_recipe():
@@ -71,10 +71,10 @@ def test_a_commented_recipe_says_what_every_key_means(small):
     )
     assert '[synthesis.target]\ntype = "one_hot"  # or none, soft_label\n' in text
     assert (
-        "# classes of the head, where they differ from the architecture's own; 0 for none. (whole number)\n"
-        "# num_classes =\n" in text
+        "# number of classes of the head, if it differs from the architecture's default; 0 removes the head.\n"
+        "# (whole number)\n# num_classes =\n" in text
     )
-    bits = "# bit-widths that a site may get. ([whole number, ...])\n# choices = [2, 3, 4, 5, 6, 8]\n"
+    bits = "# bit-widths that a site can have. ([whole number, ...])\n# choices = [2, 3, 4, 5, 6, 8]\n"
     assert "# [quantization.budget]\n" in text
     assert bits in text
 
