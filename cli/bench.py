@@ -19,7 +19,7 @@ _PIPED = 160
 def bench(ctx: click.Context, file: str, out: str | None, device: str | None, quiet: bool, as_json: bool) -> None:
     """Run all combinations of a bench file.
 
-    What is finished is kept: run the same command again to go on, or to try what failed once more.
+    Finished runs are kept: run the same command again to resume, or to retry runs that failed.
     """
     from spdfq.bench.run import run_bench
 
@@ -46,16 +46,16 @@ def _print_table(result: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from spdfq.bench.table import caption, headings, lines, measures
+    from spdfq.bench.table import caption, headings, number_columns, table_rows
 
     table = Table(box=SIMPLE, pad_edge=False, caption=caption(result.plan, result.rows), caption_justify="left")
     for column in headings(result.plan):
-        if column in measures(result.plan):
+        if column in number_columns(result.plan):
             table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
         else:
             table.add_column(column, overflow="fold")
-    for line in lines(result.plan, result.rows):
-        table.add_row(*line)
+    for cells in table_rows(result.plan, result.rows):
+        table.add_row(*cells)
     console = Console()
     if not console.is_terminal:
         console.width = _PIPED

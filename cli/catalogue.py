@@ -1,4 +1,4 @@
-"""Commands that say what there is: list, show, init."""
+"""Commands that show components and recipes: list, show, init."""
 
 import difflib
 import shutil
@@ -8,6 +8,9 @@ import click
 from spdfq_cli.options import note
 
 from spdfq.errors import SpdfqError
+
+_WIDEST = 120
+_INDENT = " " * 6
 
 
 @click.command("list")
@@ -51,7 +54,7 @@ def kinds() -> list[str]:
 
 
 def known(kind: str) -> str:
-    """The kind itself, or an error that names the nearest."""
+    """The kind itself; an unknown kind is an error that names the nearest one."""
     if kind in kinds():
         return kind
     near = difflib.get_close_matches(kind, kinds(), n=1)
@@ -60,7 +63,7 @@ def known(kind: str) -> str:
 
 
 def rows(kind: str, paper: bool) -> list[str]:
-    """One line for each name of a kind."""
+    """Each name of a kind with its summary, wrapped to the terminal's width with a hanging indent."""
     from spdfq.recipe import shipped
     from spdfq.recipe.describe import plain, recipe_summary
     from spdfq.registry import registry
@@ -72,37 +75,42 @@ def rows(kind: str, paper: bool) -> list[str]:
         entries = [registry(kind).entry(name) for name in registry(kind).names()]
         found = [(entry.name, plain(entry.summary), entry.paper) for entry in entries]
     width = max((len(name) for name, _, _ in found), default=0)
-    return [
-        f"  {name:<{width}}  {summary}" + (f" [{cited}]" if paper and cited else "") for name, summary, cited in found
-    ]
+    lines: list[str] = []
+    for name, summary, cited in found:
+        text = f"{summary} [{cited}]" if paper and cited else summary
+        lines += _wrapped(text, f"  {name:<{width}}  ", " " * (width + 4)) or [f"  {name}"]
+    return lines
 
 
 def recipe(name: str) -> str:
-    """A recipe with every default written out; a shared part with what it extends."""
+    """A recipe with every default written out, or a part merged with what it extends."""
     from spdfq.recipe import load_recipe, resolve, toml
-    from spdfq.recipe.files import whole
+    from spdfq.recipe.files import is_complete
 
-    part = not name.endswith(".toml") and not whole(name)
+    part = not name.endswith(".toml") and not is_complete(name)
     return toml.dumps(resolve(name) if part else load_recipe(name).to_dict())
 
 
 def component(kind: str, name: str) -> list[str]:
-    """All that is known of a component."""
+    """A component with its keys, documentation, paper and source."""
     from spdfq.recipe.describe import body, describe, plain
     from spdfq.registry import registry
 
     entry = registry(kind).entry(name)
-    lines = [f"{kind} {name}", f"  {plain(entry.summary)}", ""]
+    lines = [f"{kind} {name}", *_wrapped(plain(entry.summary), "  ", "  "), ""]
     for field in describe(entry.component):
-        lines += [f"  {field.name} = {field.default}    {field.type}", *_wrapped(field.doc), ""]
+        lines += [f"  {field.name} = {field.default}    {field.type}", *_wrapped(field.doc, _INDENT, _INDENT), ""]
     text = [*body(entry.component).splitlines(), ""] if body(entry.component) else []
     paper = [f"paper   {entry.paper}"] if entry.paper else []
     return [*lines, *text, *paper, f"source  {entry.module}:{entry.line}"]
 
 
-def _wrapped(text: str) -> list[str]:
-    width = min(shutil.get_terminal_size().columns, 100)
-    return textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
+def _wrapped(text: str, first: str, rest: str) -> list[str]:
+    """Text wrapped to the terminal's width, at least 30 characters a line, behind two indents of equal length."""
+    width = max(min(shutil.get_terminal_size().columns, _WIDEST), len(rest) + 30)
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _tell_broken_plugins() -> None:

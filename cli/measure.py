@@ -47,7 +47,7 @@ def _print_table(rows: list[dict[str, Any]], sheet: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from spdfq.report.measures import COLUMNS, shown
+    from spdfq.report.image_quality import COLUMNS, two_decimals
 
     real = ", ".join(dict.fromkeys(str(row["real_images"]) for row in rows if row["real_images"]))
     aligned = f"; alignment to the classes of {real} real images" if real else ""
@@ -58,7 +58,7 @@ def _print_table(rows: list[dict[str, Any]], sheet: Path | None) -> None:
     for heading in ("top-1", *(heading for heading, _, _ in COLUMNS)):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = [shown(row[key]) or "-" for _, key, _ in COLUMNS]
+        cells = [two_decimals(row[key]) or "-" for _, key, _ in COLUMNS]
         table.add_row(row["name"], row["source"], f"{row['quantized_top1']:.2f}", *cells)
     console = Console()
     if not console.is_terminal:

@@ -1,4 +1,4 @@
-"""Names for components: one registry per kind, filled by decorators and by installed plugins."""
+"""Names of components: one registry for each kind, filled by decorators and by installed plugins."""
 
 import difflib
 import inspect
@@ -19,7 +19,17 @@ ENTRY_POINTS = "spdfq.components"
 
 @frozen
 class Registration(Generic[T]):
-    """What is known of a component from its registration alone."""
+    """What is known about a component without importing anything else.
+
+    Args:
+        kind: of the registry.
+        name: in recipes.
+        component: the registered class.
+        paper: where it comes from, for example an arXiv id.
+        summary: the first paragraph of its docstring, on one line.
+        module: where it is registered.
+        line: of that module.
+    """
 
     kind: str
     name: str
@@ -34,8 +44,8 @@ class Registry(Generic[T]):
     """The components of one kind, by name.
 
     Args:
-        kind: singular name of the kind, as users read it, for example ``"loss"``.
-        package: the package whose import registers the built-in components of this kind.
+        kind: name of the kind in the singular, as users read it, for example ``"loss"``.
+        package: importing it registers the built-in components of this kind.
     """
 
     def __init__(self, kind: str, package: str) -> None:
@@ -44,9 +54,8 @@ class Registry(Generic[T]):
         self._entries: dict[str, Registration[T]] = {}
 
     def register(self, name: str, *, paper: str | None = None) -> Callable[[Component], Component]:
-        """Class decorator that gives a component its name; the class itself is returned unchanged."""
-
-        line = sys._getframe(1).f_lineno  # of the decorator; reading the class's source would cost far more
+        """Class decorator that registers a component under a name, and returns the class unchanged."""
+        line = sys._getframe(1).f_lineno  # of the decorator; much faster than reading the class's source
 
         def add(component: Component) -> Component:
             if name in self._entries:
@@ -54,14 +63,16 @@ class Registry(Generic[T]):
                 raise SpdfqError(
                     f"{self.kind} {name!r} is already registered by {owner.module}:{owner.line}; choose another name"
                 )
-            summary = (inspect.getdoc(component) or "").partition("\n")[0]
-            self._entries[name] = Registration(self.kind, name, component, paper, summary, component.__module__, line)
+            found: Registration[T] = Registration(
+                self.kind, name, component, paper, first_paragraph(component), component.__module__, line
+            )
+            self._entries[name] = found
             return component
 
         return add
 
     def get(self, name: str) -> type[T]:
-        """The class registered under a name.
+        """The class that is registered under a name.
 
         Raises:
             SpdfqError: the name is unknown; the message lists the known names and the nearest one.
@@ -69,7 +80,7 @@ class Registry(Generic[T]):
         return self.entry(name).component
 
     def entry(self, name: str) -> Registration[T]:
-        """The registration of a name; raises like `get`."""
+        """The registration of a name; errors as in `get`."""
         self._load()
         if name not in self._entries:
             raise SpdfqError(self._unknown(name))
@@ -81,7 +92,11 @@ class Registry(Generic[T]):
         return sorted(self._entries)
 
     def name_of(self, component: type) -> str:
-        """The name a class is registered under."""
+        """The name that a class is registered under.
+
+        Raises:
+            SpdfqError: the class is not registered.
+        """
         self._load()
         for name, entry in self._entries.items():
             if entry.component is component:
@@ -99,64 +114,63 @@ class Registry(Generic[T]):
         return f"unknown {self.kind} {name!r}{hint} (known: {', '.join(sorted(self._entries))}){failed}"
 
 
+def first_paragraph(component: type) -> str:
+    """The first paragraph of a class's docstring, on one line."""
+    return " ".join((inspect.getdoc(component) or "").partition("\n\n")[0].split())
+
+
 plugin_failures: dict[str, str] = {}
 _plugins_loaded = False
 
 
 def load_plugins() -> None:
-    """Import what installed packages announce under the entry-point group ``spdfq.components``, once.
+    """Import the plugins, once: modules that installed packages list under the entry point ``spdfq.components``.
 
-    A plugin that fails to import is kept in `plugin_failures` and named when a look-up fails.
+    The error of a plugin that fails to import is kept in `plugin_failures`, and shown when a name is not found.
     """
     global _plugins_loaded
     if _plugins_loaded:
         return
-    _plugins_loaded = True  # at once: a plugin may look names up while it is imported
+    _plugins_loaded = True  # before the loop, because a plugin may look up names while it is imported
     for built_in in REGISTRIES.values():
-        import_module(built_in.package)  # before the plugins: a duplicate name is then the plugin's mistake
+        import_module(built_in.package)  # before the plugins, so that a duplicate name is reported for the plugin
     for plugin in entry_points(group=ENTRY_POINTS):
         try:
             plugin.load()
-        except Exception as error:  # a broken plugin must not take the library down with it
+        except Exception as error:  # a broken plugin must not break the library
             plugin_failures[plugin.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-losses: Registry = Registry("loss", "spdfq.losses")
-priors: Registry = Registry("prior", "spdfq.losses")
-sources: Registry = Registry("source", "spdfq.synth")
-samplers: Registry = Registry("sampler", "spdfq.synth")
-targets: Registry = Registry("target", "spdfq.synth")
-augmentations: Registry = Registry("augmentation", "spdfq.synth")
-optimizers: Registry = Registry("optimizer", "spdfq.synth")
-schedules: Registry = Registry("schedule", "spdfq.synth")
-quantizers: Registry = Registry("quantizer", "spdfq.quantizers")
-observers: Registry = Registry("observer", "spdfq.quantizers")
-placements: Registry = Registry("placement", "spdfq.quantized")
-steps: Registry = Registry("step", "spdfq.backends")
-datasets: Registry = Registry("dataset", "spdfq.data")
+REGISTRIES: dict[str, Registry] = {}
+"""Every registry by its kind."""
 
-REGISTRIES: dict[str, Registry] = {
-    registry.kind: registry
-    for registry in (
-        losses,
-        priors,
-        sources,
-        samplers,
-        targets,
-        augmentations,
-        optimizers,
-        schedules,
-        quantizers,
-        observers,
-        placements,
-        steps,
-        datasets,
-    )
-}
+
+def _of_kind(kind: str, package: str) -> Registry:
+    REGISTRIES[kind] = Registry(kind, package)
+    return REGISTRIES[kind]
+
+
+losses = _of_kind("loss", "spdfq.losses")
+priors = _of_kind("prior", "spdfq.losses")
+sources = _of_kind("source", "spdfq.synth")
+samplers = _of_kind("sampler", "spdfq.synth")
+targets = _of_kind("target", "spdfq.synth")
+augmentations = _of_kind("augmentation", "spdfq.synth")
+optimizers = _of_kind("optimizer", "spdfq.synth")
+schedules = _of_kind("schedule", "spdfq.synth")
+quantizers = _of_kind("quantizer", "spdfq.quantizers")
+observers = _of_kind("observer", "spdfq.quantizers")
+placements = _of_kind("placement", "spdfq.quantized")
+steps = _of_kind("step", "spdfq.backends")
+datasets = _of_kind("dataset", "spdfq.data")
 
 
 def registry(kind: str) -> Registry:
-    """The registry of a kind; an unknown kind raises with the list of kinds."""
+    """The registry of a kind.
+
+    Raises:
+        SpdfqError: the kind is unknown; the message lists the known kinds and the nearest one.
+    """
     if kind not in REGISTRIES:
         near = difflib.get_close_matches(kind, REGISTRIES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

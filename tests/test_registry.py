@@ -32,10 +32,14 @@ def things():
     return Registry("thing", "spdfq.losses")
 
 
+SUMMARY = "First sentence, which goes on in a second line."
+
+
 def add(things, name):
     @things.register(name, paper="arXiv:0000.00000")
     class Component:
-        """First line.
+        """First sentence, which goes on
+        in a second line.
 
         The rest.
         """
@@ -91,7 +95,7 @@ def test_a_registered_class_is_returned_unchanged_and_found_by_name(things):
 
 def test_a_registration_says_where_the_component_comes_from(things):
     entry = things.entry("first") if add(things, "first") else None
-    assert (entry.kind, entry.name, entry.paper, entry.summary) == ("thing", "first", "arXiv:0000.00000", "First line.")
+    assert (entry.kind, entry.name, entry.paper, entry.summary) == ("thing", "first", "arXiv:0000.00000", SUMMARY)
     assert entry.module == __name__
     source = Path(__file__).read_text(encoding="utf-8").splitlines()
     assert source[entry.line - 1].strip() == '@things.register(name, paper="arXiv:0000.00000")'
@@ -136,7 +140,7 @@ def test_an_unknown_kind_suggests_the_nearest():
 def test_a_plugin_registers_by_being_loaded_once(plugins):
     plugin = Plugin("good", lambda: add(losses, "from_a_plugin"))
     plugins(plugin)
-    assert losses.entry("from_a_plugin").summary == "First line."
+    assert losses.entry("from_a_plugin").summary == SUMMARY
     assert "from_a_plugin" in losses.names()
     assert plugin.loads == 1
 

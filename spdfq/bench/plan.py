@@ -1,4 +1,4 @@
-"""Bench files: axes over parents and over keys, and the recipes of their combinations."""
+"""Bench files: axes over recipes and over keys, and the recipe of each combination."""
 
 import copy
 import itertools
@@ -12,7 +12,7 @@ from attrs import field, frozen, validators
 
 from spdfq.errors import RecipeError
 from spdfq.recipe import assign_all, digest, locate, merge, merge_parents, toml
-from spdfq.recipe.files import lay_over, parsed
+from spdfq.recipe.files import merge_part, parsed
 from spdfq.recipe.structure import structure
 
 SCHEMA = 1
@@ -21,12 +21,12 @@ _SLUG = 100
 
 @frozen(kw_only=True)
 class Gap:
-    """Two values of an axis; every other row's share of the way from one to the other is shown.
+    """Two values of an axis, a worst and a best case; other values close a share of the gap.
 
     Args:
         axis: name of the axis, as in ``parents`` or ``keys``.
-        floor: the value that closes nothing of the gap (noise), as the table shows it.
-        ceiling: the value that closes all of it (real images), as the table shows it.
+        floor: the value that closes 0 % of the gap (noise), as the table shows it.
+        ceiling: the value that closes 100 % (real images), as the table shows it.
     """
 
     axis: str
@@ -36,15 +36,15 @@ class Gap:
 
 @frozen(kw_only=True)
 class BenchFile:
-    """What stands in a bench file.
+    """The contents of a bench file.
 
     Args:
         schema: version of the format.
-        seeds: every combination runs once with each.
-        base: recipe data of every cell; may hold ``extends``.
-        parents: axes; each value is a shipped recipe, part or file, or an array of such, merged over the base.
-        keys: axes over dotted recipe keys, assigned after the parents.
-        gap: what the share of the gap that a row closes is measured between.
+        seeds: every combination runs once with each seed.
+        base: recipe data of every run; may contain ``extends``.
+        parents: axes; each value is a shipped recipe, a part or a file, or an array of these, merged into the base.
+        keys: axes over dotted recipe keys, assigned after the parents are merged.
+        gap: the two values between which the closed share of a gap is measured.
     """
 
     schema: int = field(default=SCHEMA, validator=validators.in_((SCHEMA,)))
@@ -60,12 +60,12 @@ class Choice:
     """One value of an axis.
 
     Args:
-        shown: how tables show it.
-        data: recipe data merged over the base, for an axis over parents.
-        value: what is assigned, for an axis over a key.
+        label: the value as tables show it.
+        data: recipe data to merge into the base, for an axis over parents.
+        value: the value to assign, for an axis over a key.
     """
 
-    shown: Any
+    label: Any
     data: dict[str, Any] | None = None
     value: Any = None
 
@@ -75,7 +75,7 @@ class Axis:
     """One axis of a bench.
 
     Args:
-        name: of the axis, or the dotted key it is over.
+        name: of the axis; for an axis over a key, the dotted key.
         column: its heading in tables.
         choices: its values.
     """
@@ -90,9 +90,9 @@ class Combination:
     """One value of every axis.
 
     Args:
-        values: what is shown of each axis's value, by the name of the axis.
+        values: the label of each axis's value, by the name of the axis.
         data: the merged recipe data.
-        slug: readable and unique in the bench.
+        slug: a readable name, unique in the bench.
     """
 
     values: dict[str, Any]
@@ -102,14 +102,14 @@ class Combination:
 
 @frozen
 class Plan:
-    """What a bench file asks for.
+    """A bench file that has been read and checked.
 
     Args:
-        name: of the file.
-        axes: in the order of the file, parents first.
+        name: of the file, without its suffix.
+        axes: axes over parents, then over keys, in the order of the file.
         seeds: of every combination.
-        combinations: all of them.
-        gap: what shares of a gap are measured between, where the file says so.
+        combinations: the product of the axes.
+        gap: as in `BenchFile`.
     """
 
     name: str
@@ -132,144 +132,158 @@ def read_plan(source: str) -> Plan:
     problems: list[str] = []
     data = parsed(path)
     if data.keys() & {"extends", "model", "synthesis", "quantization", "evaluation"}:
-        raise RecipeError(
-            [f"{path}: is a recipe or a part of one, not a bench file; name it under [parents] of a bench file"]
-        )
-    spec = structure(BenchFile, data, "", problems)
+        raise RecipeError([f"{path}: is a recipe or part of a recipe; name it under [parents] of a bench file"])
+    file = structure(BenchFile, data, "", problems)
+    _refuse(problems)
+    base = _base(file, path.parent, problems)
+    axes = _axes(file, path.parent, problems)
+    _refuse(problems)
+    _check_gap(file.gap, axes, problems)
+    _refuse(problems)
+    combinations = _combinations(file, axes, base, problems)
+    _refuse(problems)
+    return Plan(path.stem, axes, file.seeds, combinations, file.gap)
+
+
+def _refuse(problems: list[str]) -> None:
+    """Raise if there are problems, each once: an axis with many values may repeat one."""
     if problems:
-        raise RecipeError(problems)
-    return _Reader(spec, path.parent).plan(path.stem)
+        raise RecipeError(list(dict.fromkeys(problems)))
 
 
-class _Reader:
-    """A structured bench file on its way to a plan; collects problems."""
+def _base(file: BenchFile, beside: Path, problems: list[str]) -> dict[str, Any]:
+    """The recipe data of ``[base]``, merged with what it extends."""
+    base: dict[str, Any] = {}
+    try:
+        base = merge_parents(copy.deepcopy(file.base), beside)
+    except RecipeError as error:
+        problems += [f"base: {problem}" for problem in error.problems]
+    if "seed" in file.base:
+        problems.append("base.seed: give seeds = [...] at the top instead")
+    return base
 
-    def __init__(self, spec: BenchFile, beside: Path) -> None:
-        self.spec, self.beside = spec, beside
-        self.problems: list[str] = []
 
-    def plan(self, name: str) -> Plan:
-        base = self._base()
-        if "seed" in self.spec.base:
-            self.problems.append("base.seed: give seeds = [...] at the top instead")
-        self._check_values("seeds", self.spec.seeds)
-        keys = dict(_flat(self.spec.keys))
-        axes = (*map(self._parents_axis, self.spec.parents.items()), *(self._key_axis(key, keys) for key in keys))
-        self.problems += [
-            f"keys.{axis}: is the name of an axis in [parents] too" for axis in keys if axis in self.spec.parents
-        ]
-        if not self.problems:
-            self._check_gap(axes)
-        combinations = () if self.problems else self._combinations(axes, base)
-        if self.problems:
-            raise RecipeError(list(dict.fromkeys(self.problems)))  # an axis of many values repeats them
-        return Plan(name, axes, self.spec.seeds, combinations, self.spec.gap)
+def _axes(file: BenchFile, beside: Path, problems: list[str]) -> tuple[Axis, ...]:
+    """The axes over parents, then those over keys, in the order of the file."""
+    _distinct("seeds", file.seeds, problems)
+    keys = dict(_flat(file.keys))
+    over_parents = [_parents_axis(name, values, beside, problems) for name, values in file.parents.items()]
+    over_keys = [_key_axis(key, keys, problems) for key in keys]
+    problems += [f"keys.{key}: is the name of an axis in [parents] too" for key in keys if key in file.parents]
+    return (*over_parents, *over_keys)
 
-    def _base(self) -> dict[str, Any]:
+
+def _parents_axis(name: str, values: Any, beside: Path, problems: list[str]) -> Axis:
+    path = f"parents.{name}"
+    lists = [[value] if isinstance(value, str) else value for value in _distinct(path, values, problems)]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+        problems.append(f"{path}: expected names of recipes, or arrays of names, got {toml.value(values)}")
+        return Axis(name, name, ())
+    choices = []
+    for label, names in zip(_labels(lists), lists, strict=True):
         try:
-            return merge_parents(copy.deepcopy(self.spec.base), self.beside)
+            choices.append(Choice(label, merge_parents({"extends": names}, beside)))
         except RecipeError as error:
-            self.problems += [f"base: {problem}" for problem in error.problems]
-            return {}
+            problems += [f"{path}: {problem}" for problem in error.problems]
+    return Axis(name, name, tuple(choices))
 
-    def _parents_axis(self, item: tuple[str, Any]) -> Axis:
-        name, values = item
-        path = f"parents.{name}"
-        lists = [[value] if isinstance(value, str) else value for value in self._check_values(path, values)]
-        if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
-            self.problems.append(f"{path}: expected names of recipes, or arrays of names, got {toml.value(values)}")
-            return Axis(name, name, ())
-        choices = zip(_labels(lists), lists, strict=True)
-        return Axis(name, name, tuple(Choice(shown, self._merged(path, names)) for shown, names in choices))
 
-    def _merged(self, path: str, names: list[str]) -> dict[str, Any]:
-        try:
-            return merge_parents({"extends": names}, self.beside)
-        except RecipeError as error:
-            self.problems += [f"{path}: {problem}" for problem in error.problems]
-            return {}
+def _key_axis(key: str, keys: dict[str, Any], problems: list[str]) -> Axis:
+    if key == "seed":
+        problems.append("keys.seed: give seeds = [...] at the top instead")
+    values = _distinct(f"keys.{key}", keys[key], problems)
+    return Axis(key, _column(key, list(keys)), tuple(Choice(_label(value), value=value) for value in values))
 
-    def _key_axis(self, key: str, keys: dict[str, Any]) -> Axis:
-        if key == "seed":
-            self.problems.append("keys.seed: give seeds = [...] at the top instead")
-        values = self._check_values(f"keys.{key}", keys[key])
-        return Axis(key, _column(key, list(keys)), tuple(Choice(_shown(value), value=value) for value in values))
 
-    def _check_gap(self, axes: tuple[Axis, ...]) -> None:
-        gap = self.spec.gap
-        if gap is None:
-            return
-        shown = {axis.name: [choice.shown for choice in axis.choices] for axis in axes}
-        if gap.axis not in shown:
-            self.problems.append(
-                f"gap.axis: there is no axis {gap.axis!r} in this file, but {', '.join(shown) or 'none'}"
-            )
-            return
-        values = shown[gap.axis]
-        self.problems += [
-            f"gap.{end}: {value!r} is none of the values of {gap.axis}: {', '.join(map(str, values))}"
-            for end, value in (("floor", gap.floor), ("ceiling", gap.ceiling))
-            if value not in values
-        ]
-        if gap.floor == gap.ceiling:
-            self.problems.append("gap: floor and ceiling are the same value; give two")
+def _distinct(path: str, values: Any, problems: list[str]) -> list[Any]:
+    """The values of an array; a problem if there are none or two are equal."""
+    try:
+        shown = toml.value(values)
+    except TypeError as error:  # a date, which no key has
+        problems.append(f"{path}: {error}")
+        return []
+    if not isinstance(values, (list, tuple)):
+        problems.append(f"{path}: expected an array of values, got {shown}")
+        return []
+    if not values:
+        problems.append(f"{path}: is empty; give at least one value")
+    repeated = [text for text, count in Counter(map(toml.value, values)).items() if count > 1]
+    problems += [f"{path}: contains {text} more than once" for text in repeated]
+    return list(values)
 
-    def _check_values(self, path: str, values: Any) -> list[Any]:
-        """The values, or none where they are not an array of distinct ones."""
-        try:
-            shown = toml.value(values)
-        except TypeError as error:  # a date, which no key takes
-            self.problems.append(f"{path}: {error}")
-            return []
-        if not isinstance(values, (list, tuple)):
-            self.problems.append(f"{path}: expected an array of values, got {shown}")
-            return []
-        if not values:
-            self.problems.append(f"{path}: is empty; give at least one value")
-        twice = [text for text, count in Counter(map(toml.value, values)).items() if count > 1]
-        self.problems += [f"{path}: holds {text} more than once" for text in twice]
-        return list(values)
 
-    def _combinations(self, axes: tuple[Axis, ...], base: dict[str, Any]) -> tuple[Combination, ...]:
-        chosen = list(itertools.product(*(axis.choices for axis in axes)))
-        slugs = [_slug(axes, choices) for choices in chosen]
-        counts = Counter(slugs)
-        return tuple(
-            Combination(
-                {axis.name: choice.shown for axis, choice in zip(axes, choices, strict=True)},
-                self._applied(axes, choices, base),
-                slug if counts[slug] == 1 else f"{slug}-{digest([choice.shown for choice in choices])[:6]}",
-            )
-            for choices, slug in zip(chosen, slugs, strict=True)
+def _check_gap(gap: Gap | None, axes: tuple[Axis, ...], problems: list[str]) -> None:
+    if gap is None:
+        return
+    labels = {axis.name: [choice.label for choice in axis.choices] for axis in axes}
+    if gap.axis not in labels:
+        problems.append(f"gap.axis: this file has no axis {gap.axis!r} (axes: {', '.join(labels) or 'none'})")
+        return
+    values = labels[gap.axis]
+    problems += [
+        f"gap.{end}: {value!r} is not a value of {gap.axis} (values: {', '.join(map(str, values))})"
+        for end, value in (("floor", gap.floor), ("ceiling", gap.ceiling))
+        if value not in values
+    ]
+    if gap.floor == gap.ceiling:
+        problems.append("gap: floor and ceiling are the same value; give two different ones")
+
+
+def _combinations(
+    file: BenchFile, axes: tuple[Axis, ...], base: dict[str, Any], problems: list[str]
+) -> tuple[Combination, ...]:
+    """One combination for each element of the product of the axes."""
+    chosen = list(itertools.product(*(axis.choices for axis in axes)))
+    slugs = [_slug(axes, choices) for choices in chosen]
+    counts = Counter(slugs)
+    return tuple(
+        Combination(
+            {axis.name: choice.label for axis, choice in zip(axes, choices, strict=True)},
+            _recipe_data(file, axes, choices, base, problems),
+            slug if counts[slug] == 1 else f"{slug}-{digest([choice.label for choice in choices])[:6]}",
         )
-
-    def _laid_over(self, data: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-        """A part over the base: what the file itself says stays, where the part says nothing else of it."""
-        laid = lay_over(data, part)
-        for section, own in self.spec.base.items():
-            if section in part and _type(data.get(section)) == _type(part[section]):
-                laid[section] = merge(own, laid[section])
-        return laid
-
-    def _applied(self, axes: tuple[Axis, ...], choices: tuple[Choice, ...], base: dict[str, Any]) -> dict[str, Any]:
-        data = base
-        for choice in choices:
-            if choice.data is not None:
-                data = self._laid_over(data, choice.data)
-        data = copy.deepcopy(data)  # the parents' tables are shared by all combinations
-        keyed = [(axis.name, choice.value) for axis, choice in zip(axes, choices, strict=True) if choice.data is None]
-        problems = assign_all(data, (f"{key}={toml.value(value)}" for key, value in keyed))
-        self.problems += [f"keys.{problem.removeprefix('--set ')}" for problem in problems]
-        return data
+        for choices, slug in zip(chosen, slugs, strict=True)
+    )
 
 
-def _type(content: Any) -> Any:
-    """The type that a section states, if any."""
-    return content.get("type") if isinstance(content, dict) else content
+def _recipe_data(
+    file: BenchFile, axes: tuple[Axis, ...], choices: tuple[Choice, ...], base: dict[str, Any], problems: list[str]
+) -> dict[str, Any]:
+    """The base, merged with the chosen parents, and then with the chosen values of keys assigned."""
+    data = base
+    for choice in choices:
+        if choice.data is not None:
+            data = _with_part(data, choice.data, file.base)
+    data = copy.deepcopy(data)  # all combinations share the tables of the parents
+    assignments = [
+        f"{axis.name}={toml.value(choice.value)}"
+        for axis, choice in zip(axes, choices, strict=True)
+        if choice.data is None
+    ]
+    problems += [f"keys.{problem.removeprefix('--set ')}" for problem in assign_all(data, assignments)]
+    return data
+
+
+def _with_part(data: dict[str, Any], part: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Merge a part into recipe data, but keep what ``[base]`` itself sets and the part does not.
+
+    A part that defines a section replaces it (see `merge_part`), including the keys that the bench file sets under
+    ``[base]``. These are set again here, unless the section has another type now.
+    """
+    merged = merge_part(data, part)
+    for section, settings in own.items():
+        if section in part and _type(data.get(section)) == _type(part[section]):
+            merged[section] = merge(settings, merged[section])
+    return merged
+
+
+def _type(section: Any) -> Any:
+    """The type of a section; ``None`` if it does not give one."""
+    return section.get("type") if isinstance(section, dict) else section
 
 
 def _flat(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values, whether the file quotes the dotted key or writes it as tables."""
+    """Dotted keys and their values; a file may write a key quoted or as nested tables."""
     for name, item in table.items():
         dotted = f"{path}.{name}" if path else name
         if isinstance(item, dict):
@@ -279,17 +293,17 @@ def _flat(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _labels(lists: list[list[str]]) -> list[str]:
-    """The names without their folders, where that leaves them distinct."""
+    """The names of the recipes, without their folders if they stay distinct."""
     short = [" + ".join(Path(name).stem for name in names) or "base" for names in lists]
     return short if len(set(short)) == len(short) else [" + ".join(names) or "base" for names in lists]
 
 
-def _shown(value: Any) -> Any:
+def _label(value: Any) -> Any:
     return value if isinstance(value, (str, int, float)) else toml.value(value)
 
 
 def _column(key: str, keys: list[str]) -> str:
-    """The last parts of a dotted key that tell it from the others: two at least, and no position in a list first."""
+    """The shortest end of a dotted key that no other key has: at least two parts, not starting with a list position."""
     parts = key.split(".")
     for count in range(2, len(parts)):
         tail = ".".join(parts[-count:])
@@ -300,7 +314,7 @@ def _column(key: str, keys: list[str]) -> str:
 
 def _slug(axes: tuple[Axis, ...], choices: tuple[Choice, ...]) -> str:
     parts = [
-        str(choice.shown) if choice.data is not None else f"{axis.column}={choice.shown}"
+        str(choice.label) if choice.data is not None else f"{axis.column}={choice.label}"
         for axis, choice in zip(axes, choices, strict=True)
     ]
     return re.sub(r"[^A-Za-z0-9._=-]+", "_", "-".join(parts))[:_SLUG] or "base"

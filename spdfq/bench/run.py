@@ -1,4 +1,4 @@
-"""Benches: every cell of a plan run as a recipe; what is finished is kept, what fails does not stop the rest."""
+"""Running a bench: every cell of a plan is a run. Finished cells are kept; a failing cell does not stop the others."""
 
 import json
 import traceback
@@ -7,26 +7,20 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from spdfq.bench.plan import Combination, Plan, read_plan
 from spdfq.bench.table import markdown
 from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.recipe import Recipe, digest, load_recipe
 from spdfq.runs import pipeline
-from spdfq.runs.provenance import data_fingerprints, source_digest, versions
+from spdfq.runs.provenance import code_digests, data_fingerprints, versions
 from spdfq.runs.store import lock_folder, store_beside
 from spdfq.runtime import pick_device, pick_precision, silent
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
 
 Row = dict[str, Any]
-_CODE = (
-    "spdfq.backends.quantize",
-    "spdfq.quantized.checkpoint",
-    "spdfq.evaluation.accuracy",
-    "spdfq.evaluation.neighbours",
-)
 
 
 @frozen
@@ -34,11 +28,11 @@ class Cell:
     """One run of a bench.
 
     Args:
-        combination: of the axes' values.
+        combination: one value of every axis.
         seed: of the run.
-        recipe: with that seed.
+        recipe: with this seed.
         folder: of the run.
-        key: hash of all that decides the result; see `result_key`.
+        key: hash of everything that the result depends on; see `result_key`.
     """
 
     combination: Combination
@@ -50,14 +44,14 @@ class Cell:
 
 @frozen
 class BenchResult:
-    """What a bench gave.
+    """The result of a bench.
 
     Args:
-        folder: holds ``results.jsonl``, ``table.md`` and the cells' run folders.
-        plan: what the file asked for.
+        folder: contains ``results.jsonl``, ``table.md`` and the cells' run folders.
+        plan: of the bench file.
         rows: one for each cell, as in ``results.jsonl``.
-        reused: how many cells were finished before.
-        failed: how many cells failed.
+        reused: number of cells that were finished before.
+        failed: number of cells that failed.
     """
 
     folder: Path
@@ -75,27 +69,29 @@ def run_bench(
     progress: Any = silent,
     announce: Callable[[str], None] = lambda line: None,
 ) -> BenchResult:
-    """Run what is missing of a bench, and write its table.
+    """Run the cells of a bench that are not finished, and write its table.
 
     Args:
-        source: a bench file, or a shipped name.
+        source: path of a bench file.
         out: folder of the bench; by default ``runs/`` and the file's name.
-        device: instead of the recipes' own.
+        device: replaces the recipes' ``runtime.device``.
         progress: see `spdfq.runtime`.
-        announce: called with the counts, with warnings, and with one line for each cell.
+        announce: called with one line of text for the number of cells, each warning and each cell.
 
     Raises:
-        RecipeError: the file or any cell's recipe has mistakes; all of them, before anything runs.
-        SpdfqError: several processes were started, or another one is writing this bench.
-        DataError: a model's checkpoint is not there, or an earlier call's results.jsonl is damaged.
+        RecipeError: the file or any cell's recipe has mistakes; all are reported before anything runs.
+        SpdfqError: several processes were started, or another process is writing this bench.
+        DataError: a model's checkpoint is missing, or the results.jsonl of an earlier call is damaged.
     """
     if join().count > 1:
-        raise SpdfqError("a bench runs its cells one by one in one process; start it without torchrun")
+        raise SpdfqError("a bench runs in one process; start it without torchrun")
     plan = read_plan(source)
-    for warning in check(plan):
+    for warning in check_plan(plan):
         announce(f"warning: {warning}")
     folder = out or Path("runs") / plan.name
     cells = [_cell(combination, seed, folder, device) for combination in plan.combinations for seed in plan.seeds]
+    if any("controls" in combination.data for combination in plan.combinations):
+        announce("warning: controls are not run in a bench; name their images under [parents] to get rows of their own")
     lock = lock_folder(folder)
     try:
         kept = _finished(cells, folder)
@@ -114,11 +110,11 @@ def run_bench(
     return BenchResult(folder, plan, found, len(kept), sum(row["error"] is not None for row in found))
 
 
-def check(plan: Plan) -> list[str]:
+def check_plan(plan: Plan) -> list[str]:
     """Check every combination's recipe, and return the warnings.
 
     Raises:
-        RecipeError: with every problem once, and where it comes up.
+        RecipeError: with every problem once, and the cells that have it.
     """
     problems: dict[str, list[str]] = {}
     warnings: dict[str, None] = {}
@@ -140,19 +136,21 @@ def _places(slugs: list[str], plan: Plan) -> str:
 
 
 def _cell(combination: Combination, seed: int, folder: Path, device: str | None) -> Cell:
-    recipe = load_recipe(combination.data, seed=seed)
+    recipe = evolve(load_recipe(combination.data, seed=seed), controls={})
     return Cell(combination, seed, recipe, folder / "cells" / f"{combination.slug}-s{seed}", result_key(recipe, device))
 
 
 def result_key(recipe: Recipe, device: str | None = None) -> str:
-    """A hash of all that decides a result: recipe, data, local weights, code and versions, but where it runs only
-    as far as that decides the precision."""
+    """A hash of everything that a result depends on: recipe, data, local weights, code, versions and precision.
+
+    The device counts only as far as it decides the precision.
+    """
     precision = pick_precision(recipe.runtime.precision, pick_device(device or recipe.runtime.device))
     data = {**recipe.to_dict(), "runtime": {"precision": precision}}
     data.pop("published", None)
     weights = recipe.model.checkpoint and sha256(_checkpoint(recipe.model.checkpoint).read_bytes()).hexdigest()
-    code, found = source_digest(recipe, *_CODE), versions()
-    return digest(data, data_fingerprints(recipe), weights, code, found["torch"], found["timm"])
+    found = versions()
+    return digest(data, data_fingerprints(recipe), weights, code_digests(recipe), found["torch"], found["timm"])
 
 
 def _checkpoint(name: str) -> Path:
@@ -162,13 +160,13 @@ def _checkpoint(name: str) -> Path:
 
 
 def _finished(cells: list[Cell], folder: Path) -> dict[str, Row]:
-    """Rows of an earlier call that are still what their cells would give, by the name of the cell's folder."""
+    """Rows of an earlier call that are still valid, by the name of the cell's folder."""
     path = folder / "results.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
         rows = {row["key"]: row for row in map(json.loads, lines) if row["error"] is None}
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: damaged; remove it, and run the bench again: finished stages are kept") from None
+        raise DataError(f"{path}: damaged; remove it and run the bench again (finished stages are kept)") from None
     return {
         cell.folder.name: rows[cell.key] | _identity(cell, folder)
         for cell in cells
@@ -201,7 +199,7 @@ def _run(cell: Cell, folder: Path, device: str | None, progress: Any) -> Row:
 
 
 def _measured(folder: Path) -> Row:
-    """What a row keeps of a run."""
+    """The part of a run's record that goes into a row."""
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return {
         "metrics": record["metrics"],
@@ -221,7 +219,7 @@ def _outcome(row: Row) -> str:
 
 
 def _stages(rows: list[Row]) -> str:
-    """How much of the work the cells of this call shared."""
+    """A line on how many stages the cells of this call reused."""
     reused = [stage["reused"] for row in rows if row["error"] is None for stage in row["stages"].values()]
     return f"{len(reused)} stages in the cells that ran: {sum(reused)} reused, {len(reused) - sum(reused)} run"
 

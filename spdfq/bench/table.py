@@ -1,4 +1,4 @@
-"""The table of a bench: one line for each combination, mean and spread over the seeds."""
+"""The table of a bench: one row for each combination, with mean and standard deviation over the seeds."""
 
 import statistics
 from collections.abc import Iterable
@@ -10,35 +10,40 @@ from spdfq.evaluation.accuracy import left_out
 Row = dict[str, Any]
 
 
-def measures(plan: Plan) -> list[str]:
-    """Names of the columns that hold numbers."""
+def number_columns(plan: Plan) -> list[str]:
+    """Headings of the columns that contain numbers."""
     return ["FP top-1", "quantized top-1", "agreement", *(["gap closed"] if plan.gap else []), "seconds"]
 
 
 def headings(plan: Plan) -> list[str]:
-    """Names of the columns."""
-    return [*(axis.column for axis in plan.axes), *measures(plan)]
+    """Headings of all columns."""
+    return [*(axis.column for axis in plan.axes), *number_columns(plan)]
 
 
-def lines(plan: Plan, rows: list[Row]) -> list[list[str]]:
-    """The cells of the table, one list for each combination."""
-    table = []
+def table_rows(plan: Plan, rows: list[Row]) -> list[list[str]]:
+    """The text of the table's cells, one list for each combination.
+
+    Args:
+        plan: of the bench.
+        rows: of ``results.jsonl``.
+    """
+    found = []
     for combination in plan.combinations:
-        cells = _measures(_of(rows, combination.values))
+        numbers = _numbers(_of(rows, combination.values))
         if plan.gap:
-            cells.insert(-1, _closed(plan.gap, rows, combination.values))
-        table.append([*map(str, combination.values.values()), *cells])
-    return table
+            numbers.insert(-1, _closed(plan.gap, rows, combination.values))
+        found.append([*map(str, combination.values.values()), *numbers])
+    return found
 
 
 def caption(plan: Plan, rows: list[Row]) -> str:
-    """What the numbers are of, and what they are not."""
+    """A paragraph that says what the numbers are and how they were measured."""
     done = [row for row in rows if row["error"] is None]
     if not done:
         return "No cell has finished."
     measure = _distinct(row["metrics"].get("measure", "Top-1") for row in done)
     damaged = dict.fromkeys(name for row in done for name in row["metrics"].get("damaged", ()))
-    gap = f"Gap closed: share of the way from {plan.gap.floor} to {plan.gap.ceiling}. " if plan.gap else ""
+    gap = f"Gap closed: 0 % is the top-1 of {plan.gap.floor}, 100 % that of {plan.gap.ceiling}. " if plan.gap else ""
     unread = f" In the evaluation {left_out(tuple(damaged))}." if damaged else ""
     return (
         f"{measure} and agreement with the float model in percent on "
@@ -46,20 +51,23 @@ def caption(plan: Plan, rows: list[Row]) -> str:
         "images; quantization is simulated in floating point; mean ± sample standard deviation over seeds (number of "
         f"seeds). Model {_distinct(row['model'] for row in done)}, "
         f"placement {_distinct(row['backend']['placement'] for row in done)}, "
-        f"device {_distinct(_device(row) for row in done)}. {gap}Seconds of a run: a stage shared with an earlier run "
-        f"costs only its loading.{unread}"
+        f"device {_distinct(_device(row) for row in done)}. {gap}Seconds per run; a stage reused from an earlier "
+        f"run counts only with the time to load it.{unread}"
     )
 
 
 def markdown(plan: Plan, rows: list[Row]) -> str:
     """The table and its caption in Markdown."""
-    body = [headings(plan), ["---"] * len(plan.axes) + ["---:"] * len(measures(plan)), *lines(plan, rows)]
+    rules = ["---"] * len(plan.axes) + ["---:"] * len(number_columns(plan))
     failed = [f"- {row['folder']}: {row['error']}" for row in rows if row["error"] is not None]
-    table = ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in body]
-    return "\n".join([caption(plan, rows), "", *table, *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
+    lines = [
+        "| " + " | ".join(map(_escaped, cells)) + " |" for cells in (headings(plan), rules, *table_rows(plan, rows))
+    ]
+    return "\n".join([caption(plan, rows), "", *lines, *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
 
 
-def _measures(rows: list[Row]) -> list[str]:
+def _numbers(rows: list[Row]) -> list[str]:
+    """The cells of the number columns, without the gap, for the rows of one combination."""
     done = [row for row in rows if row["error"] is None]
     if not done:
         return ["", "failed" if rows else "not run yet", "", ""]
@@ -77,7 +85,7 @@ def _of(rows: list[Row], values: Row) -> list[Row]:
 
 
 def _closed(gap: Gap, rows: list[Row], values: Row) -> str:
-    """The share of the gap that a combination closes, over the seeds finished of it and of both ends."""
+    """The share of the gap that a combination closes, over the seeds that it and both ends have finished."""
     if values[gap.axis] in (gap.floor, gap.ceiling):
         return ""
     triple = [{**values, gap.axis: gap.floor}, values, {**values, gap.axis: gap.ceiling}]

@@ -1,4 +1,7 @@
-"""A recipe written out in full with what every key means: the file a newcomer starts from."""
+"""A recipe with every value written out and a comment on every key: the file that ``spdfq init`` prints.
+
+It is written line by line: tomlkit has no place for a comment between two entries of an array of tables.
+"""
 
 import textwrap
 from typing import Any
@@ -12,37 +15,37 @@ from spdfq.registry import registry
 
 _WIDTH = 100
 _USAGE = (
-    "Keys that are commented out are optional. `spdfq check FILE` finds mistakes, `spdfq list` names what there is to "
-    "choose from, `spdfq show KIND NAME` explains it."
+    "Keys that are commented out are optional. `spdfq check FILE` finds mistakes, `spdfq list` lists all components, "
+    "`spdfq show KIND NAME` explains one."
 )
 
 
 def commented(recipe: Recipe, title: str = "") -> str:
-    """TOML that reads back to the same recipe, every value written out and what it means above it.
+    """TOML that reads back as the same recipe, with a comment above every key.
 
     Args:
-        recipe: what is written.
-        title: a line about it.
+        recipe: the recipe.
+        title: a sentence for the first comment.
     """
     return "\n".join([*_comment(title), *_comment(_USAGE), "", *_keys(recipe, ())]) + "\n"
 
 
 def _keys(value: Any, path: tuple[str, ...], kind: str | None = None) -> list[str]:
-    """The plain keys of a section, then the sections inside it: TOML wants this order."""
+    """The plain keys of a section, then the sections inside it, because TOML requires this order."""
     plain, inner = _type_line(value, path, kind), []
     for field, doc in zip(keys(type(value)), describe(type(value)), strict=True):
         item = getattr(value, field.name)
         if _is_section(item):
             inner += _sections(item, doc, (*path, doc.name), field.metadata.get("kind"))
         elif item is None and (table := table_of(type(value), field.name)):
-            inner += _left_out(table, doc, (*path, doc.name))
+            inner += _commented_out(table, doc, (*path, doc.name))
         else:
             plain += [*_comment(f"{doc.doc} ({doc.type})"), _assignment(doc.name, item)]
     return plain + inner
 
 
 def _type_line(value: Any, path: tuple[str, ...], kind: str | None) -> list[str]:
-    """The ``type`` of a component, unless the name of its table says it already."""
+    """The ``type`` of a component, unless the name of its table gives it already."""
     name = registry(kind).name_of(type(value)) if kind else None
     if kind is None or path[-1] == name:
         return []
@@ -72,8 +75,8 @@ def _sections(item: Any, doc: FieldDoc, path: tuple[str, ...], kind: str | None)
     return lines
 
 
-def _left_out(table: type, doc: FieldDoc, path: tuple[str, ...]) -> list[str]:
-    """A section that is not there, every key of it commented out."""
+def _commented_out(table: type, doc: FieldDoc, path: tuple[str, ...]) -> list[str]:
+    """An optional section that the recipe does not have, with every key commented out."""
     lines = ["", *_comment(f"{doc.name}: {doc.doc}"), f"# [{toml.key(*path)}]"]
     for inner in describe(table):
         given = "" if inner.default in ("required", "none") else f" {inner.default}"

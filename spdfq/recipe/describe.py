@@ -1,6 +1,7 @@
-"""What components and recipes are made of, in recipe terms: for the command line and the generated docs."""
+"""Descriptions of components and recipes, in recipe terms, for the command line and the generated docs."""
 
 import inspect
+import itertools
 import re
 import textwrap
 import types
@@ -11,10 +12,11 @@ import attrs
 
 from spdfq.recipe import locate, toml
 from spdfq.recipe.structure import unstructure
-from spdfq.registry import registry
+from spdfq.registry import first_paragraph, registry
 
 _NOUNS = {bool: "true or false", int: "whole number", float: "number", str: "string", dict: "table"}
 _ARGUMENT = re.compile(r"(\w+): (.*)")
+_SENTENCE = re.compile(r".*?\.(?=\s|$)|.*")
 
 
 @attrs.frozen
@@ -23,9 +25,9 @@ class FieldDoc:
 
     Args:
         name: the key.
-        type: what it takes, in recipe terms.
+        type: the type of its value, in recipe terms.
         default: its default as TOML, ``required`` or ``none``.
-        doc: what it means.
+        doc: its meaning, from the docstring.
     """
 
     name: str
@@ -35,7 +37,7 @@ class FieldDoc:
 
 
 def describe(cls: type) -> list[FieldDoc]:
-    """The keys a component or section takes, in order."""
+    """The keys of a component or section, in order."""
     hints, docs = typing.get_type_hints(cls), _documented(cls)
     return [
         FieldDoc(field.name, _type(field, hints[field.name]), _default(field), docs.get(field.name, ""))
@@ -44,27 +46,28 @@ def describe(cls: type) -> list[FieldDoc]:
 
 
 def table_of(cls: type, name: str) -> type | None:
-    """The class of a key that takes a table which is no component; None of any other key."""
+    """The class of a key whose value is a table but not a component; ``None`` for any other key."""
     hint = typing.get_type_hints(cls)[name]
     return next((choice for choice in (typing.get_args(hint) or (hint,)) if attrs.has(choice)), None)
 
 
 def summary(cls: type) -> str:
-    """The first line of a class's docstring."""
-    return plain((inspect.getdoc(cls) or "").partition("\n")[0])
+    """The first paragraph of a class's docstring, on one line."""
+    return plain(first_paragraph(cls))
 
 
 def body(cls: type) -> str:
-    """A class's docstring without its first line and its ``Args:``, and a quantizer's word on integer runtimes."""
-    before, _, after = inspect.cleandoc(cls.__doc__ or "").partition("\n")[2].partition("Args:\n")
+    """A class's docstring without its first paragraph and its ``Args:``, and a quantizer's line on integer runtimes."""
+    before, _, after = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[2].partition("Args:\n")
     integers = f"Integer runtime: {cls.integers}." if hasattr(cls, "integers") else ""
     return plain("\n\n".join(part.strip() for part in (before, after.partition("\n\n")[2], integers) if part.strip()))
 
 
 def recipe_summary(name: str) -> str:
-    """The first line of a shipped recipe, where that is a comment."""
-    first = locate(name).read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    """The first sentence of the comment that a shipped recipe starts with."""
+    lines = locate(name).read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line[1:].strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return _SENTENCE.findall(comment)[0]
 
 
 def plain(text: str) -> str:
@@ -73,7 +76,7 @@ def plain(text: str) -> str:
 
 
 def arguments(doc: str) -> dict[str, str]:
-    """The ``Args:`` section of a docstring, one line for each name."""
+    """The ``Args:`` section of a docstring, as one line for each name."""
     found: dict[str, str] = {}
     section = textwrap.dedent(inspect.cleandoc(doc).partition("Args:\n")[2].partition("\n\n")[0])
     for line in section.splitlines():
@@ -88,12 +91,12 @@ def arguments(doc: str) -> dict[str, str]:
 
 
 def keys(cls: type) -> list[attrs.Attribute]:
-    """The attrs fields that a recipe can give."""
+    """The attrs fields that a recipe can set."""
     return [field for field in attrs.fields(cls) if field.init]
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """What is said of each argument, by the class itself or the nearest parent that says it."""
+    """The documentation of each argument, from the class or the nearest parent class that has it."""
     docs: dict[str, str] = {}
     for parent in reversed(cls.__mro__):
         docs |= arguments(parent.__doc__ or "") if attrs.has(parent) else {}

@@ -1,4 +1,4 @@
-"""Recipe files as plain data: found, read, merged with the parts they extend, and overridden."""
+"""Recipe files as plain data: finding, reading, merging and overriding."""
 
 import copy
 import difflib
@@ -10,12 +10,21 @@ from typing import Any
 
 from spdfq.errors import RecipeError
 
-# what a part says that holds the whole of a section
-_WHOLE = {"synthesis": "type", "quantization": "steps"}
+# a part that gives this key defines its section completely
+_DEFINED_BY = {"synthesis": "type", "quantization": "steps"}
 
 
 def resolve(source: str | Path | dict[str, Any], overrides: Iterable[str] = (), seed: int | None = None) -> dict:
-    """The merged plain data of a recipe, before it is checked."""
+    """The merged plain data of a recipe, before it is checked.
+
+    Args:
+        source: the name of a shipped recipe, the path of a ``.toml`` file, or plain data.
+        overrides: ``dotted.key=value`` pairs, the value as TOML.
+        seed: replaces the recipe's own seed.
+
+    Raises:
+        RecipeError: a file is missing or not valid TOML, or an override cannot be applied.
+    """
     data = merge_parents(dict(source), Path()) if isinstance(source, dict) else read(str(source))
     if problems := assign_all(data, overrides):
         raise RecipeError(problems)
@@ -30,13 +39,13 @@ def shipped() -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
 
 
-def whole(name: str) -> bool:
-    """Whether a shipped recipe can be run as it is; others are parts to be extended."""
+def is_complete(name: str) -> bool:
+    """Whether a shipped recipe can be run; the others are parts that recipes extend."""
     return {"model", "synthesis", "quantization", "evaluation"} <= read(name).keys()
 
 
 def locate(name: str, beside: Path = Path()) -> Path:
-    """The file of a recipe: a path where the name ends in ``.toml``, a shipped recipe otherwise."""
+    """The file of a recipe: a path if the name ends in ``.toml``, otherwise a shipped recipe."""
     if name.endswith(".toml"):
         path = beside / name
         if not path.is_file():
@@ -45,16 +54,18 @@ def locate(name: str, beside: Path = Path()) -> Path:
     if name not in shipped():
         near = difflib.get_close_matches(name, shipped(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        top = ", ".join(known for known in shipped() if whole(known))
-        raise RecipeError([f"{name}: no shipped recipe of that name{hint} (shipped: {top}; a file ends in .toml)"])
+        top = ", ".join(known for known in shipped() if is_complete(known))
+        raise RecipeError(
+            [f"{name}: no shipped recipe of that name{hint} (shipped: {top}; the name of a file ends in .toml)"]
+        )
     return Path(str(files("spdfq.recipes"))) / f"{name}.toml"
 
 
 def read(name: str, beside: Path = Path(), chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The merged plain data of a recipe file and all it extends."""
+    """The merged plain data of a recipe file and of everything it extends."""
     path = locate(name, beside)
     if path.resolve() in chain:
-        raise RecipeError([f"{name}: extends itself by way of {' -> '.join(p.stem for p in chain)}"])
+        raise RecipeError([f"{name}: extends itself through {' -> '.join(p.stem for p in chain)}"])
     return merge_parents(parsed(path), path.parent, (*chain, path.resolve()), f"{path}: ")
 
 
@@ -62,40 +73,61 @@ def parsed(path: Path) -> dict[str, Any]:
     """The plain data of a TOML file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # of TOML, of UTF-8, or a number of too many digits
+    except ValueError as error:  # invalid TOML or UTF-8, or a number with too many digits
         raise RecipeError([f"{path}: not valid TOML: {error}"]) from None
     except RecursionError:
         raise RecipeError([f"{path}: not valid TOML: brackets nested too deeply"]) from None
 
 
 def merge_parents(data: dict[str, Any], beside: Path, chain: tuple[Path, ...] = (), where: str = "") -> dict[str, Any]:
-    """Merge the parents named under ``extends`` from left to right, then the data itself."""
+    """Merge the parents named under ``extends`` from left to right, then the data itself.
+
+    Args:
+        data: of a recipe; ``extends`` is removed from it.
+        beside: the folder that paths of parents are relative to.
+        chain: the files that extend one another to get here, to find a file that extends itself.
+        where: the start of an error message.
+
+    Raises:
+        RecipeError: a parent is missing or is not valid TOML.
+    """
     parents = data.pop("extends", [])
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
         raise RecipeError([f"{where}extends: expected an array of recipe names, got {parents!r}"])
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = lay_over(merged, read(parent, beside, chain))
+        merged = merge_part(merged, read(parent, beside, chain))
     return merge(merged, data)
 
 
-def lay_over(data: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """Merge a part over others; its whole source of images or back-end replaces one that is there, lest they mix."""
-    both = [section for section in _WHOLE if _is_whole(data, section) and _is_whole(part, section)]
-    return merge({section: content for section, content in data.items() if section not in both}, part)
+def merge_part(data: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """Merge a part of a recipe into the parts before it.
+
+    A section is replaced instead of merged if both define it completely, so that two image sources or two back-ends
+    never mix.
+    """
+    replaced = [section for section in _DEFINED_BY if _defines(data, section) and _defines(part, section)]
+    return merge({section: content for section, content in data.items() if section not in replaced}, part)
 
 
-def _is_whole(data: dict[str, Any], section: str) -> bool:
-    """Whether a section is a component's name, or says what only a whole one does."""
+def _defines(data: dict[str, Any], section: str) -> bool:
+    """Whether data defines a section completely: by a component's name alone, or with the section's defining key."""
     content = data.get(section)
-    return isinstance(content, str) or (isinstance(content, dict) and _WHOLE[section] in content)
+    return isinstance(content, str) or (isinstance(content, dict) and _DEFINED_BY[section] in content)
 
 
 def merge(parent: Any, child: Any, path: tuple[str, ...] = ()) -> Any:
-    """Tables merge key by key; a table of another ``type``, a list or a value replaces its parent's.
+    """Merge tables key by key; a list, a value or a table of another ``type`` replaces what the parent has.
 
-    A bare name counts as ``{ type = name }``, and a loss without a type has that of its key, the last of ``path``. The
-    result shares nothing with either.
+    A string in place of a table is short for ``{ type = string }``.
+
+    Args:
+        parent: plain data.
+        child: plain data, whose values take precedence.
+        path: keys that lead to both.
+
+    Returns:
+        A copy that shares no table or list with either.
     """
     if isinstance(child, dict) and isinstance(parent, str):
         parent = {"type": parent}
@@ -103,21 +135,27 @@ def merge(parent: Any, child: Any, path: tuple[str, ...] = ()) -> Any:
         child = {"type": child}
     if not (isinstance(parent, dict) and isinstance(child, dict)):
         return copy.deepcopy(child)
-    if "type" in child and child["type"] != parent.get("type", _implied(path, child["type"])):
+    if "type" in child and _changes_type(parent, child["type"], path):
         return copy.deepcopy(child)
     merged = copy.deepcopy({**parent, **child})
     return merged | {key: merge(parent[key], child[key], (*path, key)) for key in parent.keys() & child.keys()}
 
 
-def _implied(path: Sequence[str], otherwise: str) -> str:
-    """The type of a table that does not say it."""
-    return path[-1] if list(path[-2:-1]) == ["losses"] else otherwise
+def _changes_type(table: dict[str, Any], new: Any, path: Sequence[str]) -> bool:
+    """Whether a new ``type`` differs from that of a table, so that the table's options no longer apply.
+
+    The type of a loss or a control without ``type`` is its key, the last one of the path. Other tables without ``type``
+    keep their options, because their type is not known here.
+    """
+    is_named = path[-2:-1] and path[-2] in ("losses", "controls")
+    return bool(table.get("type", path[-1] if is_named else new) != new)
 
 
 def assign_all(data: dict[str, Any], assignments: Iterable[str]) -> list[str]:
-    """Carry out assignments on the merged data, and return what is wrong with them.
+    """Apply ``dotted.key=value`` assignments to the data, and return the problems found.
 
-    Whole tables and types come before what is in them, whatever the order: a type would discard what was set.
+    Tables and types are assigned before the keys inside them, whatever their order, because a new type discards the
+    options of the old one.
     """
     problems: list[str] = []
     for assignment in sorted(assignments, key=_depth):
@@ -134,9 +172,12 @@ def _depth(assignment: str) -> int:
 
 
 def assign(data: dict[str, Any], assignment: str) -> None:
-    """Carry out ``dotted.key=value`` on the merged data; whether the key exists is checked with the whole recipe.
+    """Apply one ``dotted.key=value`` assignment. Whether the key exists is checked later, with the complete recipe.
 
-    Another ``type`` discards the options of the one before, as it does in `merge`.
+    A new ``type`` discards the options of the old one, as in `merge`.
+
+    Raises:
+        RecipeError: the assignment is not of this form, or leads into a value that has no keys.
     """
     key, separator, text = (part.strip() for part in assignment.partition("="))
     if not separator or not key:
@@ -149,7 +190,7 @@ def assign(data: dict[str, Any], assignment: str) -> None:
     if isinstance(table, list):
         table[_index(table, last, key)] = value
         return
-    if last == "type" and table.get("type", _implied(parents, value)) != value:
+    if last == "type" and _changes_type(table, value, parents):
         table.clear()
     table[last] = value
 
@@ -169,10 +210,10 @@ def _toml_value(key: str, text: str) -> Any:
 def _descend(table: Any, part: str, key: str) -> Any:
     slot: Any = _index(table, part, key) if isinstance(table, list) else part
     inner = table[slot] if isinstance(table, list) else table.setdefault(slot, {})
-    if isinstance(inner, str):  # the shorthand for a component without options
+    if isinstance(inner, str):  # short for a component without options
         inner = table[slot] = {"type": inner}
     if not isinstance(inner, (dict, list)):
-        raise RecipeError([f"--set {key}: {part!r} is a value, it has no keys"])
+        raise RecipeError([f"--set {key}: {part!r} is a value and has no keys"])
     return inner
 
 

@@ -1,4 +1,4 @@
-"""Recipes: which component does what, checked strictly before anything runs."""
+"""The sections of a recipe, and the checks of their values."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from attrs import field, frozen, validators
 
 from spdfq.errors import RecipeError
-from spdfq.recipe.files import resolve, shipped, whole
+from spdfq.recipe.files import is_complete, resolve, shipped
 from spdfq.recipe.structure import component, component_list, components, structure, unstructure
 
 SCHEMA = 1
@@ -32,10 +32,10 @@ class ModelSpec:
 
     Args:
         name: timm model name with its tag, or ``bundled:`` and the name of a bundled model.
-        pretrained: take the weights timm knows from the hub (ignored for bundled models and local checkpoints).
-        checkpoint: local safetensors weights instead of the hub's.
-        num_classes: classes of the head, where they differ from the architecture's own; 0 for none.
-        img_size: side of the input in pixels, or ``[height, width]``, where it differs from the model's own.
+        pretrained: download timm's weights from the hub (ignored for bundled models and local checkpoints).
+        checkpoint: safetensors file with local weights, used instead of the hub's.
+        num_classes: number of classes of the head, if it differs from the architecture's default; 0 removes the head.
+        img_size: side of the input in pixels, or ``[height, width]``, if it differs from the model's default.
     """
 
     name: str
@@ -46,23 +46,23 @@ class ModelSpec:
 
     @property
     def bundled(self) -> bool:
-        """Whether the weights come with this library."""
+        """Whether the weights are part of this library."""
         return self.name.startswith("bundled:")
 
     @property
     def random(self) -> bool:
-        """Whether nothing gives the model trained weights."""
+        """Whether the weights are random, because no source of trained weights is given."""
         return not (self.pretrained or self.checkpoint or self.bundled)
 
 
 @frozen(kw_only=True)
 class Override:
-    """Other settings for some sites.
+    """A different bit-width for some sites.
 
     Args:
-        sites: patterns over site names, as in a shell (``blocks.0.*``); one that matches nothing is an error.
-        roles: ``first`` and ``last``: timm's own first convolution and classifier.
-        bits: bit-width of every quantizer at the sites; 0 leaves them in float.
+        sites: shell-style patterns of site names (``blocks.0.*``); a pattern that matches no site is an error.
+        roles: ``first`` is the first convolution and ``last`` the classifier, as timm names them.
+        bits: bit-width of every quantizer at these sites; 0 leaves them in float.
     """
 
     sites: tuple[str, ...] = ()
@@ -76,15 +76,16 @@ class Override:
 
 @frozen(kw_only=True)
 class Budget:
-    """What the bits of all sites may come to; which site gets how many is measured on the images.
+    """A limit on the bits of all sites together; sites that are more sensitive get more of them.
 
-    Sites that an override names keep its bits, and count.
+    Sites with an override keep its bits, and count towards the budget.
 
     Args:
         weights: mean bits of a quantized weight (the size of the model); activations keep their bits.
-        operations: mean, over all multiplications of two quantized numbers, of the product of their bits: W4A4 is 16.
-        choices: bit-widths that a site may get.
-        images: how many of the images the sensitivity of the sites is measured on.
+        operations: mean of the product of the bits of both factors, over all multiplications of two quantized numbers;
+            16 for W4A4.
+        choices: bit-widths that a site can have.
+        images: number of images that the sensitivity of the sites is measured on.
     """
 
     weights: float | None = field(default=None, validator=validators.optional(validators.gt(0.0)))
@@ -104,16 +105,16 @@ class Budget:
 
 @frozen(kw_only=True)
 class Quantization:
-    """What is quantized, how, and the steps that calibrate and repair it.
+    """The back-end: which tensors are quantized, with which quantizers, and by which steps.
 
     Args:
         placement: which tensors are quantized.
         weights: quantizer of every weight.
         activations: quantizer of every activation that is not a softmax output.
         softmax: quantizer of attention probabilities.
-        gelu: quantizer of GELU outputs, where it is not that of the other activations.
-        overrides: other bit-widths for some sites.
-        budget: bit-widths by a budget; without it every site has those of its quantizer.
+        gelu: quantizer of GELU outputs, if it differs from that of the other activations.
+        overrides: different bit-widths for some sites.
+        budget: chooses the bit-width of each site; without it, sites have the bits of their quantizer.
         steps: calibration, transforms and reconstruction, in order.
     """
 
@@ -132,9 +133,9 @@ class Quantization:
 
     @property
     def label(self) -> str:
-        """The bits in short: ``W4A4``; ``W4.0A4`` where each weight has its own, ``16.0 BOP`` where activations too.
+        """The bits in short: ``W4A4``; with a budget, ``W4.0A4`` for weights and ``16.0 BOP`` for operations.
 
-        A32 where the placement leaves activations in float.
+        A32 if the placement leaves activations in float.
         """
         if self.budget and self.budget.operations:
             return f"{self.budget.operations} BOP"
@@ -144,11 +145,11 @@ class Quantization:
 
 @frozen(kw_only=True)
 class Evaluation:
-    """Where the accuracy is measured.
+    """How the accuracy is measured.
 
     Args:
         dataset: labelled images.
-        bank: other labelled images, whose features a model without a head is judged by; its nearest neighbours vote.
+        bank: other labelled images, only for a model without a head: k-NN accuracy uses their features.
         batch: images per forward pass.
     """
 
@@ -159,13 +160,13 @@ class Evaluation:
 
 @frozen(kw_only=True)
 class RuntimeSpec:
-    """How a recipe runs; nothing here but the precision changes what is computed.
+    """How a recipe runs. Only the precision changes results.
 
     Args:
-        precision: of the forward passes in synthesis, reconstruction and distillation; ``auto`` takes bfloat16 where
-            the device is fast at it.
-        device: ``auto`` takes an accelerator where there is one.
-        threads: CPU threads, while the recipe runs; as they are where it is left out.
+        precision: of the forward passes in synthesis, reconstruction and distillation; ``auto`` uses bfloat16 if the
+            device computes it fast.
+        device: ``auto`` uses an accelerator if there is one.
+        threads: number of CPU threads while the recipe runs; without it, torch's current setting.
     """
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -175,7 +176,7 @@ class RuntimeSpec:
 
 def _is_shipped(_: Any, __: Any, value: str) -> None:
     if value not in shipped():
-        raise ValueError(f"no shipped recipe is called {value!r}; `spdfq list recipe` names them")
+        raise ValueError(f"no shipped recipe is called {value!r}; `spdfq list recipe` lists them")
 
 
 @frozen(kw_only=True)
@@ -183,10 +184,10 @@ class PublishedRow:
     """One published number.
 
     Args:
-        method: what the paper calls the images.
-        images: shipped part that makes these images; where there is none the number is never compared.
-        bits: of weights and activations, for example ``W4A4``.
-        top1: in percent.
+        method: the paper's name for the images.
+        images: shipped part that makes these images; without it, the number is never compared.
+        bits: bits of weights and activations, for example ``W4A4``.
+        top1: top-1 accuracy in percent.
     """
 
     method: str
@@ -197,14 +198,14 @@ class PublishedRow:
 
 @frozen(kw_only=True)
 class Published:
-    """What is known of the model, and what a paper reports for it; nothing is computed from it.
+    """Published accuracies of the model, to check and compare with; no result depends on them.
 
     Args:
-        paper: where the rows are from.
+        paper: source of the rows.
         model: name and tag of the weights; a recipe with another model is neither checked nor compared.
-        fp: top-1 in percent that these weights are known for in full precision; a run that measures another one stops.
-        paper_fp: the same, as the paper reports it.
-        images: how many images that was measured on.
+        fp: published full-precision top-1 of these weights, in percent; a run that measures a different one stops.
+        paper_fp: full-precision top-1 that the paper reports, in percent.
+        images: number of images that ``fp`` was measured on.
         backend: shipped part with the back-end of the rows.
         rows: the paper's numbers.
     """
@@ -220,7 +221,7 @@ class Published:
     rows: tuple[PublishedRow, ...] = ()
 
     def is_of(self, model: ModelSpec) -> bool:
-        """Whether it is of that model, with the classes it was trained for."""
+        """Whether the numbers are for this model, with the classes it was trained for."""
         return model.name == self.model and model.num_classes is None
 
 
@@ -232,13 +233,13 @@ class Recipe:
         schema: version of the recipe format.
         seed: seed of every random draw.
         model: the teacher.
-        synthesis: where the calibration images come from.
+        synthesis: source of the calibration images.
         controls: other sources of images, by name. A run quantizes the model on each of them too, with the same
             back-end, and shows their accuracy beside its own.
         quantization: the back-end.
-        evaluation: the labelled images the accuracy is measured on.
+        evaluation: labelled images that the accuracy is measured on.
         runtime: device and precision.
-        published: what a paper reports for the model, to compare with.
+        published: published accuracies of the model, to compare with.
     """
 
     schema: int = field(default=SCHEMA)
@@ -257,26 +258,27 @@ class Recipe:
             raise ValueError(f"this version reads recipes of schema {SCHEMA}, not {value}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe as plain data: every default written out."""
-        return unstructure(self)
+        """The recipe as plain data, with every default written out."""
+        data: dict[str, Any] = unstructure(self)
+        return data if self.controls else {key: value for key, value in data.items() if key != "controls"}
 
     def warnings(self) -> list[str]:
-        """Combinations that run but are known to lose accuracy."""
+        """One line for each setting that runs but is probably a mistake."""
         advice = getattr(self.synthesis, "advice", None)
         lines = [f"synthesis: {line}" for line in advice()] if advice else []
         back_end = self.quantization
         wanted = back_end.activations.bits
         softmax = back_end.softmax if "softmax" in back_end.placement.kinds else None
         lines += [
-            f"quantization.{key}: {quantizer.bits} bits, but activations have {wanted}; set {key}.bits = {wanted} "
-            f"where the label W{back_end.weights.bits}A{wanted} is meant to hold"
+            f"quantization.{key}: {quantizer.bits} bits, but activations have {wanted}; for "
+            f"W{back_end.weights.bits}A{wanted} set {key}.bits = {wanted}"
             for key, quantizer in (("softmax", softmax), ("gelu", back_end.gelu))
             if quantizer is not None and quantizer.bits != wanted
         ]
         if self.model.random:
             lines.append("model: random weights; set pretrained = true or give a checkpoint")
         if self.published and not self.published.is_of(self.model):
-            lines.append(f"published: is of {self.published.model}, so this model is neither checked nor compared")
+            lines.append(f"published: is for {self.published.model}, so this model is neither checked nor compared")
         return lines
 
 
@@ -300,12 +302,12 @@ def load_recipe(
         raise RecipeError(["this is a bench file, not a recipe; 'spdfq bench' runs it"])
     problems: list[str] = []
     recipe = structure(Recipe, data, "", problems)
-    if problems and isinstance(source, str) and source in shipped() and not whole(source):
-        problems.insert(0, f"{source}: is a part of recipes and no whole one; name it under 'extends' of your own")
+    if problems and isinstance(source, str) and source in shipped() and not is_complete(source):
+        problems.insert(0, f"{source}: is only a part of a recipe; name it under 'extends' in a recipe of your own")
     if not problems and recipe.quantization.budget and getattr(recipe.synthesis, "needs_student", False):
         problems.append(
-            "quantization.budget: is measured on finished images, but synthesis.student needs its bits before; leave "
-            "one of the two out"
+            "quantization.budget: needs finished images, but synthesis.student needs the bits before there are images; "
+            "leave one of them out"
         )
     if problems:
         raise RecipeError(problems)
@@ -313,6 +315,6 @@ def load_recipe(
 
 
 def digest(*parts: Any) -> str:
-    """A short stable hash of plain data."""
+    """A hash of plain data, 20 hexadecimal digits."""
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:20]

@@ -1,4 +1,8 @@
-"""Plain data <-> attrs classes, strictly: nothing is coerced, and every mistake is collected with its dotted path."""
+"""Plain data <-> attrs classes, strictly: nothing is converted, and every mistake is collected with its dotted path.
+
+Not cattrs: by default it converts values (``"4"`` to 4), and its messages name neither the nearest valid key nor the
+registered components.
+"""
 
 import difflib
 import math
@@ -24,11 +28,12 @@ _LARGEST: dict[Any, float] = {int: 2**63 - 1, float: 3.4e38}
 
 
 def component(kind: str, default: Any = attrs.NOTHING) -> Any:
-    """An attrs field holding one component of a kind; in a recipe a table with ``type``, or its bare name.
+    """An attrs field for one component of a kind; in a recipe, a table with ``type`` or only the component's name.
 
     Args:
         kind: registry kind.
-        default: a callable giving the default component, ``None`` for an optional one, nothing for a required one.
+        default: a function that makes the default component, or ``None`` for an optional component; without it, the
+            component is required.
     """
     metadata = {"kind": kind}
     if default is None or default is attrs.NOTHING:
@@ -37,20 +42,26 @@ def component(kind: str, default: Any = attrs.NOTHING) -> Any:
 
 
 def components(kind: str) -> Any:
-    """An attrs field holding named components of a kind (a table of tables; the key is the name of the component)."""
+    """An attrs field for named components of a kind: a table of tables, whose keys are types unless they give one."""
     return attrs.field(factory=dict, metadata={"kind": kind, "many": dict})
 
 
 def component_list(kind: str) -> Any:
-    """An attrs field holding components of a kind in order (an array of tables)."""
+    """An attrs field for a sequence of components of a kind: an array of tables."""
     return attrs.field(factory=tuple, metadata={"kind": kind, "many": list})
 
 
 def structure(cls: type, data: Any, path: str, problems: list[str]) -> Any:
-    """Build ``cls`` from a table, appending one line to ``problems`` for each mistake.
+    """Build an instance of an attrs class from a table.
+
+    Args:
+        cls: the attrs class.
+        data: the table, as plain data.
+        path: dotted path of the table in its file, for messages.
+        problems: one line is appended for each mistake.
 
     Returns:
-        The instance, or a marker that is not an instance of ``cls`` when something below ``path`` was wrong.
+        The instance; if there was any mistake, an object that must not be used.
     """
     if not isinstance(data, dict):
         return _fail(problems, path, f"expected a table, got {_shown(data)}")
@@ -77,13 +88,8 @@ def structure(cls: type, data: Any, path: str, problems: list[str]) -> Any:
         return _fail(problems, path or "recipe", _validator_message(error))
 
 
-def structured_ok(value: Any) -> bool:
-    """Whether `structure` succeeded."""
-    return value is not _FAILED
-
-
 def unstructure(value: Any, kind: str | None = None) -> Any:
-    """The plain data a component, spec or value would be read from; ``None`` fields are left out."""
+    """The plain data that `structure` reads back as an equal object; fields that are ``None`` are left out."""
     if attrs.has(type(value)):
         table = {"type": registry(kind).name_of(type(value))} if kind else {}
         for field in attrs.fields(type(value)):
@@ -123,7 +129,7 @@ def _field(field: attrs.Attribute, hint: Any, data: Any, path: str, problems: li
         try:
             field.validator(None, field, value)
         except AttributeError:
-            return value  # a validator that reads other fields: it runs when the whole is built
+            return value  # the validator reads other fields; it runs again when the object is built
         except (ValueError, TypeError) as error:
             return _fail(problems, path, _validator_message(error))
     return value
@@ -176,7 +182,7 @@ def _value(hint: Any, data: Any, path: str, problems: list[str]) -> Any:
     if attrs.has(hint):
         return structure(hint, data, path, problems)
     if type(data) in (int, float) and hint in _LARGEST and _LARGEST[hint] < abs(data) < math.inf:
-        return _fail(problems, path, f"is too large, the most is {_LARGEST[hint]:.2g}")
+        return _fail(problems, path, f"is too large, the maximum is {_LARGEST[hint]:.2g}")
     if hint is float and type(data) is int:
         data = float(data)
     if type(data) is not hint:
@@ -224,7 +230,7 @@ def _noun(hint: Any) -> str:
 
 
 def _validator_message(error: Exception) -> str:
-    """The sentence of an attrs validator; its further arguments (attribute, value) are for machines."""
+    """The sentence of an attrs validator's error, without its other arguments (attribute and value)."""
     return str(error.args[0]) if error.args else type(error).__name__
 
 

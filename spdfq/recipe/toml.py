@@ -1,62 +1,98 @@
-"""Plain data written as TOML; the standard library only reads it."""
+"""Plain data written as TOML, by tomlkit; the standard library only reads TOML."""
 
-import json
-import re
 from typing import Any
 
+import tomlkit
+from tomlkit.items import AoT, InlineTable, Item, Table
+
 _LINE = 100
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def dumps(data: dict[str, Any]) -> str:
-    """A TOML document of tables, arrays, strings, numbers and booleans that `tomllib` reads back to equal data."""
-    return "\n".join(_table(data, ())).strip() + "\n"
+    """A TOML document that `tomllib` reads back as equal data.
 
+    Small tables are written inline. Other tables get a section each, with a blank line above.
 
-def value(data: Any) -> str:
-    """One value on one line; tables become inline tables."""
-    if isinstance(data, bool):
-        return str(data).lower()
-    if isinstance(data, str):
-        return json.dumps(data, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(data, dict):
-        return "{ " + ", ".join(f"{key(name)} = {value(item)}" for name, item in data.items()) + " }" if data else "{}"
-    if isinstance(data, (list, tuple)):
-        return "[" + ", ".join(map(value, data)) + "]"
-    if isinstance(data, (int, float)):
-        return repr(data)
-    raise TypeError(f"a {type(data).__name__} is no value of a recipe")
+    Args:
+        data: tables, arrays, strings, numbers and booleans.
+
+    Raises:
+        TypeError: a value of another type.
+    """
+    return _fill(tomlkit.document(), data).as_string().lstrip("\n")
 
 
 def key(*parts: str) -> str:
-    """A dotted key, its parts quoted where they have to be."""
-    return ".".join(part if _BARE.fullmatch(part) else value(part) for part in parts)
+    """A dotted key; its parts are quoted where TOML requires it."""
+    return tomlkit.key(parts).as_string()
 
 
-def is_table_list(data: Any) -> bool:
-    """Whether a value is written as an array of tables (``[[name]]``)."""
+def value(data: Any) -> str:
+    """One value on one line; tables become inline tables.
+
+    Raises:
+        TypeError: a value of a type that recipes do not have.
+    """
+    return _item(data).as_string()
+
+
+def _fill(section: Any, data: dict[str, Any]) -> Any:
+    """Add the keys of a table to a tomlkit document or table, plain values first because TOML requires it."""
+    inline = isinstance(section, Table) and all(
+        _is_short(name, it) for name, it in data.items() if isinstance(it, dict)
+    )
+    tables = {name: item for name, item in data.items() if _is_array_of_tables(item)}
+    tables |= {} if inline else {name: item for name, item in data.items() if isinstance(item, dict)}
+    for name, item in data.items():
+        if name not in tables:
+            section.append(name, _item(item))
+    for name in data:
+        if name in tables:
+            section.append(name, _section(tables[name]))
+    return section
+
+
+def _is_array_of_tables(data: Any) -> bool:
+    """Whether a value is written as ``[[name]]`` sections."""
     return isinstance(data, (list, tuple)) and bool(data) and all(isinstance(item, dict) for item in data)
 
 
-def _table(data: dict[str, Any], path: tuple[str, ...]) -> list[str]:
-    """The keys of a table, then its tables under their headers: TOML wants this order."""
-    inline = bool(path) and all(_fits(name, item) for name, item in data.items() if isinstance(item, dict))
-    lines, below = [], []
-    for name, item in data.items():
-        inner = (*path, name)
-        if is_table_list(item):
-            for table in item:
-                below += ["", f"[[{key(*inner)}]]", *_table(table, inner)]
-        elif isinstance(item, dict) and not inline:
-            body = _table(item, inner)
-            implied = bool(body) and not body[0]  # its first line is the header of a table inside it
-            below += body if implied else ["", f"[{key(*inner)}]", *body]
-        else:
-            lines.append(f"{key(name)} = {value(item)}")
-    return lines + below
+def _section(data: Any) -> Table | AoT:
+    if isinstance(data, dict):
+        # a table that holds only tables needs no header of its own
+        only_tables = bool(data) and all(isinstance(item, dict) or _is_array_of_tables(item) for item in data.values())
+        return _fill(tomlkit.table(is_super_table=only_tables), data)
+    array = tomlkit.aot()
+    for table in data:
+        array.append(_fill(tomlkit.table(), table))
+    return array
 
 
-def _fits(name: str, table: dict[str, Any]) -> bool:
-    """Whether a table is small enough to be read on one line; its siblings must be too, or their order would change."""
-    nested = any(isinstance(item, dict) or is_table_list(item) for item in table.values())
-    return not nested and len(f"{key(name)} = {value(table)}") <= _LINE
+def _item(data: Any) -> Item:
+    if isinstance(data, dict):
+        return _inline_table(data)
+    if isinstance(data, (list, tuple)):
+        array = tomlkit.array()
+        for item in data:
+            array.append(_item(item))
+        return array
+    if isinstance(data, (bool, int, float, str)):
+        return tomlkit.item(data)
+    raise TypeError(f"a {type(data).__name__} is not a recipe value")
+
+
+def _inline_table(data: dict[str, Any]) -> InlineTable:
+    table = tomlkit.inline_table()
+    items = {name: _item(item) for name, item in data.items()}
+    for name, item in items.items():
+        table.append(name, item)
+    if items:  # spaces inside the braces
+        first, *_, last = [*items.values()] * 2
+        first.trivia.indent = last.trivia.trail = " "
+    return table
+
+
+def _is_short(name: str, table: dict[str, Any]) -> bool:
+    """Whether a table fits on one line. A longer one gets a section, and so do its siblings, to keep their order."""
+    nested = any(isinstance(item, dict) or _is_array_of_tables(item) for item in table.values())
+    return not nested and len(value({name: table})) - len("{  }") <= _LINE

@@ -1,4 +1,7 @@
-"""Loss curves as inline SVG, read from a run's ``losses.csv``."""
+"""Loss curves as inline SVG, read from a run's ``losses.csv``.
+
+The SVG is formatted here and not in a template, because nearly all of it is computed coordinates.
+"""
 
 import csv
 import math
@@ -7,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from spdfq.errors import DataError
-from spdfq.report.markup import text
 
 Array = np.ndarray[Any, Any]
 
@@ -19,23 +22,23 @@ _WIDTH, _HEIGHT = 270, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 13, 26, 38
 
 
-def curves(path: Path) -> str:
-    """A panel for each column of a ``losses.csv``, and their legend; nothing where there is no such file.
+def curves(path: Path) -> Markup:
+    """A panel for each column of a ``losses.csv``, and a legend; empty without the file or without values.
 
     Raises:
         DataError: the file is damaged.
     """
     if not path.is_file():
-        return ""
+        return Markup()
     try:
         names, values = _read(path)
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error}); run the recipe again with --fresh") from None
     groups, iterations = values.shape[:2]
     if not values.size:
-        return ""
+        return Markup()
     panels = [_panel(name, values[..., index]) for index, name in enumerate(names)]
-    return f'<div class="panels">{"".join(panels)}</div>{_legend(groups, iterations)}'
+    return Markup(f'<div class="panels">{"".join(panels)}</div>{_legend(groups, iterations)}')  # _panel escapes names
 
 
 def _read(path: Path) -> tuple[list[str], Array]:
@@ -52,7 +55,7 @@ def _read(path: Path) -> tuple[list[str], Array]:
 
 
 def _panel(name: str, values: Array) -> str:
-    """One column ``[groups, iterations]``: the mean as a line, lowest to highest as a band."""
+    """One column ``[groups, iterations]``: a line for the mean over groups, a band from the lowest to the highest."""
     iterations = values.shape[1]
     edges = np.linspace(0, iterations, min(iterations, _POINTS) + 1).astype(int)[:-1]
     low = np.minimum.reduceat(values.min(0), edges)
@@ -67,11 +70,11 @@ def _panel(name: str, values: Array) -> str:
         *(_mark(tick, iterations) for tick in _marks(iterations)),
         f'<polygon class="band" points="{_points(band)}"/>',
         f'<polyline class="line" points="{_points(zip(x, axis.place(mean), strict=True))}"/>',
-        f'<text class="name" x="0" y="12">{text(name)}{" (log scale)" if axis.log else ""}</text>',
+        f'<text class="name" x="0" y="12">{escape(name)}{" (log scale)" if axis.log else ""}</text>',
         f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 3}" text-anchor="end">iteration</text>',
     ]
     told = f"{name}: {mean[0]:.3g} at the start, {mean[-1]:.3g} at the end of {iterations} iterations"
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{text(told)}">{"".join(drawn)}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(told)}">{"".join(drawn)}</svg>'
 
 
 class _Axis:

@@ -1,53 +1,62 @@
-"""Tables of what was quantized, how, and of what was left in float."""
+"""Rows of the tables of sites: what was quantized, how, and what was left in float."""
 
-from collections import defaultdict
+from collections import Counter
 from typing import Any
 
-from spdfq.report.markup import folded, section, table, text
+from attrs import frozen
+
+Row = tuple[Any, ...]
 
 
-def site_tables(sites: dict[str, list[Any]]) -> str:
-    """The section of a ``sites.json``: counts first, every site in a list that opens."""
-    quantized, left = sites.get("quantized", []), sites.get("float", [])
-    return section(
-        "Sites",
-        _quantized(quantized) if quantized else "",
-        _left_in_float(left) if left else "",
-        _notes(sites.get("notes", [])),
+@frozen
+class SiteTables:
+    """Tables of a ``sites.json``; a row has a value for each column.
+
+    Args:
+        quantized: site, kind, bits, quantizer, granularity and shape.
+        quantized_counts: kind, quantizer, granularity, bits, and the number of such sites.
+        floating: site, what it is, and its number of parameters.
+        floating_counts: what they are, their number, and their parameters together.
+        notes: what the steps could not change, a sentence each.
+    """
+
+    quantized: list[Row]
+    quantized_counts: list[Row]
+    floating: list[Row]
+    floating_counts: list[Row]
+    notes: list[str]
+
+
+def site_tables(sites: dict[str, list[Any]]) -> SiteTables:
+    """The tables of the contents of a ``sites.json``.
+
+    Raises:
+        KeyError: a site lacks a value that every site has.
+    """
+    quantized, floating = sites.get("quantized", []), sites.get("float", [])
+    return SiteTables(
+        [
+            (site["name"], site["kind"], site["bits"], site["quantizer"], site.get("granularity"), _shape(site))
+            for site in quantized
+        ],
+        _quantized_counts(quantized),
+        [(site["name"], site["what"], _grouped(site.get("parameters"))) for site in floating],
+        _floating_counts(floating),
+        sites.get("notes", []),
     )
 
 
-def _quantized(sites: list[dict[str, Any]]) -> str:
-    counts: dict[tuple[Any, ...], int] = defaultdict(int)
-    for site in sites:
-        counts[tuple(site.get(key) for key in ("kind", "quantizer", "granularity", "bits"))] += 1
+def _quantized_counts(sites: list[dict[str, Any]]) -> list[Row]:
+    counts = Counter((site["kind"], site["quantizer"], site.get("granularity"), site["bits"]) for site in sites)
     kinds = [site["kind"] for site in sites]
-    order = sorted(counts, key=lambda key: (kinds.index(key[0]), key[-1]))
-    columns = ["kind", "quantizer", "granularity", "bits#", "sites#"]
-    summary = table(columns, ((*key, counts[key]) for key in order))
-    rows = [
-        (site["name"], site["kind"], site["bits"], site["quantizer"], site.get("granularity"), _shape(site))
-        for site in sites
-    ]
-    every = table(["site", "kind", "bits#", "quantizer", "granularity", "shape"], rows)
-    return f"<h3>Quantized</h3>{summary}{folded(f'All {len(sites)} quantized sites', every)}"
+    return [(*key, counts[key]) for key in sorted(counts, key=lambda key: (kinds.index(key[0]), key[-1]))]
 
 
-def _left_in_float(sites: list[dict[str, Any]]) -> str:
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+def _floating_counts(sites: list[dict[str, Any]]) -> list[Row]:
+    counts, parameters = Counter(site["what"] for site in sites), Counter[str]()
     for site in sites:
-        counts[site["what"]][0] += 1
-        counts[site["what"]][1] += site.get("parameters") or 0
-    rows = [(what, number, _grouped(parameters)) for what, (number, parameters) in counts.items()]
-    names = [(site["name"], site["what"], _grouped(site.get("parameters"))) for site in sites]
-    every = table(["site", "what", "parameters#"], names)
-    summary = table(["what", "sites#", "parameters#"], rows)
-    return f"<h3>Left in float</h3>{summary}{folded(f'All {len(sites)} sites in float', every)}"
-
-
-def _notes(notes: list[str]) -> str:
-    items = "".join(f"<li>{text(note)}</li>" for note in notes)
-    return f"<h3>What the steps left as it was</h3><ul>{items}</ul>" if notes else ""
+        parameters[site["what"]] += site.get("parameters") or 0
+    return [(what, number, _grouped(parameters[what])) for what, number in counts.items()]
 
 
 def _grouped(number: int | None) -> str:

@@ -12,7 +12,7 @@ from spdfq.errors import DataError, SpdfqError
 from spdfq.evaluation.measures import Centroids, dataset_centroids, measure_images, prior_overlap
 from spdfq.recipe import Recipe, digest
 from spdfq.report import check_sheet, write_report, write_sheet
-from spdfq.report.measures import MEASURES_FILE
+from spdfq.report.image_quality import MEASURES_FILE
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
 from spdfq.runs.provenance import data_fingerprints
 from spdfq.runs.store import lock_folder

@@ -15,7 +15,7 @@ from spdfq.evaluation.published import check_full_precision
 from spdfq.quantized.checkpoint import load_checkpoint
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.report import write_pictures, write_report
-from spdfq.report.measures import MEASURES_FILE
+from spdfq.report.image_quality import MEASURES_FILE
 from spdfq.runs.checks import check_fit, checked_teacher, refuse_own_recipe
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
 from spdfq.runs.forecast import Forecast
@@ -159,7 +159,7 @@ def evaluate_run(
     check_teacher(folder, run_record(folder), fingerprint)
     saved = (Path(folder) / "quantized" / "config.json").read_text(encoding="utf-8")
     evaluator = evaluator_for(teacher)
-    key = stage_key(fingerprint, saved, evaluation_key(spec, evaluator), runtime.device.type)
+    key = stage_key(fingerprint, saved, evaluation_key(recipe), runtime.device.type)
     teacher.module.to(runtime.device)
     evaluator.check(spec, teacher)
     with store_beside(Path(folder), ranks=ranks).unfinished("again", key) as state:

@@ -1,4 +1,4 @@
-"""What a result depends on besides its recipe: the source of the code that made it, the data, the versions."""
+"""What a result depends on besides its recipe: the source code, the data and the versions."""
 
 import ast
 import hashlib
@@ -16,13 +16,16 @@ from typing import Any
 import attrs
 import torch
 
-# they name things, read recipes and write files; no number depends on them
+from spdfq.backends.learning.student import student_section
+from spdfq.recipe import Recipe
+
+# these modules register names, read recipes and write files; no number depends on them
 _RECIPE = ("recipe", *(f"recipe.{name}" for name in ("files", "schema", "structure", "toml")))
 _INFRASTRUCTURE = frozenset({"spdfq"} | {f"spdfq.{name}" for name in ("errors", "registry", "runtime.files", *_RECIPE)})
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers may depend on."""
+    """Versions of the packages that results may depend on."""
     return {
         "spdfq": _version("spdfq"),
         "python": platform.python_version(),
@@ -40,7 +43,7 @@ def _version(package: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """The device's model name; for a CPU, with its number of cores."""
     if device.type != "cpu":
         named = getattr(torch.get_device_module(device), "get_device_name", None)
         return str(named(device)) if named else device.type
@@ -60,12 +63,12 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     top, _, commit = asked.stdout.strip().partition("\n")
-    # an installed package may lie inside a checkout of something else
+    # an installed package may lie inside a checkout of another project
     return commit if asked.returncode == 0 and Path(top).resolve() == checkout else None
 
 
 def components_in(spec: Any) -> list[Any]:
-    """Every attrs object inside a spec, itself included."""
+    """Every attrs object inside a spec, including the spec itself."""
     if isinstance(spec, dict):
         return [found for item in spec.values() for found in components_in(item)]
     if isinstance(spec, (tuple, list)):
@@ -77,26 +80,50 @@ def components_in(spec: Any) -> list[Any]:
 
 
 def data_fingerprints(spec: Any) -> list[str]:
-    """Fingerprints of the data a spec reads."""
+    """Fingerprints of the data that a spec reads."""
     return [component.fingerprint() for component in components_in(spec) if hasattr(component, "fingerprint")]
 
 
 def source_digest(spec: Any, *modules: str) -> str:
-    """A hash of the source of a spec's components, of further modules, and of what those import.
+    """A hash of the source code of a spec's components, of further modules, and of everything they import.
 
-    Imports are followed inside this library, and inside the top-level package of each component from elsewhere.
+    Imports are followed inside this library and, for a component of another package, inside that package. Docstrings,
+    comments and layout do not change the hash.
     """
-    todo = {*modules, *(type(component).__module__ for component in components_in(spec))}
-    packages = {"spdfq", *(module.partition(".")[0] for module in todo)}
-    done: set[str] = set()
-    while todo - done:
-        module = (todo - done).pop()
-        done.add(module)
-        todo |= {name for name in _imported(module) if name.partition(".")[0] in packages and _is_module(name)}
+    start = {*modules, *(type(component).__module__ for component in components_in(spec))}
+    packages = {"spdfq", *map(_top_level, start)}
+    found, waiting = set(start), list(start)
+    while waiting:
+        names = {name for name in _imported(waiting.pop()) if _top_level(name) in packages and _is_module(name)}
+        waiting += names - found
+        found |= names
     state = hashlib.sha256()
-    for module in sorted(done - _INFRASTRUCTURE):
-        state.update(f"{module}\n{_parsed(module)}\n".encode())
+    for module in sorted(found - _INFRASTRUCTURE):
+        state.update(f"{module}\n{_normalised(module)}\n".encode())
     return state.hexdigest()[:20]
+
+
+def code_digests(recipe: Recipe) -> dict[str, str]:
+    """A `source_digest` for each stage that a recipe configures: ``images``, ``quantize`` and ``evaluate``.
+
+    A stage's digest does not cover the stages before it. The teacher's own accuracy depends on that of ``evaluate``.
+    """
+    images: Any = recipe.synthesis
+    if images.needs_student:
+        images_code = source_digest([images, student_section(recipe.quantization)], "spdfq.backends.learning.student")
+    else:
+        images_code = source_digest(images)
+    # the evaluation has a bank exactly if the model has no head
+    evaluator = "neighbours" if recipe.evaluation.bank else "accuracy"
+    return {
+        "images": images_code,
+        "quantize": source_digest(recipe.quantization, "spdfq.backends.quantize", "spdfq.quantized.checkpoint"),
+        "evaluate": source_digest(recipe.evaluation, f"spdfq.evaluation.{evaluator}"),
+    }
+
+
+def _top_level(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _source_file(module: str) -> Path | None:
@@ -113,20 +140,32 @@ def _tree(module: str) -> ast.Module | None:
     return ast.parse(path.read_text(encoding="utf-8")) if path and path.suffix == ".py" else None
 
 
+class _WithoutDocstrings(ast.NodeTransformer):
+    """Removes statements that are only a string."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        """Keep any other expression."""
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+
 @cache
-def _parsed(module: str) -> str:
-    """The module without comments and layout; compiled code as it is; something new where no source can be found."""
+def _normalised(module: str) -> str:
+    """The module's source without docstrings, comments and layout; for compiled code, the hash of its file.
+
+    A random string where no source can be found, so that stored results never match.
+    """
     tree, path = _tree(module), _source_file(module)
     if tree is not None:
-        return ast.dump(tree)
+        return ast.dump(_WithoutDocstrings().visit(tree))
     if path:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    return "" if hasattr(sys.modules.get(module), "__path__") else uuid.uuid4().hex  # a folder of modules has none
+    is_package = hasattr(sys.modules.get(module), "__path__")  # one without an __init__.py has no source
+    return "" if is_package else uuid.uuid4().hex
 
 
 @cache
 def _imported(module: str) -> tuple[str, ...]:
-    """Full names of what a module imports anywhere in its source, modules and what is in them."""
+    """Full names of everything that a module's source imports: modules, and the names imported from them."""
     tree = _tree(module)
     if tree is None or module in _INFRASTRUCTURE:
         return ()
@@ -149,6 +188,7 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
 
 @cache
 def _is_module(name: str) -> bool:
+    """Whether a name is an importable module, and not a class or function of one."""
     if name in sys.modules:
         return True
     parent = sys.modules.get(name.rpartition(".")[0])

@@ -13,9 +13,9 @@ from spdfq.backends import quantize
 from spdfq.backends.learning.student import student_section
 from spdfq.evaluation.evaluator import Evaluator, evaluator_for
 from spdfq.quantized.checkpoint import load_checkpoint, save_quantized, verified
-from spdfq.recipe import Evaluation, Recipe, digest
+from spdfq.recipe import Recipe, digest
 from spdfq.recipe.structure import unstructure
-from spdfq.runs.provenance import data_fingerprints, source_digest, versions
+from spdfq.runs.provenance import code_digests, data_fingerprints, versions
 from spdfq.runs.store import STATE
 from spdfq.runtime import Runtime
 from spdfq.runtime.files import write_text
@@ -70,12 +70,13 @@ def stage_key(fingerprint: str, *parts: Any) -> str:
     return digest(fingerprint, versions()["torch"], versions()["timm"], *parts)
 
 
-def evaluation_key(spec: Evaluation, evaluator: Evaluator) -> str:
-    """A hash of an evaluation section, the data it reads and the code that measures."""
+def evaluation_key(recipe: Recipe) -> str:
+    """A hash of a recipe's evaluation section, the data it reads and the code that measures."""
+    spec = recipe.evaluation
     read = {name: getattr(spec, name) for name in ("dataset", "bank")}
     # the number of decoding processes does not change the images
     spec = evolve(spec, **{name: evolve(one, workers=0) for name, one in read.items() if hasattr(one, "workers")})
-    return digest(unstructure(spec), data_fingerprints(spec), source_digest(spec, type(evaluator).__module__))
+    return digest(unstructure(spec), data_fingerprints(spec), code_digests(recipe)[EvaluateStage.name])
 
 
 class Stage(ABC):
@@ -103,7 +104,7 @@ class TeacherStage(Stage):
 
     def key(self, work: Work) -> str:
         """Depends on the evaluation section and its data."""
-        return work.key(evaluation_key(work.recipe.evaluation, work.evaluator))
+        return work.key(evaluation_key(work.recipe))
 
     def make(self, work: Work, folder: Path) -> None:
         """Write ``reference.safetensors``."""
@@ -123,15 +124,11 @@ class ImagesStage(Stage):
 
     def key(self, work: Work) -> str:
         """Depends on the synthesis section, its data, seed and precision; and on the back-end if it needs a student."""
-        spec, precision = work.recipe.synthesis, work.runtime.precision
-        parts = (unstructure(spec, "source"), data_fingerprints(spec), work.recipe.seed, precision, source_digest(spec))
-        return work.key(*parts, *self._student(work))
-
-    def _student(self, work: Work) -> tuple[Any, ...]:
-        if not work.recipe.synthesis.needs_student:
-            return ()
-        spec = student_section(work.recipe.quantization)
-        return unstructure(spec), source_digest(spec, student_section.__module__)
+        recipe: Any = work.recipe
+        spec, code = recipe.synthesis, code_digests(recipe)[self.name]
+        student = unstructure(student_section(recipe.quantization)) if spec.needs_student else None
+        parts = unstructure(spec, "source"), data_fingerprints(spec), recipe.seed, work.runtime.precision
+        return work.key(*parts, code, student)
 
     def make(self, work: Work, folder: Path) -> None:
         """Write ``synthetic.safetensors``."""
@@ -151,9 +148,9 @@ class QuantizeStage(Stage):
 
     def key(self, work: Work) -> str:
         """Depends on the quantization section, the images, seed and precision."""
-        spec, precision = work.recipe.quantization, work.runtime.precision
-        source = source_digest(spec, "spdfq.backends.quantize", "spdfq.quantized.checkpoint")
-        return work.key(unstructure(spec), work.keys[ImagesStage.name], work.recipe.seed, precision, source)
+        recipe, code = work.recipe, code_digests(work.recipe)[self.name]
+        images, precision = work.keys[ImagesStage.name], work.runtime.precision
+        return work.key(unstructure(recipe.quantization), images, recipe.seed, precision, code)
 
     def make(self, work: Work, folder: Path) -> None:
         """Write ``quantized/`` and ``sites.json``."""

@@ -126,9 +126,9 @@ count = [1]
         "keys.model.name",
         "keys.count",
     ]
-    assert "seeds: holds 0 more than once" in found
+    assert "seeds: contains 0 more than once" in found
     assert "parents.images: is empty; give at least one value" in found
-    assert "keys.quantization.weights.bits: holds 3 more than once" in found
+    assert "keys.quantization.weights.bits: contains 3 more than once" in found
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,13 @@ count = [1]
         ("seeds = 3", "seeds: expected an array, got 3"),
         ("schema = 2", "schema: "),
         ("base = [", "not valid TOML"),
-        ("seed = 1\n[model]", "is a recipe or a part of one, not a bench file; name it under"),
-        ("[keys]\nquantization.weights.bits = [1979-05-27]", "keys.quantization.weights.bits: a date is no value of a"),
+        ("seed = 1\n[model]", "is a recipe or part of a recipe; name it under"),
+        (
+            "[keys]\nquantization.weights.bits = [1979-05-27]",
+            "keys.quantization.weights.bits: a date is not a recipe value",
+        ),
         ("[base]\nseeds = []\n[keys]\nseeds.5.x = [1, 2]", "keys.seeds.5.x: '5' is not a position of this list"),
-        ("[base]\nmodel = 3\n[keys]\nmodel.name = ['a']", "keys.model.name: 'model' is a value, it has no keys"),
+        ("[base]\nmodel = 3\n[keys]\nmodel.name = ['a']", "keys.model.name: 'model' is a value and has no keys"),
     ],
 )
 def test_a_mistake_in_a_bench_file_is_one_line(text, problem, write):

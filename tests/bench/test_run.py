@@ -14,7 +14,7 @@ from spdfq.bench import run as bench
 from spdfq.bench.run import run_bench
 from spdfq.errors import DataError, SpdfqError
 from spdfq.recipe import load_recipe
-from spdfq.runs import pipeline
+from spdfq.runs import pipeline, provenance
 from spdfq.runs.store import lock_folder
 from spdfq.runtime.ranks import Ranks
 
@@ -245,8 +245,17 @@ def test_the_command_prints_the_table_and_exits_with_1_after_a_failure(write, ra
 
 def test_results_of_code_that_was_edited_since_are_not_kept(write, ran, tmp_path, monkeypatch):
     run_bench(write(), out=tmp_path / "out")
-    monkeypatch.setattr(bench, "source_digest", lambda *_: "edited")
+    monkeypatch.setattr(bench, "code_digests", lambda *_: {"images": "edited"})
     assert run_bench(write(), out=tmp_path / "out").reused == 0
+
+
+@pytest.mark.parametrize(("name", "kept"), [("psaq_vit_v2", False), ("psaq_vit", True)])
+def test_a_row_depends_on_the_student_that_helped_to_make_its_images(name, kept, monkeypatch):
+    recipe = load_recipe(name)
+    before, normalised = bench.result_key(recipe), provenance._normalised
+    student = "spdfq.backends.learning.student"
+    monkeypatch.setattr(provenance, "_normalised", lambda name: normalised(name) + " edited" * (name == student))
+    assert (bench.result_key(recipe) == before) == kept
 
 
 def test_the_store_can_be_elsewhere(write, ran, tmp_path, monkeypatch):

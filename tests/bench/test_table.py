@@ -5,7 +5,7 @@ from click.testing import CliRunner
 from spdfq_cli.main import main
 
 from spdfq.bench.plan import read_plan
-from spdfq.bench.table import caption, headings, lines, markdown
+from spdfq.bench.table import caption, headings, markdown, table_rows
 from spdfq.errors import RecipeError
 
 BENCH = """
@@ -55,7 +55,7 @@ def rows():
 
 def shares(plan, rows):
     at = headings(plan).index("gap closed")
-    return {tuple(line[:2]): line[at] for line in lines(plan, rows)}
+    return {tuple(line[:2]): line[at] for line in table_rows(plan, rows)}
 
 
 def test_a_row_closes_its_share_of_the_gap_in_its_own_back_end(tmp_path):
@@ -83,7 +83,9 @@ def test_without_an_end_or_above_no_gap_there_is_no_share(tmp_path):
 
 
 def test_the_caption_says_what_the_gap_lies_between(tmp_path):
-    assert "Gap closed: share of the way from gaussian_noise to real_fmnist." in caption(plan(tmp_path), rows())
+    assert "Gap closed: 0 % is the top-1 of gaussian_noise, 100 % that of real_fmnist." in caption(
+        plan(tmp_path), rows()
+    )
 
 
 def test_a_file_without_a_gap_has_no_such_column(tmp_path):
@@ -105,14 +107,14 @@ def test_a_gap_may_lie_between_no_and_yes(tmp_path):
         '[keys]\n"quantization.weights.symmetric" = [false, true]\n'
         '[gap]\naxis = "quantization.weights.symmetric"\nfloor = false\nceiling = true\n'
     )
-    assert "from False to True" in caption(plan(tmp_path, text), rows())
+    assert "the top-1 of False, 100 % that of True" in caption(plan(tmp_path, text), rows())
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('axis = "images"', 'axis = "pictures"', "gap.axis: there is no axis 'pictures' in this file, but images"),
-        ('floor = "gaussian_noise"', 'floor = "noise"', "gap.floor: 'noise' is none of the values of images: gauss"),
+        ('axis = "images"', 'axis = "pictures"', "gap.axis: this file has no axis 'pictures' (axes: images"),
+        ('floor = "gaussian_noise"', 'floor = "noise"', "gap.floor: 'noise' is not a value of images (values: gauss"),
         ('ceiling = "real_fmnist"', 'ceiling = "gaussian_noise"', "gap: floor and ceiling are the same value"),
         ('ceiling = "real_fmnist"', "", "gap.ceiling: is required"),
         ("[gap]", "[gap]\nshare = 1", "gap.share: unknown key"),

@@ -1,5 +1,6 @@
 """The commands list, show and init: every component and recipe, and what each of their keys means."""
 
+import re
 import tomllib
 
 import attrs
@@ -8,24 +9,49 @@ from support.commands import small_recipe, spdfq
 
 from spdfq.recipe import load_recipe, shipped
 from spdfq.recipe.commented import commented
-from spdfq.recipe.describe import arguments, body, describe
-from spdfq.recipe.files import whole
-from spdfq.registry import REGISTRIES
+from spdfq.recipe.describe import arguments, body, describe, plain, recipe_summary
+from spdfq.recipe.files import is_complete
+from spdfq.registry import REGISTRIES, losses
 
-COMPLETE = [name for name in shipped() if whole(name)]
+COMPLETE = [name for name in shipped() if is_complete(name)]
 
 
 def test_list_names_every_component_and_every_shipped_recipe():
     listed = spdfq("list").output.split("\n\n")
-    blocks = {block.split("\n")[0]: [line.split()[0] for line in block.split("\n")[1:] if line] for block in listed}
+    blocks = {block.split("\n")[0]: re.findall(r"^  (\S+)", block, re.MULTILINE) for block in listed}
     assert {kind: blocks[kind] for kind in REGISTRIES} == {kind: r.names() for kind, r in REGISTRIES.items()}
     assert blocks["recipe"] == shipped()
     assert "quickstart" in blocks["recipe"]
 
 
 def test_list_of_a_kind_gives_summary_and_paper():
-    line = next(line for line in spdfq("list", "loss").output.splitlines() if "attention_prior" in line)
-    assert line.endswith("follows a prior map drawn for it. [arXiv:2412.16553]")
+    entry = losses.entry("attention_prior")
+    assert f"  attention_prior {entry.summary} [arXiv:2412.16553] " in unwrapped(spdfq("list", "loss").output)
+
+
+def unwrapped(listing):
+    """The text with single spaces, two before each name."""
+    return "".join(f"  {' '.join(part.split())} " for part in re.split(r"^  (?=\S)", listing, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("columns", [70, 80, 200])
+def test_list_wraps_summaries_to_the_terminal_and_cuts_none_off(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for kind, known in REGISTRIES.items():
+        listing = spdfq("list", kind).output
+        assert max(map(len, listing.splitlines())) <= columns
+        assert [
+            name for name in known.names() if f"  {name} {plain(known.entry(name).summary)}" not in unwrapped(listing)
+        ] == []
+    listing = spdfq("list", "recipe").output
+    indents = {len(line) - len(line.lstrip()) for line in listing.splitlines()}
+    assert indents <= {2, 4 + max(map(len, shipped()))}
+
+
+def test_a_summary_is_the_whole_first_sentence_of_a_recipes_comment():
+    summaries = {name: recipe_summary(name) for name in shipped()}
+    assert [name for name, summary in summaries.items() if not summary.endswith((".", ")"))] == []
+    assert "\n" not in "".join(summaries.values())
 
 
 def test_show_gives_keys_defaults_types_meaning_paper_and_place():
@@ -71,10 +97,10 @@ def test_a_commented_recipe_says_what_every_key_means(small):
     )
     assert '[synthesis.target]\ntype = "one_hot"  # or none, soft_label\n' in text
     assert (
-        "# classes of the head, where they differ from the architecture's own; 0 for none. (whole number)\n"
-        "# num_classes =\n" in text
+        "# number of classes of the head, if it differs from the architecture's default; 0 removes the head.\n"
+        "# (whole number)\n# num_classes =\n" in text
     )
-    bits = "# bit-widths that a site may get. ([whole number, ...])\n# choices = [2, 3, 4, 5, 6, 8]\n"
+    bits = "# bit-widths that a site can have. ([whole number, ...])\n# choices = [2, 3, 4, 5, 6, 8]\n"
     assert "# [quantization.budget]\n" in text
     assert bits in text
 

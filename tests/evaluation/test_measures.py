@@ -30,7 +30,7 @@ from spdfq.evaluation.measures import (
 from spdfq.losses.functional import head_similarity
 from spdfq.recipe import load_recipe, to_toml
 from spdfq.report import write_report, write_sheet
-from spdfq.report.measures import measures
+from spdfq.report.image_quality import quality_section
 from spdfq.runs.inspection import measure_runs
 from spdfq.runtime import Runtime
 from spdfq.synth import SyntheticImages
@@ -178,9 +178,8 @@ def test_a_model_without_a_head_names_no_class_and_is_measured_without_alignment
     assert (found["semantic_alignment"], found["real_images"]) == (None, 0)
     assert found["notes"] == ["semantic_alignment: the model has no head, so it names no class"]
     assert 0 < found["head_similarity"] < 1
-    page = measures(found | {"prior_overlap": None})
-    assert "Alignment is" not in page
-    assert "the model has no head" in page
+    shown = quality_section(found | {"prior_overlap": None})
+    assert set(shown["facts"]) == {"Head similarity", "Channel mean", "Channel std", "Spectrum slope"}
 
 
 # finished runs
@@ -240,10 +239,10 @@ def test_measuring_writes_its_numbers_beside_the_run_and_into_its_report(noisy, 
         assert json.loads((folder / "measures.json").read_text()) == row
         page = (folder / "report.html").read_text()
         assert f"<dt>Semantic alignment</dt><dd>{row['semantic_alignment']:.2f}</dd>" in page
-        assert "20 images of all classes" in page
+        assert "(20 real images over all classes)" in " ".join(page.split())
     assert rows[0]["prior_overlap"] is None
     assert rows[1]["prior_overlap"] == exactly(1)
-    assert "Prior reached" not in (noisy / "report.html").read_text().replace("Prior reached is the share", "")
+    assert "Prior reached" not in (noisy / "report.html").read_text().split("Head similarity is the")[0]
     assert rows[0]["semantic_alignment"] + 0.05 < rows[1]["semantic_alignment"] <= 1
     assert rows[1]["spectrum_slope"] < -1 < rows[0]["spectrum_slope"]
     assert (rows[0]["source"], rows[0]["quantized_top1"], rows[0]["images"]) == ("gaussian_noise", 88.5, 3)
@@ -324,7 +323,7 @@ def test_no_measures_stay_whose_report_cannot_be_written(noisy):
 
 def test_damaged_measures_are_one_clear_error(noisy):
     (noisy / "measures.json").write_text("{}")
-    with pytest.raises(SpdfqError, match=r"measures\.json lacks 'real_images'"):
+    with pytest.raises(SpdfqError, match=r"measures\.json lacks 'semantic_alignment'"):
         write_report(noisy)
 
 

@@ -47,7 +47,7 @@ def test_one_part_may_come_in_on_two_ways_but_not_by_itself(folder):
     assert resolve(folder("both.toml", "extends = ['left.toml', 'right.toml']")) == {"seed": 1}
     folder("circle.toml", "extends = ['round.toml']")
     (problem,) = problems_of(folder("round.toml", "extends = ['circle.toml']"))
-    assert problem == "round.toml: extends itself by way of round -> circle"
+    assert problem == "round.toml: extends itself through round -> circle"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from support.recipes import problems_of
 
 from spdfq.errors import RecipeError
 from spdfq.recipe import Recipe, digest, load_recipe, resolve, shipped, to_toml
-from spdfq.recipe.files import whole
+from spdfq.recipe.files import is_complete
 from spdfq.recipe.structure import structure
 
 OPTIMIZE = {
@@ -79,9 +79,9 @@ MISTAKES = [
     ("synthesis.optimizer.lr", "0.1", "synthesis.optimizer.lr: expected a number, got '0.1'"),
     ("synthesis.optimizer.lr", True, "synthesis.optimizer.lr: expected a number, got True"),
     ("synthesis.optimizer.lr", float("inf"), "synthesis.optimizer.lr: expected a finite number, got inf"),
-    ("synthesis.optimizer.lr", 1e300, "synthesis.optimizer.lr: is too large, the most is 3.4e+38"),
-    ("synthesis.optimizer.lr", 10**400, "synthesis.optimizer.lr: is too large, the most is 3.4e+38"),
-    ("evaluation.batch", 2**63, "evaluation.batch: is too large, the most is 9.2e+18"),
+    ("synthesis.optimizer.lr", 1e300, "synthesis.optimizer.lr: is too large, the maximum is 3.4e+38"),
+    ("synthesis.optimizer.lr", 10**400, "synthesis.optimizer.lr: is too large, the maximum is 3.4e+38"),
+    ("evaluation.batch", 2**63, "evaluation.batch: is too large, the maximum is 9.2e+18"),
     ("synthesis.optimizer.lr", float("nan"), "synthesis.optimizer.lr: expected a finite number, got nan"),
     ("synthesis.optimizer.betas", [0.5], "synthesis.optimizer.betas: expected an array of 2 values, got 1"),
     ("synthesis.optimizer.betas", 0.5, "synthesis.optimizer.betas: expected an array, got 0.5"),
@@ -225,9 +225,7 @@ def test_another_type_for_a_loss_discards_the_options_of_the_one_its_key_names(b
 
 
 def test_a_student_cannot_have_a_budget():
-    with pytest.raises(
-        RecipeError, match=r"^quantization.budget: is measured on finished images, but synthesis.student"
-    ):
+    with pytest.raises(RecipeError, match=r"^quantization.budget: needs finished images, but synthesis.student"):
         load_recipe("psaq_vit_v2", ["quantization.budget={weights=6.0}"])
 
 
@@ -255,7 +253,7 @@ def test_set_applies_from_left_to_right_and_the_seed_last(base):
         ("=3", "--set =3: expected key=value"),
         ("synthesis.sampler=whole", "--set synthesis.sampler=whole: the value is not TOML; strings need quotes: "),
         ("seed=1\nmodel = 2", "--set seed=1\nmodel = 2: the value is not TOML"),
-        ("seed.deep=1", "--set seed.deep: 'seed' is a value, it has no keys"),
+        ("seed.deep=1", "--set seed.deep: 'seed' is a value and has no keys"),
         (
             "quantization.steps.3.batch=1",
             "--set quantization.steps.3.batch: '3' is not a position of this list (0 to 0)",
@@ -293,7 +291,7 @@ def test_the_resolved_copy_writes_every_default_out():
 
 
 def complete():
-    return [name for name in shipped() if whole(name)]
+    return [name for name in shipped() if is_complete(name)]
 
 
 @pytest.mark.parametrize("source", [BASE, *complete()], ids=["base", *complete()])

@@ -1,7 +1,9 @@
-"""TOML as it is written: it reads back exactly, its tables in their order."""
+"""Written TOML reads back exactly, with its tables in the same order."""
 
 import tomllib
+from datetime import date
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +58,12 @@ def test_written_toml_reads_back_exactly(written):
     assert typed(tomllib.loads(to_toml(written))) == typed(written)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_a_recipe(tmp_path):
     path = tmp_path / "windows.toml"
     path.write_text('extends = ["quickstart"]\nseed = 3\n', encoding="utf-8-sig")
     assert load_recipe(path).seed == 3
+
+
+def test_a_value_that_recipes_do_not_have_is_refused():
+    with pytest.raises(TypeError, match="a date is not a recipe value"):
+        toml.value([date(2026, 1, 1)])

@@ -278,11 +278,11 @@ def test_the_page_holds_all_pieces_and_fetches_nothing(tmp_path):
 
 def test_the_accuracy_line_says_what_was_measured(tmp_path):
     html = page(tmp_path)
-    line = "FP 91.1 % → W4A4 89.9 % top-1 (simulated), 2000 images, agreement 95.2 %"
+    line = "FP 91.14 % → W4A4 89.86 % top-1 (simulated), 2000 images, agreement 95.25 %"
     assert f'content="{line}"' in html
     assert line in Page(html).text
-    assert "Change −1.2 points" in Page(html).text
-    assert "Top-5 99.8 % → 99.7 %" in Page(html).text
+    assert "Change −1.28 points" in Page(html).text
+    assert "Top-5 99.80 % → 99.70 %" in Page(html).text
 
 
 def test_an_integer_measurement_is_not_called_simulated(tmp_path):
@@ -327,6 +327,18 @@ def test_values_of_a_run_are_escaped(tmp_path):
     assert sum(evil in value for name, value in parsed.attributes if name in ("content", "aria-label")) == 2
 
 
+@pytest.mark.parametrize(("real_images", "explained"), [(20, True), (0, False)])
+def test_measures_are_explained_as_far_as_they_are_there(tmp_path, real_images, explained):
+    found = {"semantic_alignment": 0.444 if explained else None, "head_similarity": None, "prior_overlap": 0.5}
+    found |= {"channel_mean": [0.1, 0.2], "channel_std": [0.3, 0.3], "spectrum_slope": -1.5}
+    found |= {"real_images": real_images, "notes": ["head_similarity: <none>"]}
+    (tmp_path / "measures.json").write_text(json.dumps(found))
+    text = Page(page(tmp_path)).text
+    assert ("Semantic alignment 0.44" in text, "Alignment is the mean cosine" in text) == (explained, explained)
+    assert "Prior reached 0.50 Channel mean 0.10 0.20 Channel std 0.30 0.30 Spectrum slope -1.50" in text
+    assert "head_similarity: <none>" in text
+
+
 def test_reused_stages_are_marked(tmp_path):
     assert "images 46 s quantize 0.0 s reused total 46 s" in Page(page(tmp_path)).text
 
@@ -356,7 +368,7 @@ def test_damaged_files_are_refused_by_name(tmp_path):
         write_report(tmp_path)
     (tmp_path / "sites.json").write_text("[]")
     with pytest.raises(DataError, match=r"sites\.json: damaged; run the recipe again with --fresh"):
-        write_report(tmp_path)
+        page(tmp_path)
 
 
 @pytest.mark.parametrize("rows", ["0,0,1\n0,1,x", "0,0,1\n0,1,nan", "0,0,1\n0,1", "0,0,1\n0,1,2\n1,0,3"])

@@ -13,7 +13,15 @@ from attrs import define
 
 from spdfq.recipe import load_recipe
 from spdfq.runs import provenance
-from spdfq.runs.provenance import components_in, data_fingerprints, device_name, git_commit, source_digest, versions
+from spdfq.runs.provenance import (
+    code_digests,
+    components_in,
+    data_fingerprints,
+    device_name,
+    git_commit,
+    source_digest,
+    versions,
+)
 
 LOSS = """
 from attrs import define
@@ -51,7 +59,7 @@ def package(tmp_path, monkeypatch, request):
 
 def forget():
     """What a new process does not know: sources are read once."""
-    for cached in (provenance._tree, provenance._parsed, provenance._imported, provenance._is_module):
+    for cached in (provenance._tree, provenance._normalised, provenance._imported, provenance._is_module):
         cached.cache_clear()
 
 
@@ -75,7 +83,17 @@ def test_an_edited_source_changes_the_digest(package, module):
     assert source_digest(spec) != before
 
 
-def test_comments_layout_and_what_is_not_imported_do_not(package):
+def test_docstrings_do_not_change_the_digest_but_other_strings_do(package):
+    spec = loss_of(package)
+    before = source_digest(spec)
+    assert after(package / "loss.py", "A loss.", "Another sentence.", spec) == before
+    documented = '"""A module."""\n\ndef level():\n    """A function."""\n    return 1'
+    assert after(package / "helper.py", "def level(): return 1", documented, spec) == before
+    assert after(package / "late.py", "x = 1", 'x = 1\n"""What it is."""', spec) == before
+    assert after(package / "helper.py", "return 1", "return '1'", spec) != before
+
+
+def test_comments_layout_and_modules_that_are_not_imported_do_not(package):
     spec = loss_of(package)
     before = source_digest(spec)
     assert after(package / "helper.py", "return 1", "\n    return (1)  # of pixels", spec) == before
@@ -100,12 +118,35 @@ def test_imports_are_followed_through_this_library(module, of_images, of_model):
     assert belongs(module, recipe.quantization, "spdfq.backends.quantize") == of_model
 
 
+@pytest.mark.parametrize(
+    ("name", "module", "stages"),
+    [
+        ("quickstart", "spdfq.backends.learning.student", set()),
+        ("psaq_vit_v2", "spdfq.backends.learning.student", {"images"}),
+        ("psaq_vit_v2", "spdfq.quantizers.log2", {"images", "quantize"}),
+        ("quickstart", "spdfq.losses.total_variation", {"images"}),
+        ("quickstart", "spdfq.quantized.checkpoint", {"quantize"}),
+        ("quickstart", "spdfq.evaluation.accuracy", {"evaluate"}),
+        ("quickstart", "spdfq.evaluation.neighbours", set()),
+        ("headless", "spdfq.evaluation.neighbours", {"evaluate"}),
+        ("quickstart", "spdfq.report.page", set()),
+    ],
+)
+def test_the_code_of_each_stage(name, module, stages, monkeypatch):
+    recipe = load_recipe(name)
+    normalised = provenance._normalised
+    before = code_digests(recipe)
+    monkeypatch.setattr(provenance, "_normalised", lambda name: normalised(name) + " edited" * (name == module))
+    after = code_digests(recipe)
+    assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
 def belongs(module, spec, *modules):
     """Whether a digest changes with the source of a module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(provenance, "_parsed", lambda name: "the same")
+        patch.setattr(provenance, "_normalised", lambda name: "the same")
         before = source_digest(spec, *modules)
-        patch.setattr(provenance, "_parsed", lambda name: "edited" if name == module else "the same")
+        patch.setattr(provenance, "_normalised", lambda name: "edited" if name == module else "the same")
         return source_digest(spec, *modules) != before
 
 

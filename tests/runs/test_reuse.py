@@ -58,8 +58,10 @@ def test_what_a_change_does_not_touch_is_reused(finished, recipe, override, kept
     ],
 )
 def test_an_edited_component_never_meets_an_old_result(finished, recipe, monkeypatch, module, kept):
-    parsed = provenance._parsed
-    monkeypatch.setattr(provenance, "_parsed", lambda name: parsed(name) + (" edited" if name == module else ""))
+    normalised = provenance._normalised
+    monkeypatch.setattr(
+        provenance, "_normalised", lambda name: normalised(name) + (" edited" if name == module else "")
+    )
     assert reused(again(finished, recipe, "edited")) == kept
 
 
