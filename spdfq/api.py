@@ -1,4 +1,4 @@
-"""Two stages as plain functions for a teacher of one's own: images from a model, a quantized model from images."""
+"""Two stages of a run as functions that take your own teacher: make images, and quantize on them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,10 +21,10 @@ AnyRecipe = Recipe | str | Path | dict[str, Any]
 def synthesize(
     teacher: Teacher, recipe: AnyRecipe, *, overrides: Iterable[str] = (), seed: int | None = None
 ) -> Tensor:
-    """Calibration images by a recipe's synthesis section.
+    """Make calibration images with a recipe's synthesis section.
 
     Args:
-        teacher: takes the place of the recipe's model.
+        teacher: replaces the recipe's model.
         recipe: a `Recipe`, a shipped recipe's name, a ``.toml`` path, or plain data.
         overrides: ``dotted.key=value`` pairs.
         seed: replaces the recipe's own.
@@ -39,13 +39,13 @@ def synthesize(
 
 
 def make_images(recipe: Recipe, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
-    """A recipe's images, and how they came about; a source that wants a student gets that of the recipe's back-end.
+    """Make a recipe's images. A source that needs a student gets one from the recipe's quantization section.
 
     Args:
-        recipe: whose synthesis and, for a student, quantization sections are used.
+        recipe: its synthesis section is used, and its quantization section for a student.
         teacher: on the runtime's device.
-        runtime: device, precision and seed streams.
-        folder: where unfinished work is kept and taken up again.
+        runtime: device, precision and seeds.
+        folder: for the state of unfinished work, from which a later call continues.
     """
     source: Any = recipe.synthesis
     options = {"student": student_factory(teacher, recipe.quantization, runtime)} if source.needs_student else {}
@@ -57,14 +57,17 @@ def make_images(recipe: Recipe, teacher: Teacher, runtime: Runtime, folder: Path
 def quantize(
     teacher: Teacher, images: Tensor, recipe: AnyRecipe, *, overrides: Iterable[str] = (), seed: int | None = None
 ) -> QuantizedModel:
-    """A fake-quantized copy of the teacher's network by a recipe's quantization section; the teacher is not touched.
+    """Quantize a copy of the teacher's network with a recipe's quantization section. The teacher does not change.
 
     Args:
-        teacher: takes the place of the recipe's model.
+        teacher: replaces the recipe's model.
         images: ``[n, C, H, W]``, normalised for the teacher.
         recipe: as in `synthesize`.
         overrides: ``dotted.key=value`` pairs.
         seed: replaces the recipe's own.
+
+    Returns:
+        The fake-quantized network: it computes in float, with the rounding of integers.
     """
     checked = load_recipe(recipe, overrides, seed)
     return run_backend(teacher, images, checked.quantization, make_runtime(checked.runtime, checked.seed))

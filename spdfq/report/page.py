@@ -73,6 +73,7 @@ def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "measured": _measured(metrics),
         "outcome": _outcome(run),
         "warnings": run.get("warnings", ()),
+        "controls": _controls(run),
         "images": _encoded(folder / "synthetic.png"),
         "images_caption": _images_caption(run["images"]["count"]),
         "measures": None if measures is None else quality_section(measures),
@@ -159,9 +160,30 @@ def _outcome(run: dict[str, Any]) -> dict[str, Any]:
             "Images": f"{run['images']['count']}, {run['images']['type']}",
             "Back-end": ", ".join(run["backend"]["steps"]),
             "Placement": run["backend"].get("placement"),
+            "Size": _size(run),
             "Published": _published(run.get("published")),
         }
     )
+
+
+def _controls(run: dict[str, Any]) -> list[list[Any]]:
+    """A row for the run's own images and one for those of each control; none without controls."""
+    if not run.get("controls"):
+        return []
+    own = {"name": "this run", **run["images"], "metrics": run["metrics"]}
+    return [
+        [row["name"], row["type"], row["count"], percent(row["metrics"]["quantized"]["top1"])]
+        + [percent(row["metrics"]["agreement"])]
+        for row in (own, *run["controls"])
+    ]
+
+
+def _size(run: dict[str, Any]) -> str | None:
+    """``2.75 MB → 0.35 MB packed``."""
+    if "size" not in run:
+        return None
+    before, after = (f"{run['size'][key] / 1e6:.2f} MB" for key in ("float", "quantized"))
+    return f"{before} → {after} packed"
 
 
 def _published(found: dict[str, Any] | None) -> str | None:

@@ -1,4 +1,4 @@
-"""What a finished run was of: its recipe, its record and whether a model is still its teacher."""
+"""Finished runs: their recipe, their record, and whether a model is still their teacher."""
 
 import json
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ from spdfq.recipe import Recipe, load_recipe
 
 
 def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of a finished run, its evaluation or runtime overridden.
+    """The recipe of a finished run, with changes to its evaluation or runtime section.
 
     Raises:
-        RecipeError: no run folder, or an override of what a finished run is.
+        RecipeError: not a run folder, or an override of another section.
     """
     overrides = tuple(overrides)
     if fixed := [line for line in overrides if not line.strip().startswith(("evaluation", "runtime"))]:
@@ -25,7 +25,7 @@ def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe
 
 
 def check_teacher(folder: str | Path, found: dict[str, Any], fingerprint: str) -> None:
-    """Whether a model is the one that a finished run quantized.
+    """Check that a model is the one that a finished run quantized.
 
     Args:
         folder: of the run.
@@ -40,13 +40,13 @@ def check_teacher(folder: str | Path, found: dict[str, Any], fingerprint: str) -
         raise DataError(f"{Path(folder) / 'run.json'}: damaged; run the recipe again with --fresh")
     if model.get("fingerprint") not in (None, fingerprint):
         raise DataError(
-            f"{folder}: its model is not the one that was quantized any more, as recipe.toml or the weights have "
-            "changed; run it again"
+            f"{folder}: recipe.toml or the weights have changed, so its model is no longer the one that was quantized; "
+            "run it again"
         )
 
 
 def run_record(folder: str | Path) -> dict[str, Any]:
-    """What ``run.json`` of a run folder says; nothing where there is none that can be read."""
+    """The contents of a run folder's ``run.json``; empty if it is missing or damaged."""
     path = Path(folder) / "run.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Finished runs measured: the quality of their images, written beside them, and all of them side by side."""
+"""Measure the images of finished runs, one by one and side by side."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -34,20 +34,20 @@ def measure_runs(
 ) -> list[dict[str, Any]]:
     """Measure the calibration images of finished runs.
 
-    Writes ``measures.json`` into each run folder and its report anew.
+    Write ``measures.json`` into each run folder, and its report again.
 
     Args:
         folders: of finished runs.
-        overrides: ``evaluation.key=value`` (or ``runtime.``) pairs, for example for other real images.
+        overrides: ``evaluation.key=value`` or ``runtime.key=value`` pairs, for example for other real images.
         device: replaces ``runtime.device``.
-        sheet: a PNG file for the first images of each run, a row for each.
-        progress: see `spdfq.runtime`.
+        sheet: a PNG file that shows the first images of each run in a row.
+        progress: see `spdfq.runtime.Runtime`.
 
     Returns:
-        What was written, a table for each run; see `spdfq.evaluation.measures.measure_images`.
+        One table for each run, as written; see `spdfq.evaluation.measures.measure_images`.
 
     Raises:
-        SpdfqError: anything the user can mend; the message says where and how.
+        SpdfqError: anything the user can fix; the message says where and how.
     """
     overrides = tuple(overrides)
     if sheet:
@@ -97,7 +97,7 @@ class _Run:
         return cls(folder, recipe, record, images, make_runtime(recipe.runtime, recipe.seed, device, progress))
 
     def digest_of(self, *sections: str) -> str:
-        """A hash of sections of the recipe, and of the data where the evaluation is one of them."""
+        """A hash of sections of the recipe; with the evaluation section, of its data too."""
         data = data_fingerprints(self.recipe.evaluation) if "evaluation" in sections else []
         return digest(*(self.recipe.to_dict()[section] for section in sections), *data)
 
@@ -117,7 +117,7 @@ class _Run:
         try:
             write_text(self.folder / MEASURES_FILE, json.dumps(row, indent=1) + "\n")
             write_report(self.folder)
-        except DataError:  # no measures without their report
+        except DataError:  # without a report there are no measures either
             (self.folder / MEASURES_FILE).unlink(missing_ok=True)
             raise
         finally:

@@ -1,4 +1,4 @@
-"""Finished stages, kept under a key of everything they depend on and shared by all runs."""
+"""The store: finished stages, kept under a key of everything they depend on, and shared by all runs."""
 
 import os
 import shutil
@@ -22,7 +22,13 @@ _DONE = "done"
 
 @frozen
 class StageRecord:
-    """How a stage of a run came about."""
+    """How a run got the result of a stage.
+
+    Args:
+        seconds: that it took.
+        reused: whether the store had it.
+        key: of the stage.
+    """
 
     seconds: float
     reused: bool
@@ -35,8 +41,8 @@ class Store:
 
     Args:
         root: the folder.
-        fresh: do finished and begun stages anew.
-        ranks: the processes that share the work; rank 0 keeps the store.
+        fresh: repeat finished stages, and discard the state of unfinished ones.
+        ranks: the processes that share the work; rank 0 writes the store.
     """
 
     root: Path
@@ -45,11 +51,11 @@ class Store:
     records: dict[str, StageRecord] = field(factory=dict, init=False)
 
     def stage(self, name: str, key: str, make: Callable[[Path], object], load: Callable[[Path], T]) -> T:
-        """The result of a stage: loaded where it is finished, made first where it is not.
+        """Load the result of a finished stage, or make it first.
 
-        ``make(folder)`` writes the result into the folder; what it keeps under ``folder / STATE`` survives a killed
-        run and is removed in the end. A second run that wants the same stage waits for the first. Every rank calls
-        ``make``; it says itself what rank 0 does alone.
+        ``make(folder)`` writes the result into the folder. What it keeps under ``folder / STATE`` survives a killed run
+        and is removed when the stage is finished. A second run of the same stage waits for the first. Every rank calls
+        ``make``, which decides what rank 0 does alone.
 
         Raises:
             DataError: a finished stage cannot be read.
@@ -72,9 +78,9 @@ class Store:
 
     @contextmanager
     def unfinished(self, name: str, key: str) -> Iterator[Path]:
-        """A folder for the state of work whose result is not kept: it survives a killed run, and nothing else.
+        """A folder for the state of work whose result is not kept. It is removed unless the process is killed.
 
-        A second run that wants the same folder waits for the first.
+        A second process that needs the same folder waits for the first.
         """
         folder = self.root / f"{name}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,14 +88,14 @@ class Store:
             try:
                 yield folder
                 self.ranks.wait()
-            except SpdfqError:  # what is wrong may be in the state: after the remedy, begin anew
+            except SpdfqError:  # the state may be the cause, so the next call starts without it
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             if self.ranks.leads:
                 shutil.rmtree(folder)
 
     def _found(self, folder: Path) -> bool:
-        """Whether the stage is finished; where it is not, its folder is made ready."""
+        """Whether the stage is finished; if not, prepare its folder."""
         if self.fresh:
             shutil.rmtree(folder, ignore_errors=True)
         if (folder / _DONE).exists():
@@ -102,18 +108,18 @@ def _loaded(folder: Path, load: Callable[[Path], T]) -> T:
     try:
         return load(folder)
     except (SafetensorError, DataError, OSError, ValueError, KeyError, TypeError) as error:
-        said = str(error).partition("; ")[0]  # without a remedy of its own
-        raise DataError(f"{folder}: a finished stage that is damaged ({said}); delete it, or use --fresh") from None
+        cause = str(error).partition("; ")[0]  # without the remedy that it names
+        raise DataError(f"{folder}: this finished stage is damaged ({cause}); delete it, or use --fresh") from None
 
 
 def store_beside(run_folder: Path, fresh: bool = False, ranks: Ranks | None = None) -> Store:
-    """The store of a run: ``SPDFQ_STORE``, or ``.store`` beside the run folder."""
+    """The store of a run: the folder that ``SPDFQ_STORE`` names, or ``.store`` beside the run folder."""
     named = os.environ.get("SPDFQ_STORE")
     return Store(Path(named) if named else run_folder.parent / ".store", fresh, ranks or Ranks())
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """A held lock on a run folder; release it when done.
+    """Lock a run folder. The caller releases the lock.
 
     Raises:
         SpdfqError: another process holds it.

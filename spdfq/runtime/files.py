@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of either."""
+"""Atomic writes: a reader sees the old file or the new one, never a part."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from spdfq.errors import DataError
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a temporary file, sync it, and move it into place."""
+    """Let ``write`` fill a temporary file, flush it to disk, and move it into place."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)

@@ -1,4 +1,4 @@
-"""Several processes on one recipe (torchrun): who does what, and what one tells the others."""
+"""Several processes on one recipe, started by torchrun: who does which part, and how they exchange results."""
 
 import atexit
 import os
@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 from attrs import frozen
 
 T = TypeVar("T")
-# the others wait while rank 0 reconstructs
+# the other processes wait while rank 0 reconstructs
 _PATIENCE = timedelta(days=2)
 
 
 @frozen
 class Ranks:
-    """The processes that share a run; alone unless `join` said otherwise.
+    """The processes that share a run; by default this one alone. See `join`.
 
     Args:
-        rank: of this process, 0 to ``count - 1``; rank 0 writes and speaks.
-        count: how many processes there are.
+        rank: number of this process, 0 to ``count - 1``. Rank 0 writes files and prints.
+        count: number of processes.
     """
 
     rank: int = 0
@@ -31,18 +31,18 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """The items this process does: every ``count``-th one."""
+        """The items that this process works on: every ``count``-th one."""
         return items[self.rank :: self.count]
 
     def first(self, make: Callable[[], T]) -> T:
-        """What rank 0 made, on every rank."""
+        """Call ``make`` on rank 0, and return its result on every rank."""
         if self.count == 1:
             return make()
         import torch.distributed as dist
 
-        told: list[Any] = [make() if self.leads else None]
-        dist.broadcast_object_list(told, src=0)
-        result: T = told[0]
+        shared: list[Any] = [make() if self.leads else None]
+        dist.broadcast_object_list(shared, src=0)
+        result: T = shared[0]
         return result
 
     def gathered(self, value: T) -> list[T]:
@@ -56,14 +56,15 @@ class Ranks:
         return values
 
     def wait(self) -> None:
-        """Go on when every rank is here."""
+        """Wait until every rank has called this."""
         self.gathered(None)
 
 
 def join() -> Ranks:
-    """The processes torchrun started, joined into a group; a single one without torchrun.
+    """Join the processes that torchrun started into one group; without torchrun there is a single process.
 
-    gloo carries what ranks tell each other; NCCL stands ready for tensors where there are CUDA devices.
+    Processes exchange small Python objects through gloo, also on machines with GPUs. Images and weights are exchanged
+    through files.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 or "RANK" not in os.environ:
@@ -72,9 +73,8 @@ def join() -> Ranks:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
-        # gloo's threads outlive the interpreter otherwise, and now and then abort a process that has done its work
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+        # otherwise gloo's threads outlive the interpreter, and sometimes abort a process that has finished its work
         atexit.register(_leave)
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
@@ -82,7 +82,7 @@ def join() -> Ranks:
 
 
 def _leave() -> None:
-    """End the group, if it has not ended."""
+    """End the group unless it has ended."""
     import torch.distributed as dist
 
     if dist.is_initialized():

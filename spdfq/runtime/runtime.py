@@ -31,7 +31,7 @@ class Runtime:
         device: where tensors live.
         precision: of the forward passes in synthesis, reconstruction and distillation.
         seed: the recipe's seed.
-        progress: ``progress(description, total)`` is a context manager giving ``advance(steps, **values)``.
+        progress: ``progress(description, total)`` is a context manager that gives ``advance(steps, **values)``.
         ranks: the processes that share the work.
     """
 

@@ -350,6 +350,15 @@ def test_sites_are_counted_and_listed(tmp_path):
     assert "LayerNorm 1 1,200" in text
 
 
+def test_controls_are_rows_beside_the_run_and_the_size_is_shown(tmp_path):
+    low = {**run_json()["metrics"], "quantized": {"top1": 62.35}, "agreement": 99.95}
+    noise = {"name": "noise", "type": "gaussian_noise", "count": 2, "metrics": low}
+    text = Page(page(tmp_path, controls=[noise], size={"float": 2_745_000, "quantized": 467_000})).text
+    assert "this run optimize 2 89.86 % 95.25 % noise gaussian_noise 2 62.35 % 99.95 %" in text
+    assert "Size 2.75 MB → 0.47 MB packed" in text
+    assert "Controls" not in Page(page(tmp_path, controls=[])).text
+
+
 def test_warnings_of_the_run_are_shown(tmp_path):
     assert "Warnings something to know" in Page(page(tmp_path, warnings=["something to know"])).text
 

@@ -188,7 +188,7 @@ def test_a_damaged_model_in_the_store_is_not_handed_on(finished, recipe, tmp_pat
     store = shutil.copytree(finished.folder.parent / ".store", tmp_path / ".store")
     stored = store / f"quantize-{finished.stages['quantize']['key']}" / "quantized" / "model.safetensors"
     stored.write_bytes(stored.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"quantize-.*a finished stage that is damaged \(.*truncated.*use --fresh"):
+    with pytest.raises(DataError, match=r"quantize-.*this finished stage is damaged \(.*truncated.*use --fresh"):
         run(recipe, out=tmp_path / "run")
     assert not (tmp_path / "run" / "quantized").exists()
 

@@ -86,7 +86,7 @@ def test_a_finished_stage_that_is_damaged_is_one_clear_error(tmp_path, stage, da
     Store(tmp_path).stage("images", "abc", stage.make, stage.load)
     value = tmp_path / "images-abc" / "value.json"
     value.unlink() if damage is None else value.write_text(damage)
-    with pytest.raises(DataError, match=r"images-abc: a finished stage that is damaged .*delete it, or use --fresh"):
+    with pytest.raises(DataError, match=r"images-abc: this finished stage is damaged .*delete it, or use --fresh"):
         Store(tmp_path).stage("images", "abc", stage.make, stage.load)
     assert Store(tmp_path, fresh=True).stage("images", "abc", stage.make, stage.load) == 2
 
