@@ -1,0 +1,64 @@
+"""The examples of the documentation, run from the text of the pages."""
+
+import re
+import runpy
+
+import pytest
+from support.docs import DOCS, ROOT, blocks
+
+from spdfq import registry
+from spdfq.data import FashionMnist
+
+
+@pytest.fixture
+def run_as_script(tmp_path, monkeypatch):
+    """Runs code as a user would run a script, in a folder of its own, with 2 iterations and 20 evaluation images."""
+    load = FashionMnist._load
+    monkeypatch.setattr(FashionMnist, "_load", lambda self: tuple(tensor[:20] for tensor in load(self)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SPDFQ_STORE", raising=False)
+    for kind in registry.REGISTRIES.values():  # what a script registers is forgotten after the test
+        kind._load()
+        monkeypatch.setattr(kind, "_entries", dict(kind._entries))
+
+    def run(code):
+        code, shortened = re.subn(r"(?<=iterations=)\d+", "2", code)
+        assert shortened
+        (tmp_path / "script.py").write_text(code, encoding="utf-8")
+        return runpy.run_path(str(tmp_path / "script.py"), run_name="__main__")
+
+    return run
+
+
+def test_the_readme_has_a_ten_line_example_and_a_fifteen_line_loss():
+    example, own_loss = blocks(ROOT / "README.md", "python")
+    assert sum(1 for line in example.splitlines() if line) <= 10
+    assert sum(1 for line in own_loss.splitlines() if line) <= 15
+    assert max(map(len, (example + own_loss).splitlines())) <= 120
+
+
+def test_the_readmes_example_runs_and_leaves_a_checkpoint_of_the_same_model(run_as_script, tmp_path):
+    seen = run_as_script(blocks(ROOT / "README.md", "python")[0])
+    assert seen["images"].shape == (4, 1, 28, 28)
+    expected = seen["quantized"](seen["images"])
+    assert (seen["reloaded"](seen["images"]) == expected).all()
+    assert (tmp_path / "runs" / "first-look" / "report.html").exists()
+
+
+def test_the_readmes_own_loss_runs_and_has_a_column_of_its_own(run_as_script, tmp_path):
+    run_as_script(blocks(ROOT / "README.md", "python")[1])
+    (curve,) = tmp_path.glob("runs/quickstart-*/losses.csv")
+    assert "contrast" in curve.read_text(encoding="utf-8").splitlines()[0].split(",")
+
+
+def test_a_loss_that_a_script_registers_is_forgotten_after_the_test():
+    assert "contrast" not in registry.losses.names()
+
+
+def test_the_example_of_a_module_of_ones_own_runs_and_reloads(run_as_script):
+    (code,) = (found for found in blocks(DOCS / "own-model.md", "python") if "Teacher" in found)
+    seen = run_as_script(code)
+    assert (seen["reloaded"](seen["images"]) == seen["quantized"](seen["images"])).all()
+    bits = {row["name"]: row["bits"] for row in seen["quantized"].site_table()["quantized"]}
+    assert bits["head.weight"] == 8
+    assert bits["blocks.0.attn.qkv.weight"] == 4
