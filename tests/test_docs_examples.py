@@ -2,10 +2,14 @@
 
 import re
 import runpy
+import tomllib
 
 import pytest
+import torch
 from support.docs import DOCS, ROOT, blocks
+from torchvision.models import VisionTransformer
 
+import spdfq
 from spdfq import registry
 from spdfq.data import FashionMnist
 
@@ -62,3 +66,33 @@ def test_the_example_of_a_module_of_ones_own_runs_and_reloads(run_as_script):
     bits = {row["name"]: row["bits"] for row in seen["quantized"].site_table()["quantized"]}
     assert bits["head.weight"] == 8
     assert bits["blocks.0.attn.qkv.weight"] == 4
+
+
+@pytest.mark.parametrize(
+    ("library", "sites"), [("SwinTransformer", 54), ("VisionTransformer", 28), ("transformers", 36)]
+)
+def test_a_model_from_elsewhere_is_quantized_as_its_page_shows(run_as_script, library, sites):
+    examples = blocks(DOCS / "models-from-elsewhere.md", "python")
+    (code,) = (found for found in examples if re.search(rf"^from \S*{library}|import {library}$", found, re.MULTILINE))
+    if library == "transformers":
+        pytest.importorskip("transformers", reason="not a dependency; the page says which version was tried")
+    seen = run_as_script(code)
+    table = seen["quantized"].site_table()
+    bits = [row["bits"] for row in table["quantized"]]
+    assert len(bits) == sites
+    assert bits.count(8) == 4, "weight and input of the first and of the last layer"
+    assert set(bits) == {4, 8}
+    assert not [row for row in table["float"] if row["what"].endswith("not quantized")]
+    if "before" in seen:
+        torch.testing.assert_close(seen["after"], seen["before"])
+
+
+def test_attention_that_cannot_be_seen_stays_in_float_and_is_listed():
+    (code,) = blocks(DOCS / "models-from-elsewhere.md", "toml")
+    module = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10).eval()
+    teacher = spdfq.Teacher(module, mean=[0.5] * 3, std=[0.5] * 3, num_classes=10, input_size=(3, 32, 32))
+    recipe = spdfq.load_recipe(tomllib.loads(code), overrides=["synthesis.images=2", "synthesis.iterations=2"])
+    table = spdfq.quantize(teacher, spdfq.synthesize(teacher, recipe), recipe).site_table()
+    listed = [f"{row['name']}: {row['what']}" for row in table["float"] if row["what"].endswith("not quantized")]
+    assert len(listed) == 2
+    assert listed[0] in blocks(DOCS / "models-from-elsewhere.md", "text")[0]
