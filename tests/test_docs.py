@@ -8,7 +8,7 @@ import tomllib
 import attrs
 import pytest
 from spdfq_cli.main import main
-from support.docs import DOCS, ROOT, blocks, text
+from support.docs import DOCS, ROOT, blocks, built_in, text
 
 from spdfq import registry
 from spdfq.bench.plan import read_plan
@@ -53,7 +53,7 @@ def test_every_built_in_component_and_each_of_its_keys_is_on_the_components_page
     assert set(sections) == set(registry.REGISTRIES) == set(generate.PLACES)
     for kind, known in registry.REGISTRIES.items():
         parts = dict(re.findall(r"^### (\S+)\n(.*?)(?=^### |\Z)", sections[kind], re.DOTALL | re.MULTILINE))
-        assert sorted(parts) == [name for name in known.names() if known.entry(name).module.startswith("spdfq.")]
+        assert sorted(parts) == built_in(known)
         for name in parts:
             keys = [field.name for field in attrs.fields(known.get(name)) if field.init]
             assert re.findall(r"^\| `(\w+)` \|", parts[name], re.MULTILINE) == keys

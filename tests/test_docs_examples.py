@@ -1,17 +1,22 @@
 """The examples of the documentation, run from the text of the pages."""
 
+import json
 import re
 import runpy
 import tomllib
 
 import pytest
 import torch
-from support.docs import DOCS, ROOT, blocks
+from support.docs import DOCS, ROOT, blocks, built_in, text
+from support.teachers import tiny_teacher
 from torchvision.models import VisionTransformer
 
 import spdfq
 from spdfq import registry
 from spdfq.data import FashionMnist
+from spdfq.quantized import save_quantized
+from spdfq.quantizers.packing import pack
+from spdfq.recipe.structure import unstructure
 
 
 @pytest.fixture
@@ -96,3 +101,82 @@ def test_attention_that_cannot_be_seen_stays_in_float_and_is_listed():
     listed = [f"{row['name']}: {row['what']}" for row in table["float"] if row["what"].endswith("not quantized")]
     assert len(listed) == 2
     assert listed[0] in blocks(DOCS / "models-from-elsewhere.md", "text")[0]
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """The names that the decoder on the page of the checkpoint format defines."""
+    names = {}
+    exec(blocks(DOCS / "checkpoint-format.md", "python")[0], names)
+    return names
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"type": "uniform", "bits": 3, "symmetric": True, "granularity": "channel"},
+        {"type": "uniform", "bits": 5},
+        {"type": "dual_uniform", "bits": 4, "granularity": "channel", "share": 0.1},
+        {"type": "power_of_two_factor", "bits": 6, "axis": 0},
+        {"type": "twin_uniform", "bits": 4, "split": "sign"},
+    ],
+    ids=lambda weights: f"{weights['type']}-{weights['bits']}",
+)
+def test_the_pages_decoder_reads_the_weights_that_load_quantized_gives(decoder, weights, tmp_path):
+    calibrate = {"type": "calibrate", "observer": "minmax", "weight_observer": "minmax"}
+    quantization = {"placement": "weights_only", "weights": weights, "steps": [calibrate]}
+    quantization |= {"activations": "uniform", "softmax": "log2"}  # required, but unused by this placement
+    data = {
+        "extends": ["models/vit_fmnist", "images/gaussian_noise"],
+        "quantization": quantization | {"softmax": "log2"},
+    }
+    recipe = spdfq.load_recipe(data, overrides=["synthesis.images=1"])
+    teacher = tiny_teacher()
+    quantized = spdfq.quantize(teacher, spdfq.synthesize(teacher, recipe), recipe)
+    save_quantized(quantized, tmp_path, teacher)
+    loaded = spdfq.load_quantized(tmp_path, teacher.module)
+    read = decoder["weights"](tmp_path)
+    assert sorted(read) == sorted(loaded.weight_names())
+    for name, values in read.items():
+        assert torch.equal(torch.from_numpy(values), loaded.weight(name).detach())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((name, {}) for name in built_in(registry.quantizers)),
+        ("uniform", {"granularity": "channel"}),
+        ("twin_uniform", {"split": "sign"}),
+        ("adaptive_log", {"shift": 0.17}),
+        ("adaptive_log", {"shift": 0.17, "folded": True}),
+    ],
+)
+def test_the_pages_formula_gives_the_value_of_every_code(decoder, kind, options, bits):
+    quantizer = registry.quantizers.get(kind)(bits=bits, **options)
+    data = torch.rand(8, 400, generator=torch.Generator().manual_seed(0)) ** 3
+    quantizer.observe(data)
+    quantizer.freeze()
+    codes = (torch.arange(8 * 400) % 2**bits).reshape(8, 400).to(torch.uint8)
+    stored = {name: tensor.numpy() for name, tensor in quantizer.tensors().items()}
+    values = decoder["decode"](codes.numpy(), unstructure(quantizer, "quantizer"), stored)
+    torch.testing.assert_close(torch.from_numpy(values), quantizer.decode(codes), rtol=1e-6, atol=0)
+
+
+def test_the_pages_example_of_packing_holds(decoder):
+    assert pack(torch.tensor([5, 1, 6], dtype=torch.uint8), 3).tolist() == [141, 1]
+    assert decoder["unpack"](torch.tensor([141, 1], dtype=torch.uint8).numpy(), 3, [3]).tolist() == [5, 1, 6]
+
+
+def test_the_page_of_the_format_has_every_key_and_every_quantizer(tmp_path):
+    page = text(DOCS / "checkpoint-format.md")
+    teacher = tiny_teacher()
+    recipe = spdfq.load_recipe({"extends": ["models/vit_fmnist", "images/gaussian_noise", "backends/repq"]})
+    quantized = spdfq.quantize(
+        teacher, torch.randn(2, *teacher.input_size), recipe, overrides=["quantization.overrides=[]"]
+    )
+    save_quantized(quantized, tmp_path, teacher)
+    config = json.loads(text(tmp_path / "config.json"))
+    assert [key for key in (*config, *config["teacher"]) if f"`{key}`" not in page] == []
+    assert [name for name in built_in(registry.quantizers) if f"| `{name}` |" not in page] == []
+    assert f"`format` is {config['format']}." in page
