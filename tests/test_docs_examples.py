@@ -32,7 +32,7 @@ def run_as_script(tmp_path, monkeypatch):
 
     def run(code):
         code, shortened = re.subn(r"(?<=iterations=)\d+", "2", code)
-        assert shortened
+        assert shortened or "iterations" not in code
         (tmp_path / "script.py").write_text(code, encoding="utf-8")
         return runpy.run_path(str(tmp_path / "script.py"), run_name="__main__")
 
@@ -180,3 +180,13 @@ def test_the_page_of_the_format_has_every_key_and_every_quantizer(tmp_path):
     assert [key for key in (*config, *config["teacher"]) if f"`{key}`" not in page] == []
     assert [name for name in built_in(registry.quantizers) if f"| `{name}` |" not in page] == []
     assert f"`format` is {config['format']}." in page
+
+
+@pytest.mark.parametrize("name", ["square_root", "two_halves", "bias_correction", "coloured_noise"])
+def test_a_component_written_on_its_page_works_in_a_recipe(run_as_script, name):
+    (code,) = (found for found in blocks(DOCS / "writing-components.md", "python") if f'register("{name}"' in found)
+    seen = run_as_script(code)
+    assert 0 <= seen["run"].metrics["quantized"]["top1"] <= 100
+    used = text(seen["run"].folder / "recipe.toml")
+    assert f'type = "{name}"' in used or f'"{name}"' in used
+    assert spdfq.load_quantized(seen["run"].folder / "quantized").sites
