@@ -21,9 +21,9 @@ from spdfq.recipe.structure import unstructure
 
 @pytest.fixture
 def run_as_script(tmp_path, monkeypatch):
-    """Runs code as a user would run a script, in a folder of its own, with 2 iterations and 20 evaluation images."""
+    """Runs code as a user would run a script, in a folder of its own, with 2 iterations and 32 evaluation images."""
     load = FashionMnist._load
-    monkeypatch.setattr(FashionMnist, "_load", lambda self: tuple(tensor[:20] for tensor in load(self)))
+    monkeypatch.setattr(FashionMnist, "_load", lambda self: tuple(tensor[:32] for tensor in load(self)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SPDFQ_STORE", raising=False)
     for kind in registry.REGISTRIES.values():  # what a script registers is forgotten after the test
