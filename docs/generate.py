@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 from api_page import api_block
 from spdfq_cli.main import main as cli
+from time_page import time_block
 
 from spdfq.recipe import shipped
 from spdfq.recipe.describe import body, describe, plain, recipe_summary
@@ -68,6 +69,7 @@ BLOCKS = {
     "components.md": ("components", components_block),
     "api.md": ("api", api_block),
     "cli.md": ("cli", cli_block),
+    "time-and-memory.md": ("time", time_block),
 }
 
 
