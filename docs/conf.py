@@ -1,30 +1,46 @@
-"""Sphinx configuration; the components page is written from the registry at each build."""
+"""Sphinx configuration. The pages are plain Markdown, so that they also read well on a code forge."""
 
-import sys
+import re
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import Any
 
-DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS))
-
-import generate  # noqa: E402  (found beside this file)
-
-generate.write_components(DOCS / "generated" / "components.md")
+ROOT = Path(__file__).parents[1]
+# pages that only link to a file outside this folder; Sphinx shows the file itself
+OUTSIDE = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
 
 project = "spdfq"
 author = "The spdfq authors"
 copyright = "The spdfq authors, Apache-2.0"
 version = release = installed_version("spdfq")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
-exclude_patterns = ["_build", "generated"]
-default_role = "py:obj"
-smartquotes = False  # the quotes of TOML are meant as they are
+extensions = ["myst_parser"]
+exclude_patterns = ["_build"]
+smartquotes = False  # TOML needs straight quotes
 myst_heading_anchors = 3
-autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
-autodoc_preserve_defaults = True
-napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = f"spdfq {release}"
+
+
+def contents(index: str) -> str:
+    """Hidden tables of contents: one for each section of the index page, with the pages it links to, in order."""
+    trees = []
+    for section in re.split(r"^## ", index, flags=re.MULTILINE)[1:]:
+        pages = re.findall(r"^\* \[.*?\]\(([\w-]+)\.md\)", section, re.MULTILINE)
+        lines = [":hidden:", f":caption: {section.splitlines()[0]}", "", *pages]
+        trees += ["```{toctree}", *lines, "```", ""] if pages else []
+    return "\n".join(trees)
+
+
+def read(app: Any, page: str, source: list[str]) -> None:
+    """Completes the source of a page before Sphinx parses it."""
+    if page == "index":
+        source[0] += "\n" + contents(source[0])
+    if page in OUTSIDE:
+        source[0] = (ROOT / OUTSIDE[page]).read_text(encoding="utf-8").replace("](docs/", "](")
+
+
+def setup(app: Any) -> None:
+    """Sphinx calls this once."""
+    app.connect("source-read", read)

@@ -1,13 +1,18 @@
-"""The parts of the documentation that follow from the code.
+"""Writes the parts of the documentation that follow from the code: the marked blocks of the pages in `BLOCKS`.
 
-    python docs/generate.py     # after a recipe was added or a bundled model trained again
-
-writes the marked blocks of ``recipes.md`` and ``bundled-models.md``. The components page is written by each build.
+python docs/generate.py           # after a change to a recipe, a component, a docstring or a command
+python docs/generate.py --check   # write nothing, exit with 1 and name the pages that are out of date
 """
 
 import json
 import re
+import sys
 from pathlib import Path
+
+import click
+from api_page import api_block
+from spdfq_cli.main import main as cli
+from time_page import time_block
 
 from spdfq.recipe import shipped
 from spdfq.recipe.describe import body, describe, plain, recipe_summary
@@ -32,9 +37,18 @@ PLACES = {
 }
 
 
-def components_page() -> str:
-    """Every registered component of every kind, as Markdown."""
-    return "\n".join(_kind(kind) for kind in REGISTRIES)
+def components_block() -> str:
+    """The built-in components of every kind; those of installed plugins are left out."""
+    return "\n".join(_kind(kind) for kind in REGISTRIES).strip()
+
+
+def cli_block() -> str:
+    """The help text of every command."""
+    top = click.Context(cli, info_name="spdfq", terminal_width=100, **cli.context_settings)
+    commands = [click.Context(command, parent=top, info_name=name) for name, command in cli.commands.items()]
+    return "\n\n".join(
+        f"## {context.command_path}\n\n```text\n{context.get_help()}\n```" for context in (top, *commands)
+    )
 
 
 def recipes_block() -> str:
@@ -48,16 +62,25 @@ def models_block() -> str:
     return "\n\n".join(_model(name) for name in BUNDLED)
 
 
-def write_components(path: Path) -> None:
-    """Write the components page, unless it is there already as it should be."""
-    page = components_page()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != page:
-        path.write_text(page, encoding="utf-8")
+# the block of each page: its name in the markers, and what writes it
+BLOCKS = {
+    "recipes.md": ("recipes", recipes_block),
+    "bundled-models.md": ("models", models_block),
+    "components.md": ("components", components_block),
+    "api.md": ("api", api_block),
+    "cli.md": ("cli", cli_block),
+    "time-and-memory.md": ("time", time_block),
+}
+
+
+def outdated() -> list[str]:
+    """The pages whose committed block differs from what the code gives now."""
+    pages = {page: (DOCS / page).read_text(encoding="utf-8") for page in BLOCKS}
+    return [page for page, (name, write) in BLOCKS.items() if block(pages[page], name) != write()]
 
 
 def block(text: str, name: str) -> str:
-    """What stands between the markers of a name."""
+    """The text between the markers of a name."""
     return _marked(text, name)[2]
 
 
@@ -68,7 +91,7 @@ def refresh(path: Path, name: str, content: str) -> None:
 
 
 def _marked(text: str, name: str) -> tuple[int, int, str]:
-    """Where the marked block starts and ends, and what it holds."""
+    """Start, end and content of the marked block."""
     found = re.findall(f"<!-- {name}:(?:start|end) -->", text)
     if [marker.partition(":")[2] for marker in found] != ["start -->", "end -->"]:
         raise ValueError(f"expected one block between <!-- {name}:start --> and <!-- {name}:end -->, found {found}")
@@ -78,7 +101,8 @@ def _marked(text: str, name: str) -> tuple[int, int, str]:
 
 def _kind(kind: str) -> str:
     entries = [REGISTRIES[kind].entry(name) for name in REGISTRIES[kind].names()]
-    return "\n".join([f"## {kind}", "", PLACES[kind], "", *(_component(entry) for entry in entries)])
+    built_in = [entry for entry in entries if entry.module.startswith("spdfq.")]
+    return "\n".join([f"## {kind}", "", PLACES[kind], "", *(_component(entry) for entry in built_in)])
 
 
 def _component(entry: Registration) -> str:
@@ -124,5 +148,8 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    refresh(DOCS / "recipes.md", "recipes", recipes_block())
-    refresh(DOCS / "bundled-models.md", "models", models_block())
+    if sys.argv[1:] == ["--check"]:
+        old = outdated()
+        sys.exit(f"out of date: {', '.join(old)}; run: python docs/generate.py" if old else 0)
+    for page, (name, write) in BLOCKS.items():
+        refresh(DOCS / page, name, write())

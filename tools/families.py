@@ -1,4 +1,4 @@
-"""The timm families with attention and the member that stands for each: small, cut in depth where timm allows."""
+"""The timm families with attention, each with a small member. Its depth is reduced where timm allows it."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from attrs import field, frozen
 
 @frozen
 class Family:
-    """A family's name, its member, what the member is built with, and its input size."""
+    """A family: its name, its timm member, the member's input side, and the options to build it with."""
 
     name: str
     member: str

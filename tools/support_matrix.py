@@ -1,6 +1,7 @@
-"""Measures which timm families work and writes docs/models.md: `python tools/support_matrix.py [--only swin]`.
+"""Measure which timm families work, and write the table of docs/models.md.
 
-With `--only` the lines of the families measured are replaced, and the others stay as they are.
+python tools/support_matrix.py                # all families
+python tools/support_matrix.py --only swin    # only the rows of matching families; the others stay unchanged
 """
 
 import argparse
@@ -42,7 +43,7 @@ _MINMAX = "quantization.steps=[{type='calibrate', observer='minmax', weight_obse
 
 @define
 class Row:
-    """What one family showed: a word or a number for each check that passed, a reason for each that did not."""
+    """The results of one family: a word or number for each check that passed, a reason for each that failed."""
 
     family: Family
     found: dict[str, str] = field(factory=dict)
@@ -53,13 +54,13 @@ class Row:
     def check(self, name: str, run: Callable[[], str]) -> None:
         try:
             self.found[name] = run()
-        except Exception as error:  # the matrix is there to show every kind of failure
+        except Exception as error:  # every kind of failure belongs in the table
             kind = "" if isinstance(error, SpdfqError) else f"{type(error).__name__}: "
             self.why[name] = kind + str(error).strip().splitlines()[0][:300]
 
 
 def teacher_of(family: Family, seed: int = 0) -> Teacher:
-    """A member with random weights, LayerScale and zero heads perturbed, batch statistics as after a few steps."""
+    """A member with random weights, all perturbed so that none is zero, and with batch norm statistics."""
     torch.manual_seed(seed)
     module = timm.create_model(family.member, pretrained=False, num_classes=10, **family.options).eval()
     with torch.no_grad():
@@ -76,7 +77,7 @@ def teacher_of(family: Family, seed: int = 0) -> Teacher:
 
 
 def measure(family: Family) -> Row:
-    """Every check, in order; a check that needs the one before it fails with it."""
+    """Run every check in order. A check that needs an earlier one fails with it."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     row, start = Row(family), time.perf_counter()
@@ -154,7 +155,7 @@ def _bits(number: int) -> list[str]:
 
 
 def _one_step(teacher: Teacher, recorded: bool) -> str:
-    """Attention prior, soft cross-entropy and total variation where attention is recorded, else the label loss."""
+    """One step of the synthesis: with the attention prior if attention was recorded, otherwise with the label loss."""
     images = "images/spdfq" if recorded else "images/cross_entropy"
     small = [f"synthesis.{key}" for key in ("images=2", "group=2", "iterations=1", "sampler={type='whole_image'}")]
     spec = load_recipe({"extends": [*RECIPE["extends"], images]}, small).synthesis
@@ -168,7 +169,7 @@ def _one_step(teacher: Teacher, recorded: bool) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The markdown table, a line for each family."""
+    """The Markdown table, one row per family."""
     lines = [
         f"| family | member | {' | '.join(CHECKS)} | float products | why not |",
         "| --- " * (len(CHECKS) + 4) + "|",
@@ -177,7 +178,7 @@ def table(rows: list[Row]) -> str:
 
 
 def line(row: Row) -> str:
-    """A family's line of the table."""
+    """The row of one family."""
     cells = [row.found.get(check, "**no**") for check in CHECKS]
     why = "; ".join(dict.fromkeys(f"{reason}" for reason in row.why.values()))
     return f"{_start(row.family)} {' | '.join(cells)} | {len(row.leftovers)} | {why} |"
@@ -188,7 +189,7 @@ def _start(family: Family) -> str:
 
 
 def replaced(page: str, rows: list[Row]) -> str:
-    """The table of a page with the lines of these families instead of its own, or beside them."""
+    """The page's table with the rows of these families replaced or added."""
     head, old, new = table([]), page.splitlines(), {_start(row.family): line(row) for row in rows}
     starts = [_start(family) for family in FAMILIES]
     kept = {start: text for start in starts for text in old if text.startswith(start)} | new

@@ -5,8 +5,8 @@
     python tools/train_bundled.py --model swin_fmnist
     python tools/train_bundled.py --splits      # the bundled test and training images
 
-Only the training split is learned from; the 10,000 test images are looked at once per epoch for the printed
-curve and never choose anything (the last epoch's weights are the ones written).
+The models learn from the training split alone. The 10,000 test images are evaluated once per epoch for the printed
+curve. They influence nothing: the weights of the last epoch are written.
 """
 
 import gzip
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from spdfq.teacher.zoo import BUNDLED
 
-ZOO = Path(__file__).parents[1] / "spdfq" / "zoo"
+ZOO = Path(__file__).parents[1] / "spdfq" / "teacher" / "zoo"
 
 
 def read_idx(path: Path) -> Tensor:
@@ -58,7 +58,7 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices (it learns a small transformer in half the epochs), AdamW for the rest."""
+    """Muon for the matrices of the blocks, which halves the number of epochs here, and AdamW for the rest."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ("blocks" in n) and "table" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -117,7 +117,7 @@ def train(name: str, data: Path, epochs: int, lr: float, seed: int, batch: int) 
 
 
 def write_model(model: nn.Module, name: str, data: Path) -> float:
-    """Save the weights as float16 and return the top-1 of exactly what was saved."""
+    """Save the weights as float16 and return the top-1 accuracy of the saved weights."""
     half = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
     save_file(half, ZOO / f"{name}.safetensors")
     model.load_state_dict({key: value.float() for key, value in half.items()})
@@ -155,8 +155,8 @@ def main(data, name, epochs, lr, batch, seed, threads, splits):
         model, curve = train(name, data, epochs, lr, seed, batch)
         settings = {"epochs": epochs, "lr": lr, "batch": batch, "seed": seed}
         result = {"model": name, **settings, "test_top1": write_model(model, name, data), "curve": curve}
-        (ZOO.parents[1] / "docs").mkdir(exist_ok=True)
-        (ZOO.parents[1] / "docs" / f"{name}-training.json").write_text(json.dumps(result, indent=1) + "\n")
+        (ZOO.parents[2] / "docs").mkdir(exist_ok=True)
+        (ZOO.parents[2] / "docs" / f"{name}-training.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result))
 
 

@@ -1,0 +1,115 @@
+"""The tables of the page on time and memory, from the JSON files of the benchmarks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+NAMES = {"vit_small_patch16_224": "ViT-S/16", "vit_base_patch16_224": "ViT-B/16"}
+LOSSES = {"patch_similarity_entropy": "`patch_similarity_entropy`", "head_similarity": "`head_similarity`"}
+
+
+def time_block() -> str:
+    """One section for each benchmark, with the file of every row."""
+    return "\n\n".join([_closed_form(), _blockwise(), _losses(), _pruning(), _machines()])
+
+
+def _read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return found
+
+
+def _closed_form() -> str:
+    rows = []
+    for name in ("backends.json", "backends_vit_base.json"):
+        found = _read(name)
+        taken = found["closed_form"]
+        steps = [f"{taken['seconds'][step]:.0f}" for step in ("calibrate", "repq", "ridge")]
+        total, peak = f"**{taken['total_seconds']:.0f}**", f"**{taken['peak_gib']:.1f}**"
+        rows.append([NAMES[found["model"]], str(found["machine"]["threads"]), *steps, total, peak, f"`{name}`"])
+    columns = ["model", "threads", "calibrate, s", "repq, s", "ridge, s", "total, s", "peak memory, GiB", "file"]
+    return (
+        "## The back-end `ridge`\n\n"
+        "Each step once, with 32 images of 224×224 pixels and random weights, in float32. The peak memory is that of\n"
+        "the whole process, with the model and the images.\n\n" + _table(columns, rows)
+    )
+
+
+def _blockwise() -> str:
+    rows = []
+    for name in ("backends.json", "backends_one_thread.json", "backends_bfloat16.json"):
+        found = _read(name)
+        taken, median = found["blockwise"], found["blockwise"]["median_ms"]
+        whole = 12 * 100 * median["iteration"] / 60_000
+        numbers = [f"{median['iteration']:.0f}", f"{median['bare']:.0f}", f"{taken['ratio']:.2f}", f"about {whole:.0f}"]
+        threads = str(found["machine"]["threads"])
+        rows.append([NAMES[found["model"]], taken["precision"], threads, *numbers, f"`{name}`"])
+    columns = [
+        "model",
+        "precision",
+        "threads",
+        "iteration, ms",
+        "bare, ms",
+        "ratio",
+        "12 × 100 iterations, min",
+        "file",
+    ]
+    return (
+        "## The back-end `blockwise`\n\n"
+        "One iteration of the reconstruction of one block on 32 images, and a bare forward and backward pass of the\n"
+        "same float block on the same tokens. The last column is computed: a ViT-S has 12 blocks, and the recipe has\n"
+        "100 iterations for each. Calibration and the passes between the blocks come on top.\n\n"
+        + _table(columns, rows)
+    )
+
+
+def _losses() -> str:
+    found = _read("losses.json")
+    rows = []
+    for loss, name in LOSSES.items():
+        memory, time = found[loss]["memory"], found[loss]["time"]
+        own = max(memory["ours_mib"], 0)
+        direct = f"{memory['direct_mib']:,.0f}" + (
+            " (extrapolated)" if memory["direct_extrapolated_from_two_blocks"] else ""
+        )
+        rows.append([name, f"{own:.0f}", direct, f"{time['ours_s']:.1f}", f"{time['direct_s']:.1f}", "`losses.json`"])
+    size, threads = found["size"], found["machine"]["threads"]
+    columns = ["loss", "memory, MiB", "direct, MiB", "time, s", "direct, s", "file"]
+    return (
+        "## Two losses over pairs\n\n"
+        f"At the size of a ViT-S with {size['tokens']} patches: {size['images']} images, {size['blocks']} blocks, "
+        f"{size['heads']} heads of {size['head_dim']} features.\nForward and backward, on {threads} thread. "
+        '"Direct" is the formula written down with full tensors. Memory is what\n'
+        "comes on top of the gradients; 0 means that the peak was no higher than before.\n\n" + _table(columns, rows)
+    )
+
+
+def _pruning() -> str:
+    found = _read("token_pruning.json")
+    machine = found["machine"]
+    columns = zip(found["patches_left"], found["speed_up_of_an_iteration"], found["iterations_spent"], strict=True)
+    rows = [[str(left), f"{faster:.2f}", str(spent), "`token_pruning.json`"] for left, faster, spent in columns]
+    return (
+        "## Token pruning\n\n"
+        f"The images of SMI on a ViT-S/16 of 224×224 pixels, {found['images']} images, {machine['threads']} thread. "
+        f"A run of the published\nlength becomes **{found['speed_up_of_a_run']:.1f} times** as fast. The machine was "
+        f"busy (load {machine['load_before']:.1f}), so only ratios are given.\n\n"
+        + _table(["patches left", "speed-up of an iteration", "iterations of the run", "file"], rows)
+    )
+
+
+def _machines() -> str:
+    names = ("backends.json", "backends_one_thread.json", "backends_bfloat16.json", "backends_vit_base.json")
+    rows = []
+    for name in (*names, "losses.json", "token_pruning.json"):
+        machine = _read(name)["machine"]
+        versions = f"torch {machine['versions']['torch']}, timm {machine['versions']['timm']}"
+        load = f"{machine['load_before']:.1f}"
+        rows.append([f"`{name}`", machine["device"], str(machine["threads"]), load, versions, machine["commit"][:7]])
+    columns = ["file", "machine", "threads", "load before", "versions", "commit"]
+    return "## Machines\n\nAll files are in `benchmarks/results/`.\n\n" + _table(columns, rows)
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
