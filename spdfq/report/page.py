@@ -171,11 +171,13 @@ def _controls(run: dict[str, Any]) -> list[list[Any]]:
     if not run.get("controls"):
         return []
     own = {"name": "this run", **run["images"], "metrics": run["metrics"]}
-    return [
-        [row["name"], row["type"], row["count"], percent(row["metrics"]["quantized"]["top1"])]
-        + [percent(row["metrics"]["agreement"])]
-        for row in (own, *run["controls"])
-    ]
+
+    def row(of: dict[str, Any]) -> list[Any]:
+        metrics = of["metrics"]
+        accuracy = percent(metrics["quantized"]["top1"]), percent(metrics["agreement"])
+        return [of["name"], of["type"], of["count"], *accuracy]
+
+    return [row(own), *map(row, run["controls"])]
 
 
 def _size(run: dict[str, Any]) -> str | None:
