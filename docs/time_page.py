@@ -91,7 +91,8 @@ def _pruning() -> str:
     rows = [[str(left), f"{faster:.2f}", str(spent), "`token_pruning.json`"] for left, faster, spent in columns]
     return (
         "## Token pruning\n\n"
-        f"The images of SMI on a ViT-S/16 of 224×224 pixels, {found['images']} images, {machine['threads']} thread. "
+        "The images of SMI (Sparse Model Inversion) on a ViT-S/16 of 224×224 pixels, "
+        f"{found['images']} images, {machine['threads']} thread. "
         f"A run of the published\nlength becomes **{found['speed_up_of_a_run']:.1f} times** as fast. The machine was "
         f"busy (load {machine['load_before']:.1f}), so only ratios are given.\n\n"
         + _table(["patches left", "speed-up of an iteration", "iterations of the run", "file"], rows)
