@@ -62,7 +62,7 @@ def test_alignment_is_the_mean_cosine_to_the_class_of_each():
 
 def test_a_class_without_real_images_is_named():
     centroids = Centroids(torch.ones(3, 2), torch.tensor([1, 0, 1]))
-    with pytest.raises(DataError, match="class 1 has no image among the real ones; measure on a larger dataset"):
+    with pytest.raises(DataError, match="class 1 has no real image; measure on a larger dataset"):
         semantic_alignment(torch.ones(2, 2), torch.tensor([2, 1]), centroids)
 
 
@@ -166,7 +166,7 @@ def test_images_of_a_class_without_real_images_are_measured_without_alignment():
     centroids = Centroids(torch.rand(10, 32), torch.zeros(10, dtype=torch.long))
     found = measure_images(colour_images(3), teacher("vit"), RUNTIME, centroids)
     assert found["semantic_alignment"] is None
-    assert "has no image among the real ones; measure on a larger dataset" in found["notes"][0]
+    assert "has no real image; measure on a larger dataset" in found["notes"][0]
     assert 0 < found["head_similarity"] < 1
 
 
@@ -176,7 +176,7 @@ def test_a_model_without_a_head_names_no_class_and_is_measured_without_alignment
     assert dataset_centroids(chosen, None, RUNTIME) is None
     found = measure_images(colour_images(3), chosen, RUNTIME, None)
     assert (found["semantic_alignment"], found["real_images"]) == (None, 0)
-    assert found["notes"] == ["semantic_alignment: the model has no head, so it names no class"]
+    assert found["notes"] == ["semantic_alignment: the model has no head, so it predicts no class"]
     assert 0 < found["head_similarity"] < 1
     shown = quality_section(found | {"prior_overlap": None})
     assert set(shown["facts"]) == {"Head similarity", "Channel mean", "Channel std", "Spectrum slope"}
