@@ -77,8 +77,8 @@ def spectrum_slope(pixels: Tensor) -> float | None:
     """Exponent of the radial power spectrum: the slope of log power over log frequency.
 
     Frequencies are grouped into rings, each as wide as one cycle along the shorter side. The power of a ring is the
-    mean over its frequencies, images and channels. A line is fitted to the rings up to the highest frequency of the
-    shorter side. White noise has slope 0, natural images about -2.
+    mean over its frequencies, images and channels. A line is fitted to the rings up to the highest frequency along
+    an axis (half a cycle per pixel). White noise has slope 0, natural images about -2.
 
     Args:
         pixels: ``[n, C, h, w]``.
