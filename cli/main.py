@@ -16,10 +16,10 @@ _LESS_MEMORY = "lower synthesis.images or synthesis.group, or the batch of a ste
 
 
 class Commands(click.Group):
-    """Commands that report a user's mistakes as lines, and everything else as it is."""
+    """Commands that print a user's mistakes as lines; other errors keep their traceback."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Look a command up, and suggest the nearest one."""
+        """Find a command; for an unknown name, suggest the nearest one."""
         name = args[0]
         near = difflib.get_close_matches(name, self.commands, n=1)
         if near and name not in self.commands:
@@ -27,7 +27,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; an `SpdfqError`, or a file that cannot be had, is the user's to mend: no traceback."""
+        """Run a command; errors that the user can fix are printed without a traceback."""
         try:
             return super().invoke(ctx)
         except SpdfqError as error:
@@ -35,7 +35,7 @@ class Commands(click.Group):
                 click.echo(f"error: {line}", err=True)
             ctx.exit(2)
         except BrokenPipeError:
-            raise  # what reads the output has gone: click ends quietly
+            raise  # the reader of the output has closed it; click exits without a message
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -58,8 +58,8 @@ def main() -> None:
 
     \b
     spdfq run quickstart                     a 4-bit ViT in about a minute
-    spdfq list                               what there is to choose from
-    spdfq init quickstart > my.toml          a recipe to edit, every key explained
+    spdfq list                               all components and recipes
+    spdfq init quickstart > my.toml          a recipe to edit, with every key explained
     spdfq check my.toml && spdfq run my.toml
     """
 

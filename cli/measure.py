@@ -14,7 +14,10 @@ _PIPED = 160
     "folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option(
-    "--sheet", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Images of each run."
+    "--sheet",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Also write a picture with images of each run.",
 )
 @options.overrides
 @options.device
@@ -30,8 +33,8 @@ def measure(
 ) -> None:
     """Measure the calibration images of finished runs.
 
-    The real images they are compared with are those of the run's own evaluation. The measures are also written into
-    each run folder and its report.
+    They are compared with the real images of the run's own evaluation. The measures are also written to each run
+    folder and its report.
     """
     from spdfq.runs.inspection import measure_runs
 

@@ -10,40 +10,40 @@ overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a dotted recipe key; the value is TOML."
 )
 device = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where it runs, instead of the recipe's choice."
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Device to run on, instead of the recipe's."
 )
 
 
 def _named(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     if value == "":
-        raise click.BadParameter("the name of the folder is empty")
+        raise click.BadParameter("the folder name is empty")
     return value
 
 
 out = click.option(
-    "--out", type=click.Path(file_okay=False), callback=_named, metavar="DIR", help="Folder of the results."
+    "--out", type=click.Path(file_okay=False), callback=_named, metavar="DIR", help="Folder for the results."
 )
-quiet = click.option("--quiet", is_flag=True, help="No progress bars, and no lines but warnings.")
-as_json = click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output, nothing else.")
+quiet = click.option("--quiet", is_flag=True, help="No progress bars, and no messages except warnings.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print only the result, as JSON, on standard output.")
 
 
 def progress(quiet: bool) -> Any:
-    """Bars on standard error, or none."""
+    """Progress bars on standard error; none if quiet."""
     from spdfq.runtime import RichProgress, silent
 
     return silent if quiet else RichProgress()
 
 
 def announce(quiet: bool) -> Callable[[str], None]:
-    """Lines on standard error; warnings alone where it has to be quiet."""
+    """Prints lines on standard error; if quiet, only warnings."""
     return (lambda line: note(line) if line.startswith("warning:") else None) if quiet else note
 
 
 def note(line: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     click.echo(line, err=True)
 
 
 def print_json(result: Any) -> None:
-    """The machine result on standard output."""
+    """Print a result as JSON on standard output."""
     click.echo(json.dumps(result, indent=2))

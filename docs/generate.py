@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from api_page import api_block
 from spdfq_cli.main import main as cli
-from readme_table import readme_block
+# readme import
 from time_page import time_block
 
 from spdfq.recipe import shipped
@@ -71,7 +71,7 @@ BLOCKS = {
     "api.md": ("api", api_block),
     "cli.md": ("cli", cli_block),
     "time-and-memory.md": ("time", time_block),
-    "../README.md": ("results", readme_block),
+    # README
 }
 
 

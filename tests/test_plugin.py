@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ iterations = 2
 [synthesis.losses.brightness]
 level = 0.5
 """
-# importing torch takes seconds, so one process does all that has to be seen
+# importing torch takes seconds, so one process makes all outputs
 SEEN = """
 import json, sys
 from click.testing import CliRunner
@@ -62,7 +63,7 @@ def recipe(tmp_path):
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What a process sees that has the plugin package installed beside the library."""
+    """Outputs of a process in which the plugin package is installed."""
     folder = tmp_path_factory.mktemp("plugin")
     shutil.copytree(Path(__file__).parent / "plugin_package", folder / "source")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -80,6 +81,7 @@ def seen(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.skipif(bool(find_spec("spdfq_brightness")), reason="the example plugin is installed")
 def test_without_the_package_its_name_is_unknown(recipe):
     result = CliRunner().invoke(main, ["check", recipe])
     assert result.exit_code == 2
@@ -119,6 +121,6 @@ def test_a_plugin_that_fails_to_import_is_named_and_harms_nothing(tmp_path, monk
     result = CliRunner().invoke(main, ["list", "loss"])
     assert result.exit_code == 0
     assert "attention_prior" in result.stdout
-    assert result.stderr == "warning: plugin 'broken' failed to import: RuntimeError: no such thing\n"
+    assert "warning: plugin 'broken' failed to import: RuntimeError: no such thing\n" in result.stderr
     unknown = CliRunner().invoke(main, ["show", "loss", "no_such_loss"])
-    assert unknown.stderr.endswith("plugin 'broken' failed to import: RuntimeError: no such thing\n")
+    assert "; plugin 'broken' failed to import: RuntimeError: no such thing" in unknown.stderr

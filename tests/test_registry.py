@@ -1,11 +1,13 @@
-"""Names and plugins, and what every registered component keeps to: it is data, and data gives it back."""
+"""Names and plugins, and the contract of every built-in component: it can be written as data and read back."""
 
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import attrs
 import pytest
+from support.docs import built_in
 
 import spdfq.registry
 from spdfq.errors import SpdfqError
@@ -13,22 +15,28 @@ from spdfq.recipe.structure import structure, unstructure
 from spdfq.registry import REGISTRIES, Registry, losses, plugin_failures, registry
 
 EVERYTHING = [
-    pytest.param(kind, name, id=f"{kind}:{name}") for kind, known in REGISTRIES.items() for name in known.names()
+    pytest.param(kind, name, id=f"{kind}:{name}") for kind, known in REGISTRIES.items() for name in built_in(known)
 ]
 
-REQUIRED = {
-    "image_folder": {"root": "val"},
-    "image_list": {"root": "val", "labels": "val.txt"},
-    "parquet": {"files": "val-*.parquet"},
-    "webdataset": {"files": "val-*.tar"},
-    "real": {"dataset": "fashion_mnist"},
-    "optimize": {"losses": {"total_variation": {}}},
-}
+
+def required_keys(component):
+    """Recipe data with a value for every key that has no default."""
+    hints, data = typing.get_type_hints(component), {}
+    for field in attrs.fields(component):
+        kind = field.metadata.get("kind")
+        if field.metadata.get("many") is dict:  # optional, but an optimisation needs a loss
+            data[field.name] = {built_in(registry(kind))[0]: {}}
+        elif field.init and field.default is attrs.NOTHING and kind:
+            name = built_in(registry(kind))[0]
+            data[field.name] = {"type": name, **required_keys(registry(kind).get(name))}
+        elif field.init and field.default is attrs.NOTHING:
+            data[field.name] = {str: "text", int: 1, float: 1.0}[hints[field.name]]
+    return data
 
 
 @pytest.fixture
 def things():
-    """A registry of its own."""
+    """A registry for one test."""
     return Registry("thing", "spdfq.losses")
 
 
@@ -48,7 +56,7 @@ def add(things, name):
 
 
 class Plugin:
-    """What `importlib.metadata.entry_points` gives."""
+    """A stand-in for an entry point of `importlib.metadata`."""
 
     def __init__(self, name, load):
         self.name, self.value, self._load, self.loads = name, f"{name}.module", load, 0
@@ -60,7 +68,7 @@ class Plugin:
 
 @pytest.fixture
 def plugins(monkeypatch):
-    """``plugins(...)`` installs fake plugins; what they leave is undone."""
+    """``plugins(...)`` installs fake plugins; everything they register is removed after the test."""
 
     def install(*installed):
         monkeypatch.setattr(
@@ -188,7 +196,7 @@ def test_plugins_come_after_the_built_in_components_of_every_kind():
     assert done.stdout.startswith(f"spdfq.data.fashion_mnist SpdfqError: {taken}")
 
 
-# contracts: everything registered
+# contracts: every built-in component
 
 
 def test_every_kind_has_components():
@@ -206,8 +214,8 @@ def test_every_component_is_an_attrs_class_with_a_one_line_summary(kind, name):
 @pytest.mark.parametrize(("kind", "name"), EVERYTHING)
 def test_every_component_reads_back_from_its_own_data(kind, name):
     component, problems = registry(kind).get(name), []
-    first = structure(component, REQUIRED.get(name, {}), name, problems)
-    assert problems == [], "add what the component requires to REQUIRED"
+    first = structure(component, required_keys(component), name, problems)
+    assert problems == []
     data = unstructure(first, kind)
     assert data.pop("type") == name
     second = structure(component, data, name, problems)
@@ -217,7 +225,7 @@ def test_every_component_reads_back_from_its_own_data(kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), EVERYTHING)
 def test_a_field_that_may_be_none_is_none_by_default(kind, name):
-    """TOML cannot say none, so a resolved recipe leaves such a field out."""
+    """TOML has no null, so a resolved recipe leaves such a field out."""
     for field in attrs.fields(registry(kind).get(name)):
         if field.init and "None" in str(field.type):
             assert field.default is None, field.name

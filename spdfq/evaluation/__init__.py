@@ -1,1 +1,1 @@
-"""How well a model works: accuracy by logits or by features, quality of images, and published numbers."""
+"""Evaluation: accuracy by logits or by features, quality of calibration images, and published numbers."""

@@ -1,4 +1,4 @@
-"""Quality measures of calibration images: how near they come to what the model expects of real ones."""
+"""Quality measures of calibration images: how similar they are to real images, according to the teacher."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from attrs import frozen
+from einops import rearrange, reduce
 from torch import Tensor
 
 from spdfq.attention import QUERIES_AND_KEYS, record_attention
@@ -19,11 +20,11 @@ _FEWEST_RINGS = 3
 
 @frozen(eq=False)
 class Centroids:
-    """Mean feature of each class of a labelled dataset.
+    """The mean feature of each class of a labelled dataset.
 
     Args:
         means: float32 ``[K, D]``.
-        counts: ``[K]`` images of each class.
+        counts: int64 ``[K]``, the number of images of each class.
     """
 
     means: Tensor
@@ -31,12 +32,12 @@ class Centroids:
 
 
 def class_centroids(features: Tensor, labels: Tensor, classes: int) -> Centroids:
-    """The mean feature of each class.
+    """The mean feature of each class; zeros for a class without images.
 
     Args:
         features: ``[n, D]``.
-        labels: ``[n]`` of 0 to ``classes - 1``.
-        classes: K.
+        labels: int64 ``[n]``, from 0 to ``classes - 1``.
+        classes: number of classes, K.
     """
     sums = torch.zeros(classes, features.shape[1]).index_add(0, labels, features.float())
     counts = torch.bincount(labels, minlength=classes)
@@ -48,18 +49,18 @@ def semantic_alignment(features: Tensor, labels: Tensor, centroids: Centroids) -
 
     Args:
         features: ``[n, D]``.
-        labels: ``[n]`` the class of each.
+        labels: int64 ``[n]``, the class of each feature.
         centroids: of real images.
 
     Returns:
         A number in -1..1.
 
     Raises:
-        DataError: a class has no real image.
+        DataError: one of these classes has no real image.
     """
     missing = labels[centroids.counts[labels] == 0]
     if len(missing):
-        raise DataError(f"class {int(missing[0])} has no image among the real ones; measure on a larger dataset")
+        raise DataError(f"class {int(missing[0])} has no real image; measure on a larger dataset")
     return float(F.cosine_similarity(features.float(), centroids.means[labels], dim=-1).mean())
 
 
@@ -69,25 +70,26 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     Args:
         pixels: ``[n, C, h, w]`` in 0..1.
     """
-    return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3), correction=0).tolist()
+    return reduce(pixels, "n c h w -> c", "mean").tolist(), pixels.std((0, 2, 3), correction=0).tolist()
 
 
 def spectrum_slope(pixels: Tensor) -> float | None:
-    """Exponent of the radial power spectrum: the slope of the logarithm of power over that of frequency.
+    """Exponent of the radial power spectrum: the slope of log power over log frequency.
 
-    Power is the mean over images, channels and the frequencies of a ring; rings are as wide as one cycle along the
-    shorter side, and the line is fitted over those up to the highest frequency of an axis. White noise has 0, natural
-    images have about -2.
+    Frequencies are grouped into rings, each as wide as one cycle along the shorter side. The power of a ring is the
+    mean over its frequencies, images and channels. A line is fitted to the rings up to the highest frequency along
+    an axis (half a cycle per pixel). White noise has slope 0, natural images about -2.
 
     Args:
         pixels: ``[n, C, h, w]``.
 
     Returns:
-        The slope, or ``None`` where a ring has no power (flat images) or the images are too small for three rings.
+        The slope, or ``None`` if a ring has no power (flat images) or the images are too small for three rings.
     """
     height, width = pixels.shape[-2:]
     side = min(height, width)
-    power = torch.fft.fft2(pixels.double()).abs().square().mean((0, 1))
+    power = torch.fft.fft2(pixels.double()).abs().square()
+    power = reduce(power, "n c h w -> h w", "mean")
     frequency = (torch.fft.fftfreq(height).unsqueeze(-1).square() + torch.fft.fftfreq(width).square()).sqrt()
     ring = (frequency * side).round().long().flatten()
     count = torch.bincount(ring)
@@ -101,29 +103,32 @@ def spectrum_slope(pixels: Tensor) -> float | None:
 
 
 def prior_overlap(prior: Tensor, reached: Tensor) -> float:
-    """How much of each attention prior was reached: the mass both share, 1 where they are the same.
+    """The mass that an attention map shares with its prior, after both are scaled to sum to 1.
 
     Args:
         prior: ``[m, blocks, h, w]``, not negative.
-        reached: likewise.
+        reached: the attention, of the same shape, not negative.
 
     Returns:
-        The mean over maps, in 0..1.
+        The mean over maps, in 0..1; 1 if each attention map equals its prior.
     """
-    shares = [maps.flatten(-2) / maps.flatten(-2).sum(-1, keepdim=True).clamp(min=1e-12) for maps in (prior, reached)]
+    flat = [rearrange(maps, "m l h w -> m l (h w)") for maps in (prior, reached)]
+    shares = [maps / maps.sum(-1, keepdim=True).clamp(min=1e-12) for maps in flat]
     return float(torch.minimum(*shares).sum(-1).mean())
 
 
 @torch.no_grad()
 def class_features(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the classifier sees ``[b, D]``, and its logits ``[b, K]``, of batches of images, on the CPU.
+    """The input ``[b, D]`` and the logits ``[b, K]`` of the classifier for each batch of images, on the CPU.
 
     Raises:
-        ModelError: the module has not timm's ``forward_features`` and ``forward_head``.
+        ModelError: the module lacks timm's ``forward_features`` or ``forward_head``.
     """
     module: Any = teacher.module
     if not (hasattr(module, "forward_features") and hasattr(module, "forward_head")):
-        raise ModelError(f"{teacher.name}: has no forward_features and forward_head, so its features are unknown")
+        raise ModelError(
+            f"{teacher.name}: has no forward_features and forward_head methods, so its features are unknown"
+        )
     with evaluation_mode(module):
         for images in batches:
             tokens = module.forward_features(images.to(runtime.device))
@@ -132,10 +137,10 @@ def class_features(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime
 
 
 def dataset_centroids(teacher: Teacher, spec: Any, runtime: Runtime) -> Centroids | None:
-    """Centroids of an evaluation spec's dataset, by its labels; none for a model without a head, which names no class.
+    """Centroids of an evaluation spec's dataset; ``None`` for a model without a head, which predicts no class.
 
     Raises:
-        DataError: its classes are not the model's.
+        DataError: the dataset's classes are not the model's.
     """
     if teacher.headless:
         return None
@@ -156,7 +161,7 @@ def dataset_centroids(teacher: Teacher, spec: Any, runtime: Runtime) -> Centroid
 
 @torch.no_grad()
 def image_head_similarity(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime) -> float:
-    """How alike the heads of the teacher look at the images: see `spdfq.losses.functional.head_similarity`.
+    """Similarity of the teacher's attention heads on images; see `spdfq.losses.functional.head_similarity`.
 
     Raises:
         SpdfqError: the attention cannot be recorded, or no block has two heads.
@@ -173,24 +178,24 @@ def image_head_similarity(teacher: Teacher, batches: Iterable[Tensor], runtime: 
 def measure_images(
     images: Tensor, teacher: Teacher, runtime: Runtime, centroids: Centroids | None, batch: int = 64
 ) -> dict[str, Any]:
-    """All measures that images alone have, as plain data; what cannot be had is ``None``, and ``notes`` say why.
+    """All quality measures of images, as plain data. A measure that cannot be computed is ``None``; ``notes`` say why.
 
-    An image's class is the one that the teacher names first, whatever the image was made for: so sources without labels
-    compare with those that have them.
+    An image's class is the one that the teacher predicts, and not the label it was made for. So sources without labels
+    can be compared with the others.
 
     Args:
         images: ``[n, C, h, w]``, normalised for the teacher.
         teacher: the full-precision model.
         runtime: device and progress.
-        centroids: of real images, by the same teacher; none where it has no head.
-        batch: images of a forward pass.
+        centroids: of real images, by the same teacher; ``None`` for a teacher without a head.
+        batch: images per forward pass.
     """
     pixels = teacher.denormalise(images.float())
     mean, std = channel_statistics(pixels)
     notes: list[str] = []
     alignment = heads = None
     if centroids is None:
-        notes.append("semantic_alignment: the model has no head, so it names no class")
+        notes.append("semantic_alignment: the model has no head, so it predicts no class")
     else:
         features, logits = map(torch.cat, zip(*class_features(teacher, images.split(batch), runtime), strict=True))
         try:

@@ -1,8 +1,9 @@
-"""Published numbers beside a run: full precision is checked first, and only like is compared with like."""
+"""Comparison with published numbers: the full-precision check before a run, and the quantized accuracy after it."""
 
 import math
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor
 
 from spdfq.errors import ModelError
@@ -14,33 +15,36 @@ from spdfq.teacher import Teacher
 TOLERANCE = 0.3
 _STANDARD_ERRORS = 3
 _ENOUGH_PER_CLASS = 5
-# where a dataset lies and how it is read, not what it is
+# keys of a dataset that do not change its images
 _PLACES = ("root", "workers")
 
 
 def standard_error(top1: float, images: int, total: int) -> float:
-    """Binomial standard error, in points, of a top-1 in percent on a random part of ``total`` images; 0 on all of them.
+    """Binomial standard error, in percentage points, of a top-1 accuracy that was measured on some of the images.
 
-    The part is drawn without replacement, so the error shrinks to nothing as it grows to the whole.
+    Args:
+        top1: in percent.
+        images: number of images measured, drawn without replacement, so that the error is 0 for all images.
+        total: number of images in the dataset.
     """
     share, left = top1 / 100, max(total - images, 0) / max(total - 1, 1)
     return 100 * math.sqrt(share * (1 - share) / images * left)
 
 
 def check_full_precision(recipe: Recipe, teacher: Teacher, logits: Tensor, labels: Tensor) -> str | None:
-    """Compare the teacher's top-1 with the one its weights are known for, before any work is built on it.
+    """Compare the teacher's top-1 with the published one, before anything is computed from the teacher.
 
     Args:
-        recipe: says what is known; without ``[published]``, or where that is of another model, nothing is checked.
-        teacher: whose input description an error tells.
-        logits: ``[n, K]`` of the evaluation images.
-        labels: ``[n]``.
+        recipe: without ``[published]``, or with that of another model, nothing is checked.
+        teacher: its input description is part of an error's message.
+        logits: ``[n, K]``, for the evaluation images.
+        labels: int64 ``[n]``.
 
     Returns:
-        What was compared and how closely, in a line; ``None`` where nothing was.
+        A line with both numbers and the tolerance; ``None`` if nothing was checked.
 
     Raises:
-        ModelError: they differ by more than 0.3 points, and, on a part of the images, three standard errors.
+        ModelError: the difference is more than 0.3 points plus, for a part of the images, three standard errors.
     """
     spec = _own(recipe)
     if spec is None:
@@ -56,21 +60,21 @@ def check_full_precision(recipe: Recipe, teacher: Teacher, logits: Tensor, label
     raise ModelError(
         f"full precision: top-1 {here:.2f} % on {count} images, but {spec.model} is known for {spec.fp:.2f} % "
         f"({allowed}); likely {_cause(recipe, spec, here, logits, labels)}. In use: {_in_use(recipe, teacher)}; to "
-        "measure other images on purpose, take a recipe without [published]"
+        "measure other images on purpose, use a recipe without [published]"
     )
 
 
 def compare(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any] | None:
-    """What was published for exactly these images, bits and back-end, beside what was measured.
+    """Compare a run with the number that was published for the same images, bits and back-end.
 
     Args:
-        recipe: as it was run.
+        recipe: of the run.
         metrics: of the run.
 
     Returns:
-        ``paper``, ``fp`` and ``paper_fp``, ``bits``, ``method`` and ``top1`` (both ``None`` where nothing was
-        published), ``here``, its ``standard_error`` in points, and a ``line`` that says it; ``None`` for a recipe
-        without ``[published]``.
+        ``paper``, ``fp`` and ``paper_fp``, ``bits``, ``method`` and ``top1`` (both ``None`` if nothing was published),
+        ``here`` (the measured top-1), its ``standard_error`` in percentage points, and a ``line`` that says all this;
+        ``None`` for a recipe without ``[published]``.
     """
     spec = _own(recipe)
     if spec is None:
@@ -98,12 +102,12 @@ def _line(found: dict[str, Any], here: float, error: float, metrics: dict[str, A
 
 
 def _own(recipe: Recipe) -> Published | None:
-    """What was published of the very model of the recipe."""
+    """The published numbers, if they are for the recipe's model."""
     return recipe.published if recipe.published and recipe.published.is_of(recipe.model) else None
 
 
 def _same(recipe: Recipe, spec: Published, row: PublishedRow) -> bool:
-    """Whether a run differs from a row's in nothing but seed and place."""
+    """Whether a recipe makes the images and the model of a published row; seed and folders may differ."""
     if row.images is None or row.bits != recipe.quantization.label:
         return False
     own = recipe.to_dict()
@@ -122,32 +126,35 @@ def _placeless(synthesis: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cause(recipe: Recipe, spec: Published, here: float, logits: Tensor, labels: Tensor) -> str:
-    """What most likely made the difference, judged by what was set and by the answers themselves."""
+    """The most likely cause of a wrong full-precision top-1, from the recipe and the predictions."""
     classes = logits.shape[1]
     renamed = _renamed(logits, labels) if len(labels) >= _ENOUGH_PER_CLASS * classes else 0.0
     if here < spec.fp - 10 and renamed > spec.fp - 5:
         return (
-            "the labels: with each class called what the model calls it most often, top-1 would be "
-            f"{renamed:.2f} %, so the classes are in another order than the model's"
+            "the labels: if each class had the index that the model predicts most often for it, top-1 would be "
+            f"{renamed:.2f} %, so the classes are in a different order than the model's"
         )
     if recipe.model.img_size is not None:
-        return f"the crop: model.img_size = {recipe.model.img_size} is not what the weights are known with"
+        return (
+            f"the crop: model.img_size = {recipe.model.img_size} is not the size that the known top-1 was measured at"
+        )
     if recipe.model.checkpoint is not None:
-        return f"the weights: model.checkpoint = {recipe.model.checkpoint!r} may be of another tag"
+        return f"the weights: model.checkpoint = {recipe.model.checkpoint!r} may be those of another tag"
     if here > spec.fp:
-        return "the images: better than known, they may be ones it was trained on"
+        return "the images: top-1 is above the known one, so they may be training images"
     if here < 5 * 100 / classes:
-        return "the labels: near chance, the classes may be in another order than the model's"
+        return "the labels: top-1 is near chance, so the classes may be in a different order than the model's"
     if here > spec.fp - 3:
-        return "the crop: so small a difference comes of images resized beforehand, or of crop and interpolation"
-    return "the images, which may be of another set, or else the tag or the normalisation"
+        return "the crop: so small a difference can come from crop and interpolation, or from images resized beforehand"
+    return "the images, which may be a different set, or the tag or the normalisation"
 
 
 def _renamed(logits: Tensor, labels: Tensor) -> float:
-    """Top-1 in percent if each class had the name that it is given most often."""
+    """Top-1 in percent if each class had the index that the model predicts most often for it."""
     classes = logits.shape[1]
     pairs = (labels * classes + logits.argmax(1)).bincount(minlength=classes * classes)
-    return 100 * int(pairs.view(classes, classes).amax(1).sum()) / len(labels)
+    counts = rearrange(pairs, "(label predicted) -> label predicted", label=classes)
+    return 100 * int(counts.amax(1).sum()) / len(labels)
 
 
 def _in_use(recipe: Recipe, teacher: Teacher) -> str:

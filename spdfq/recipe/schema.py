@@ -160,7 +160,7 @@ class Evaluation:
 
 @frozen(kw_only=True)
 class RuntimeSpec:
-    """How a recipe runs. Only the precision changes results.
+    """How a recipe runs. Only the precision changes what is computed; device and threads can change the last digits.
 
     Args:
         precision: of the forward passes in synthesis, reconstruction and distillation; ``auto`` uses bfloat16 if the

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: pictures, loss curves and one self-contained HTML page."""
+"""The report of a run: pictures, loss curves and one self-contained HTML page."""
 
 from spdfq.report.page import write_report
 from spdfq.report.pictures import write_pictures

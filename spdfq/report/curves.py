@@ -78,7 +78,7 @@ def _panel(name: str, values: Array) -> str:
 
 
 class _Axis:
-    """The vertical axis: logarithmic where positive values spread widely."""
+    """The vertical axis: logarithmic if all values are positive and spread widely."""
 
     def __init__(self, low: float, high: float) -> None:
         self.log = low > 0 and high / low > _LOG_ABOVE
@@ -96,7 +96,7 @@ class _Axis:
 
 
 def _steps(low: float, high: float) -> list[float]:
-    """A few round values inside the range."""
+    """A few round values in a range."""
     rough = (high - low) / 4
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = magnitude * min((1, 2, 5, 10), key=lambda factor: abs(math.log(rough / magnitude / factor)))
@@ -104,7 +104,7 @@ def _steps(low: float, high: float) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten, with their 2 and 5 folds where the range has few decades."""
+    """Powers of ten; also 2 and 5 times each power if the range has few decades."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     stride = max(1, len(decades) // 5)
     factors = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
@@ -128,7 +128,7 @@ def _mark(tick: int, iterations: int) -> str:
 
 
 def _short(value: float) -> str:
-    """At most five characters where that is possible: ``0.05``, ``2k``, ``1e-4``."""
+    """A short form of a number, usually at most five characters: ``0.05``, ``2k``, ``1e-4``."""
     size = abs(value)
     if size >= 1e6 or 0 < size < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")

@@ -1,4 +1,4 @@
-"""PNG pictures of synthetic images and of their attention, and the loss values as CSV."""
+"""PNG pictures of the calibration images and of their attention, and a CSV file of the losses."""
 
 import csv
 from functools import partial
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from einops import rearrange, reduce, repeat
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _LABELS = 76
 _LINE = 26
 INK = (124, 124, 130, 255)
 
-# From deep blue to pale yellow, in steps of 10 to 12 of CIE lightness.
+# from deep blue to pale yellow, in steps of 10 to 12 units of CIE lightness
 _HEAT = np.array(
     [
         (13, 3, 74),
@@ -42,12 +43,12 @@ _HEAT = np.array(
 
 
 def write_pictures(folder: Path, images: "SyntheticImages", teacher: "Teacher") -> list[str]:
-    """Write ``synthetic.png``, and ``attention.png`` and ``losses.csv`` where there is something to show.
+    """Write ``synthetic.png``, and ``attention.png`` and ``losses.csv`` for images that have attention maps and losses.
 
     Args:
-        folder: an existing folder; files of these names are replaced, or removed where there is nothing to show.
-        images: images ``[n, C, H, W]``, normalised for the teacher; grey is shown as grey, three channels as RGB.
-        teacher: its mean and standard deviation turn the images back to pixels.
+        folder: an existing folder; older files of these names are replaced or removed.
+        images: images ``[n, C, H, W]``, normalised for the teacher; three channels are shown as RGB, others as grey.
+        teacher: its mean and standard deviation convert the images to pixels.
 
     Returns:
         Names of the files written.
@@ -67,32 +68,37 @@ def write_pictures(folder: Path, images: "SyntheticImages", teacher: "Teacher") 
 
 
 def heat(values: Array) -> Array:
-    """Colours uint8 ``[..., 3]`` of values in 0..1."""
+    """Colours uint8 ``[..., 3]`` for values ``[...]`` in 0..1."""
     anchors = np.linspace(0, 1, len(_HEAT))
     channels = [np.interp(values, anchors, channel) for channel in _HEAT.T]
     return np.stack(channels, -1).round().astype(np.uint8)
 
 
 def _pixels(images: "SyntheticImages", teacher: "Teacher") -> Array:
-    """uint8 ``[m, H, W, 1 or 3]`` of the images that are shown."""
+    """Pixels uint8 ``[n, H, W, 1 or 3]`` of the images that are shown."""
     return to_bytes(teacher.denormalise(images.images[:SHOWN].float()))
 
 
 def to_bytes(pixels: "Tensor") -> Array:
-    """uint8 ``[m, H, W, 1 or 3]`` of pixels ``[m, C, H, W]`` in 0..1; other than three channels become grey."""
+    """Pixels uint8 ``[n, H, W, 1 or 3]`` of pixels ``[n, C, H, W]`` in 0..1; unless there are three channels, grey."""
     if pixels.shape[1] != 3:
-        pixels = pixels.mean(1, keepdim=True)
-    return (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        pixels = reduce(pixels, "n c h w -> n 1 h w", "mean")
+    return rearrange((pixels * 255).round().byte(), "n c h w -> n h w c").numpy()
+
+
+def to_rgb(picture: Array) -> Array:
+    """A picture ``[h, w, 1 or 3]`` with three channels."""
+    return repeat(picture, "h w c -> h w (repeats c)", repeats=3 // picture.shape[-1])
 
 
 def _enlarged(picture: Array) -> Array:
-    """The picture magnified by the whole number that brings it nearest to the size of a tile."""
+    """A picture ``[h, w, ...]``, magnified by the whole number that brings it closest to the size of a tile."""
     factor = max(1, round(_TILE / max(picture.shape[:2])))
-    return picture.repeat(factor, 0).repeat(factor, 1)
+    return repeat(picture, "h w ... -> (h rows) (w columns) ...", rows=factor, columns=factor)
 
 
 def _contact_sheet(pictures: Array) -> Image.Image:
-    """All pictures in rows; the gutters are transparent, and white where transparency is ignored."""
+    """All pictures in a grid; the gaps are transparent, or white for viewers without transparency."""
     tiles = [_enlarged(picture) for picture in pictures]
     height, width, channels = tiles[0].shape
     columns = _columns(len(tiles))
@@ -108,15 +114,15 @@ def _contact_sheet(pictures: Array) -> Image.Image:
 
 
 def _columns(count: int) -> int:
-    """The number of columns, at most 8, that leaves the fewest holes in the last row."""
+    """The number of columns, at most 8, that leaves the fewest empty places in the last row."""
     choices = range(min(count, _COLUMNS), min(count, _COLUMNS // 2), -1)
     return min(choices, key=lambda columns: -count % columns, default=count)
 
 
 def _attention_sheet(pictures: Array, images: "SyntheticImages") -> Image.Image:
-    """A row for each block, a column for each image: its prior beside the attention it reached.
+    """A row for each block and a column for each image: its prior beside the attention it reached.
 
-    The sheet is transparent and its text a middle grey, so it reads on light and on dark pages.
+    The background is transparent and the text grey, so that it is readable on light and dark pages.
     """
     prior, reached = images.prior.numpy(), images.reached.numpy()
     place = _Places(*_enlarged(prior[0, 0]).shape)
@@ -137,7 +143,7 @@ def _attention_sheet(pictures: Array, images: "SyntheticImages") -> Image.Image:
 
 
 class _Places:
-    """Where the tiles of the attention sheet lie, for tiles of one size."""
+    """Positions on the attention sheet, for tiles of one size."""
 
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width
@@ -154,13 +160,13 @@ class _Places:
 
 
 def _fitted(picture: Array, size: tuple[int, int]) -> Image.Image:
-    thumbnail = Image.fromarray(picture.repeat(3 // picture.shape[-1], -1))
+    thumbnail = Image.fromarray(to_rgb(picture))
     smaller = thumbnail.width > size[0]
     return thumbnail.resize(size, Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST)
 
 
 def _pair(prior: Array, reached: Array) -> Image.Image:
-    """Both maps as shares of their sums, on one scale from zero to the larger of their peaks."""
+    """Both maps, each divided by its sum, on one colour scale from zero to the larger maximum."""
     shares = [values / max(float(values.sum()), 1e-12) for values in (prior, reached)]
     peak = max(float(values.max()) for values in shares)
     tiles = [heat(_enlarged(values / max(peak, 1e-12))) for values in shares]

@@ -1,4 +1,4 @@
-"""A contact sheet of several runs: a row of images for each, to compare methods at a glance."""
+"""A picture with a row of images for each of several runs, to compare methods at a glance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from spdfq.errors import DataError
-from spdfq.report.pictures import INK, to_bytes
+from spdfq.report.pictures import INK, to_bytes, to_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,28 +19,28 @@ _COUNT = 8
 
 
 def check_sheet(path: Path) -> None:
-    """Raises DataError where no sheet can be written: another suffix, a folder that is not there."""
+    """Raise a DataError if a sheet cannot be written to this path: wrong suffix, or no such folder."""
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise DataError(f"{path}: the sheet is a .png file in a folder that exists")
 
 
-def write_sheet(path: Path, rows: Sequence[tuple[str, "Tensor"]], count: int = _COUNT) -> None:
-    """Write a PNG with a row for each run: its name, then its first images.
+def write_sheet(path: Path, rows: Sequence[tuple[str, "Tensor"]]) -> None:
+    """Write a PNG with a row for each run: its name and its first eight images.
 
-    The sheet is transparent and its text a middle grey, so it reads on light and on dark pages.
+    The background is transparent and the text grey, so that it is readable on light and dark pages.
 
     Args:
         path: a ``.png`` file.
-        rows: a name, and pixels ``[n, C, h, w]`` in 0..1; grey is shown as grey, three channels as RGB.
-        count: the most images of a row.
+        rows: for each run its name, and pixels ``[n, C, h, w]`` in 0..1; three channels are shown as RGB, others as
+            grey.
 
     Raises:
-        DataError: another suffix, a folder that is not there, or no rows.
+        DataError: wrong suffix, no such folder, or no rows.
     """
     check_sheet(path)
     if not rows:
         raise DataError(f"{path}: there is no run to show")
-    sheet = _sheet([name for name, _ in rows], [_tiles(pixels[:count]) for _, pixels in rows])
+    sheet = _sheet([name for name, _ in rows], [_tiles(pixels[:_COUNT]) for _, pixels in rows])
     sheet.save(path, optimize=True)
 
 
@@ -60,10 +60,10 @@ def _sheet(names: list[str], tiles: list[list[Image.Image]]) -> Image.Image:
 
 
 def _tiles(pixels: "Tensor") -> list[Image.Image]:
-    """Images that fit a tile in their own proportions; small ones keep their pixels."""
+    """Images scaled to the size of a tile in their own proportions; small images are enlarged without smoothing."""
     found = []
     for picture in to_bytes(pixels):
-        image = Image.fromarray(picture.repeat(3 // picture.shape[-1], -1))
+        image = Image.fromarray(to_rgb(picture))
         scale = _TILE / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         found.append(image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS))

@@ -54,7 +54,7 @@ def device_name(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this library runs from; ``None`` where it is installed elsewhere."""
+    """The commit of the checkout this library runs from; ``None`` if it is installed elsewhere."""
     checkout = Path(__file__).resolve().parents[2]
     try:
         asked = subprocess.run(

@@ -1,4 +1,4 @@
-"""The networks behind teachers: bundled, of timm's making, with weights from the hub or from a local file."""
+"""Building a teacher's network: a bundled or timm architecture, with weights from the hub or from a local file."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ from spdfq.teacher.zoo import BUNDLED, data_file
 
 
 def build(spec: ModelSpec, weights: bool = True) -> Any:
-    """The network of a recipe's ``[model]`` section in float32; the global random state is left as it was.
+    """The network of a recipe's ``[model]`` section in float32. The global random state does not change.
 
-    Weights that nothing gives are random, and the same each time; ``weights=False`` gives those alone.
+    Without a source of trained weights, or with ``weights=False``, the weights are random, but always the same.
 
     Raises:
         ModelError: unknown name, unreachable hub, or weights that do not fit.
@@ -76,24 +76,24 @@ def _from_hub(name: str, options: dict[str, Any]) -> Any:
         constants.HF_HUB_OFFLINE = offline or not _hub_answers()
         return timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # timm, huggingface_hub, its HTTP client and safetensors each raise their own
-        _built(name, options)  # a mistake in the options is told as such
+        _built(name, options)  # raises if the options are wrong
         reason = "it cannot be reached" if constants.HF_HUB_OFFLINE else first_line(error)
         raise ModelError(
-            f"model.name: the weights of {name} could not be taken from the hub ({reason}); check the network, or give "
-            "local ones: model.checkpoint = 'weights.safetensors'"
+            f"model.name: the weights of {name} could not be downloaded from the hub ({reason}); check the network, or "
+            "give local weights: model.checkpoint = 'weights.safetensors'"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline
 
 
 def _hub_answers() -> bool:
-    """One short request: a download from a hub that is out of reach would be retried for a minute, with warnings."""
+    """Whether the hub answers a short request. A download from an unreachable hub would be retried for a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # of whichever HTTP client is installed
+    except Exception:  # the type depends on the installed HTTP client
         return False
     return True
 
@@ -104,7 +104,7 @@ def _built(name: str, options: dict[str, Any]) -> Any:
 
     try:
         return timm.create_model(name, pretrained=False, **options)
-    except Exception as error:  # what an architecture raises at arguments it cannot take is its own affair
+    except Exception as error:  # each architecture raises its own error for wrong arguments
         given = ", ".join(f"{key} = {value}" for key, value in options.items()) or "its own settings"
         raise ModelError(f"model: timm cannot build {name} with {given} ({first_line(error)})") from error
 
@@ -119,12 +119,12 @@ def _listed(names: list[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong in somebody else's words, kept to one line."""
+    """An error of another library, in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def _headless(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without those of the head, as timm configures it, and of what else of the head the module lacks."""
+    """The weights without those of timm's classifier, and without other layers of the head that the module lacks."""
     named = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = [named] if isinstance(named, str) else list(named)
     of_head = tuple(f"{name}." for name in heads)
@@ -136,7 +136,7 @@ def _headless(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_tensors(own: dict[str, Tensor], state: dict[str, Tensor], where: str) -> None:
-    """Refuse codes where weights are wanted, and weights that are not finite."""
+    """Raise if a weight is stored as integers or 8-bit floats, or is not finite."""
     weights = {name: tensor for name, tensor in state.items() if name in own and own[name].is_floating_point()}
     for name, tensor in weights.items():
         if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
@@ -157,7 +157,7 @@ def _load_weights(module: nn.Module, path: Path, where: str) -> None:
     if not path.is_file():
         raise ModelError(f"{where}: {path}: no such file")
     with path.open("rb"):
-        pass  # a file that may not be read is told as such
+        pass  # raises PermissionError, which names the file
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:

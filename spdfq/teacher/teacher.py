@@ -1,4 +1,4 @@
-"""The teacher: a pretrained transformer with its own normalisation and input size."""
+"""The teacher: a pretrained transformer with the normalisation and size of its input."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from attrs import define, field
+from einops import rearrange
 from torch import Tensor, nn
 
 from spdfq.errors import ModelError, is_out_of_memory
@@ -20,7 +21,7 @@ def _floats(values: Iterable[Any]) -> tuple[float, ...]:
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
-    """The module in evaluation mode; every submodule's own mode is restored on exit."""
+    """The module in evaluation mode; on exit, the mode of every submodule is restored."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         yield module.eval()
@@ -31,19 +32,19 @@ def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
 
 @define(eq=False)
 class Teacher:
-    """A full-precision model and what its inputs look like.
+    """A full-precision model and the description of its input.
 
     Args:
-        module: any network in float32 taking normalised images ``[B, C, H, W]`` and returning logits
-            ``[B, num_classes]``, or features ``[B, D]`` where it has no head.
+        module: any network in float32 from normalised images ``[B, C, H, W]`` to logits ``[B, num_classes]``, or to
+            features ``[B, D]`` if it has no head.
         mean: of each channel, for pixels in 0..1.
-        std: of each channel.
-        num_classes: length of the logits; 0 for a backbone without a head.
-        input_size: ``(C, H, W)``; by default what the module's own ``patch_embed`` or timm configuration says.
-        name: how reports call it.
-        crop_pct: share of the image kept by the evaluation crop.
-        interpolation: of the evaluation resize.
-        crop_mode: how timm's evaluation crop is taken.
+        std: of each channel, for pixels in 0..1.
+        num_classes: number of logits; 0 for a model without a head.
+        input_size: ``(C, H, W)``; by default that of the module's ``patch_embed`` or timm configuration.
+        name: the model's name in reports.
+        crop_pct: share of the image that the evaluation crop keeps.
+        interpolation: interpolation of the evaluation resize.
+        crop_mode: timm's mode of the evaluation crop.
     """
 
     module: nn.Module
@@ -77,12 +78,12 @@ class Teacher:
 
     @property
     def headless(self) -> bool:
-        """Whether the network gives features instead of logits."""
+        """Whether the network returns features instead of logits."""
         return self.num_classes == 0
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """Device of the parameters."""
         parameter = next(self.module.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
@@ -92,12 +93,12 @@ class Teacher:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Pixels in 0..1 ``[B, C, H, W]`` to what the model takes."""
+        """Normalise pixels ``[B, C, H, W]`` in 0..1 for the model."""
         mean, std = self._statistics(pixels)
         return (pixels - mean) / std
 
     def denormalise(self, images: Tensor) -> Tensor:
-        """Normalised images back to pixels in 0..1."""
+        """Pixels in 0..1 of normalised images ``[B, C, H, W]``."""
         mean, std = self._statistics(images)
         return (images * std + mean).clamp(0, 1)
 
@@ -108,7 +109,7 @@ class Teacher:
 
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
-        """The module in evaluation mode without parameter gradients; both restored on exit."""
+        """The module in evaluation mode and without parameter gradients; both are restored on exit."""
         wanted = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
         try:
             with evaluation_mode(self.module) as module:
@@ -118,7 +119,7 @@ class Teacher:
                 parameter.requires_grad_(flag)
 
     def fingerprint(self) -> str:
-        """A hash of the architecture's printout, every weight and the input description."""
+        """A hash of the module's printed architecture, of every weight and of the input description."""
         described = (str(self.module), self.mean, self.std, self.num_classes, self.input_size, self.crop_pct)
         state = hashlib.sha256(repr((*described, self.interpolation, self.crop_mode)).encode())
         for name, tensor in self.module.state_dict().items():
@@ -127,8 +128,9 @@ class Teacher:
         return state.hexdigest()[:20]
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(values, device=like.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return mean, std
+        """Mean and standard deviation ``[1, C, 1, 1]`` on the device of a tensor."""
+        mean, std = (torch.tensor(values, device=like.device) for values in (self.mean, self.std))
+        return rearrange(mean, "c -> 1 c 1 1"), rearrange(std, "c -> 1 c 1 1")
 
 
 def _named(dtypes: set[torch.dtype]) -> str:
@@ -156,25 +158,25 @@ def _input_sides(spec: ModelSpec, module: nn.Module) -> tuple[int, int]:
 def _try_size(spec: ModelSpec, module: nn.Module, size: tuple[int, int, int]) -> None:
     try:
         module(torch.zeros(1, *size))
-    except Exception as error:  # each architecture has its own way to fail
+    except Exception as error:  # each architecture fails with its own error
         if is_out_of_memory(error):
             raise
         raise ModelError(
-            f"model.img_size: {spec.name} cannot run on {size[1]}x{size[2]} pixels ({first_line(error)}); take another "
+            f"model.img_size: {spec.name} cannot run on {size[1]}x{size[2]} pixels ({first_line(error)}); use another "
             "size, or leave it out"
         ) from None
 
 
 def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
-    """The teacher a recipe names, in float32 on the CPU; the global random state is left as it was.
+    """The teacher of a recipe, in float32 on the CPU. The global random state does not change.
 
     Args:
-        spec: the recipe's ``[model]`` section, or its name alone. Where nothing gives trained weights they are random,
-            always the same.
-        weights: false builds the architecture alone (to look at its sites).
+        spec: the recipe's ``[model]`` section, or only its name. Without a source of trained weights, the weights are
+            random, but always the same.
+        weights: with ``False``, trained weights are not loaded; enough to look at the architecture.
 
     Raises:
-        ModelError: unknown name, unreachable hub, weights that do not fit, or a size the model cannot run at.
+        ModelError: unknown name, unreachable hub, weights that do not fit, or a size that the model cannot run at.
         DataError: damaged weights.
     """
     from timm.data import resolve_model_data_config

@@ -1,4 +1,4 @@
-"""Bench files: the cells they mean, the columns and names of the cells, and mistakes."""
+"""Bench files: cells, columns, names, and error messages."""
 
 import pytest
 from support.benches import BENCH, bench_files

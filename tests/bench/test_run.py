@@ -1,4 +1,4 @@
-"""Benches: what is run, what is kept and what has failed, and the table."""
+"""Running benches: cells that are run, kept or fail, and the table."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""What the table of a bench says of its rows: shares of a gap, and images that could not be read."""
+"""The table of a bench: shares of a gap, and images that could not be read."""
 
 import pytest
 from click.testing import CliRunner

@@ -149,7 +149,7 @@ def test_damaged_images_are_counted_and_named_beside_the_accuracy():
 def test_an_empty_name_of_the_folder_is_refused(calls):
     result = spdfq("run", "quickstart", "--out", "")
     assert result.exit_code == 2
-    assert result.stderr.endswith("Error: Invalid value for '--out': the name of the folder is empty\n")
+    assert result.stderr.endswith("Error: Invalid value for '--out': the folder name is empty\n")
     assert not calls
 
 

@@ -1,4 +1,4 @@
-"""The commands list, show and init: every component and recipe, and what each of their keys means."""
+"""The commands list, show and init: every component and recipe, with an explanation of each key."""
 
 import re
 import tomllib
@@ -6,6 +6,7 @@ import tomllib
 import attrs
 import pytest
 from support.commands import small_recipe, spdfq
+from support.docs import built_in
 
 from spdfq.recipe import load_recipe, shipped
 from spdfq.recipe.commented import commented
@@ -61,7 +62,7 @@ def test_show_gives_keys_defaults_types_meaning_paper_and_place():
     assert "paper   arXiv:2412.16553\nsource  spdfq.losses.priors:" in shown
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, r in REGISTRIES.items() for name in r.names()])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, r in REGISTRIES.items() for name in built_in(r)])
 def test_every_key_of_every_component_is_documented(kind, name):
     fields = describe(REGISTRIES[kind].get(name))
     assert [field.name for field in fields if not field.doc] == []

@@ -1,4 +1,4 @@
-"""What is measured on labelled images, on which of them, and how an interrupted evaluation goes on."""
+"""Accuracy on labelled images, unreadable images, and interrupted evaluations."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 
 class Steps:
-    """A progress bar that keeps what it is told."""
+    """A progress bar that records its calls."""
 
     def __init__(self):
         self.total, self.moved = None, []
@@ -272,7 +272,7 @@ def test_a_killed_process_is_taken_up_where_it_stood(folder, tmp_path):
 
 @frozen
 class Played(Ranks):
-    """One of two processes, after the other: it is told what rank 0 found and what the others did."""
+    """One of two processes, run one after the other; ``told`` is what rank 0 found, ``others`` what the others did."""
 
     told: object = None
     others: tuple = ()

@@ -67,7 +67,7 @@ def test_local_weights_of_the_whole_model_or_without_its_head_fit_a_backbone(nam
 
 
 @pytest.mark.parametrize("name", ["levit_128s"])
-def test_whole_weights_fit_a_backbone_whatever_else_their_head_holds(name, tmp_path):
+def test_weights_with_a_head_of_several_layers_fit_a_backbone(name, tmp_path):
     whole = timm.create_model(name, num_classes=7).half()
     save_file({key: value.half() for key, value in whole.state_dict().items()}, tmp_path / "whole.safetensors")
     spec = ModelSpec(name=name, num_classes=0, checkpoint=str(tmp_path / "whole.safetensors"))
@@ -173,7 +173,7 @@ def test_everything_that_needs_a_head_is_told_at_once_before_anything_runs():
     ]
 
 
-def test_the_role_of_the_last_layer_is_the_heads_and_needs_none_here():
+def test_the_role_last_is_ignored_without_a_head():
     assert pipeline.check(BASE) == []
     with pytest.raises(RecipeError, match=r"quantization.overrides.0.roles: own does not say which module is 'first'"):
         spdfq.quantize(own(), torch.zeros(1, 1, 28, 28), BASE)
@@ -245,7 +245,7 @@ def test_the_shipped_example_passes_its_check_and_needs_no_labels():
     assert not [loss for loss in shipped.synthesis.losses.values() if loss.label_loss]
 
 
-def test_a_backbone_of_ones_own_is_synthesised_quantized_and_reloaded(tmp_path):
+def test_a_backbone_made_in_python_is_synthesised_quantized_and_reloaded(tmp_path):
     teacher = headless_tiny()
     changes = ["synthesis.images=2", "synthesis.iterations=2", "quantization.overrides=[]"]
     changes.append("quantization.steps=[{type='calibrate', observer='minmax', weight_observer='minmax'}]")

@@ -1,4 +1,4 @@
-"""Quality measures against numbers worked out by hand, and what measuring finished runs leaves."""
+"""Quality measures compared with values calculated by hand, and the files that measuring a run writes."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_alignment_is_the_mean_cosine_to_the_class_of_each():
 
 def test_a_class_without_real_images_is_named():
     centroids = Centroids(torch.ones(3, 2), torch.tensor([1, 0, 1]))
-    with pytest.raises(DataError, match="class 1 has no image among the real ones; measure on a larger dataset"):
+    with pytest.raises(DataError, match="class 1 has no real image; measure on a larger dataset"):
         semantic_alignment(torch.ones(2, 2), torch.tensor([2, 1]), centroids)
 
 
@@ -79,7 +79,7 @@ def test_features_are_what_the_classifier_makes_the_logits_of(name):
     assert features.shape == (5, 32)
 
 
-def test_a_module_of_ones_own_without_features_is_refused_by_name():
+def test_a_module_without_features_is_refused_by_name():
     own = Teacher(torch.nn.Linear(2, 2), mean=(0,), std=(1,), num_classes=2, input_size=(1, 4, 4), name="mine")
     with pytest.raises(ModelError, match="mine: has no forward_features and forward_head"):
         next(class_features(own, [torch.zeros(1, 2)], RUNTIME))
@@ -106,7 +106,7 @@ def spectrum(exponent, size=(3, 64, 96), count=8):
 
 
 @pytest.mark.parametrize("exponent", [0, -1, -2, -3])
-def test_the_slope_is_the_exponent_of_the_power_whatever_the_contrast_and_the_brightness(exponent):
+def test_the_slope_is_the_exponent_of_the_power_for_any_contrast_and_brightness(exponent):
     images = spectrum(exponent)
     assert spectrum_slope(images) == pytest.approx(exponent, abs=0.08)
     assert spectrum_slope(3 * images + 0.5) == pytest.approx(spectrum_slope(images), abs=1e-3)
@@ -141,7 +141,7 @@ def test_the_overlap_is_the_mean_over_images_and_blocks():
 
 
 @torch.no_grad()
-def test_head_similarity_of_images_is_that_of_the_loss_whatever_the_batches():
+def test_head_similarity_of_images_is_that_of_the_loss_for_any_batch_size():
     chosen = teacher("vit")
     with record_attention(chosen.module, {QUERIES_AND_KEYS}) as record:
         chosen.module(colour_images(5))
@@ -166,7 +166,7 @@ def test_images_of_a_class_without_real_images_are_measured_without_alignment():
     centroids = Centroids(torch.rand(10, 32), torch.zeros(10, dtype=torch.long))
     found = measure_images(colour_images(3), teacher("vit"), RUNTIME, centroids)
     assert found["semantic_alignment"] is None
-    assert "has no image among the real ones; measure on a larger dataset" in found["notes"][0]
+    assert "has no real image; measure on a larger dataset" in found["notes"][0]
     assert 0 < found["head_similarity"] < 1
 
 
@@ -176,7 +176,7 @@ def test_a_model_without_a_head_names_no_class_and_is_measured_without_alignment
     assert dataset_centroids(chosen, None, RUNTIME) is None
     found = measure_images(colour_images(3), chosen, RUNTIME, None)
     assert (found["semantic_alignment"], found["real_images"]) == (None, 0)
-    assert found["notes"] == ["semantic_alignment: the model has no head, so it names no class"]
+    assert found["notes"] == ["semantic_alignment: the model has no head, so it predicts no class"]
     assert 0 < found["head_similarity"] < 1
     shown = quality_section(found | {"prior_overlap": None})
     assert set(shown["facts"]) == {"Head similarity", "Channel mean", "Channel std", "Spectrum slope"}
@@ -283,7 +283,7 @@ def test_a_sheet_that_cannot_be_written_is_refused(tmp_path, name):
         write_sheet(tmp_path / name, [("a", torch.rand(1, 1, 4, 4))])
 
 
-def test_what_is_no_finished_run_is_refused_before_anything_is_written(noisy, tmp_path):
+def test_a_folder_without_a_finished_run_is_refused_before_anything_is_written(noisy, tmp_path):
     with pytest.raises(RecipeError, match="not a run folder"):
         measure_runs([noisy, tmp_path])
     (tmp_path / "begun").mkdir()

@@ -1,4 +1,4 @@
-"""Features of models without a head: what their nearest neighbours say, and which banks are refused."""
+"""k-NN evaluation of models without a head, and banks that are refused."""
 
 import math
 
@@ -145,7 +145,7 @@ def test_a_bank_of_other_class_folders_is_refused_by_the_first_that_differs(tmp_
         EVALUATOR.reference(own(), evolve(EVALUATION, dataset=val, bank=bank), Runtime())
 
 
-def test_images_that_are_in_the_bank_too_are_refused_whatever_the_two_are_called(tmp_path):
+def test_images_that_are_in_the_bank_too_are_refused_under_any_path(tmp_path):
     photos, links = tmp_path / "photos", tmp_path / "links"
     for index in range(6):
         folder = photos / f"class{index % 2}"

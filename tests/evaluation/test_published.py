@@ -98,7 +98,7 @@ def test_nothing_is_checked_without_published_numbers_or_for_another_model():
     assert checked(other, 0) is None
     assert compare(other, {}) is None
     assert other.warnings() == [
-        "published: is of deit_tiny_patch16_224.fb_in1k, so this model is neither checked nor compared"
+        "published: is for deit_tiny_patch16_224.fb_in1k, so this model is neither checked nor compared"
     ]
     assert recipe().warnings() == []
 
@@ -110,7 +110,7 @@ def test_classes_in_another_order_are_found_out_by_the_answers_themselves():
     logits, labels = answers(10, 1600, 2000)
     order = torch.tensor([0, 1, 9, 3, 4, 2, 6, 5, 8, 7])
     line = refusal(recipe(), logits, order[labels])
-    assert "likely the labels: with each class called what the model calls it most often" in line
+    assert "likely the labels: if each class had the index that the model predicts most often" in line
     assert "top-1 would be 80.00 %" in line
 
 
@@ -130,11 +130,15 @@ def test_too_few_images_of_a_class_prove_no_order():
 @pytest.mark.parametrize(
     ("right", "overrides", "cause"),
     [
-        (1560, (), "likely the crop: so small a difference comes of images resized beforehand, or of crop and"),
-        (1300, (), "likely the images, which may be of another set, or else the tag or the normalisation"),
-        (1700, (), "likely the images: better than known, they may be ones it was trained on"),
+        (1560, (), "likely the crop: so small a difference can come from crop and interpolation, or"),
+        (1300, (), "likely the images, which may be a different set, or the tag or the normalisation"),
+        (1700, (), "likely the images: top-1 is above the known one, so they may be training images"),
         (1300, ["model.checkpoint='w.safetensors'"], "likely the weights: model.checkpoint = 'w.safetensors' may be"),
-        (1300, ["model.img_size=32"], "likely the crop: model.img_size = 32 is not what the weights are known with"),
+        (
+            1300,
+            ["model.img_size=32"],
+            "likely the crop: model.img_size = 32 is not the size that the known top-1 was measured at",
+        ),
     ],
 )
 def test_the_likely_cause_follows_from_what_was_set_and_by_how_much_it_differs(right, overrides, cause):
@@ -147,7 +151,9 @@ def test_near_chance_the_labels_are_likely():
     labels = torch.arange(1000) % 100
     logits = torch.rand(1000, 100, generator=generator)
     line = refusal(recipe(), logits, labels)
-    assert "likely the labels: near chance, the classes may be in another order than the model's" in line
+    assert (
+        "likely the labels: top-1 is near chance, so the classes may be in a different order than the model's" in line
+    )
 
 
 def test_the_error_names_what_was_in_use():
@@ -156,7 +162,7 @@ def test_the_error_names_what_was_in_use():
     assert (
         "In use: input 28x28, crop 0.9 (center, bilinear), mean 0.286, std 0.353, tag a-tag, weights bundled;" in line
     )
-    assert line.endswith("to measure other images on purpose, take a recipe without [published]")
+    assert line.endswith("to measure other images on purpose, use a recipe without [published]")
 
 
 # what is compared with what

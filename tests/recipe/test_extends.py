@@ -1,4 +1,4 @@
-"""Recipes made of others: where parents are found, and how they merge."""
+"""Recipes that extend others: how parents are found and merged."""
 
 import copy
 
@@ -40,7 +40,7 @@ def test_parents_are_found_beside_the_file_that_names_them(folder):
     assert resolve(folder("three.toml", "extends = ['parts/two.toml']")) == {"seed": 1}
 
 
-def test_one_part_may_come_in_on_two_ways_but_not_by_itself(folder):
+def test_a_part_may_be_extended_twice_but_not_by_itself(folder):
     folder("part.toml", "seed = 1")
     folder("left.toml", "extends = ['part.toml']")
     folder("right.toml", "extends = ['part.toml']")
@@ -74,19 +74,19 @@ def test_merging(parent, child, merged):
     assert (parent, child) == before
 
 
-def test_a_whole_source_of_images_or_back_end_replaces_that_of_the_parents_before():
+def test_a_complete_source_or_back_end_replaces_that_of_earlier_parents():
     alone, over = (load_recipe({"extends": parents}) for parents in (WHOLE, [*SPDFQ, *WHOLE]))
     assert over.to_dict() == alone.to_dict()
 
 
-def test_a_bare_name_is_a_whole_source_and_a_wrong_section_one_line(folder):
+def test_a_name_alone_is_a_complete_source_and_a_wrong_section_is_one_line(folder):
     bare = folder("bare.toml", "synthesis = 'optimize'\n")
     assert resolve({"extends": ["quickstart", "images/psaq_vit", str(bare)]})["synthesis"] == "optimize"
     with pytest.raises(RecipeError, match="synthesis: expected"):
         load_recipe({"extends": ["quickstart", str(folder("number.toml", "synthesis = 3\n"))]})
 
 
-def test_what_is_no_whole_source_or_back_end_merges(folder):
+def test_an_incomplete_section_is_merged(folder):
     few = folder("few.toml", "[synthesis]\nimages = 8\n")
     found = load_recipe({"extends": ["quickstart", str(few), "bits/w3a3"]})
     assert found.synthesis.images == 8

@@ -230,7 +230,7 @@ def test_a_student_cannot_have_a_budget():
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_what_is_set_of_another_type_is_not_lost_whatever_the_order(base, order):
+def test_options_set_with_a_new_type_are_kept_in_any_order(base, order):
     both = [
         "quantization.softmax.bits=2",
         'quantization.softmax.type="uniform"',

@@ -167,7 +167,7 @@ def test_the_grid_leaves_few_holes(count, columns):
 
 def test_prior_and_reached_attention_share_one_scale(tmp_path):
     prior, reached = torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, 2)
-    prior[:, :, 0, 1] = 0.5  # all of its mass on one token, whatever its sum
+    prior[:, :, 0, 1] = 0.5  # all of its mass on one token, although its sum is not 1
     images = SyntheticImages(images=torch.ones(1, 1, 4, 4), prior=prior, reached=reached, first_block=6)
     assert write_pictures(tmp_path, images, teacher()) == ["synthetic.png", "attention.png"]
     sheet = np.array(Image.open(tmp_path / "attention.png"))

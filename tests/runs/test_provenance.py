@@ -1,4 +1,4 @@
-"""What a result's key depends on: the source that made it, as far as it is imported, and nothing else."""
+"""The source code that a result depends on: components and everything they import, and nothing else."""
 
 import shutil
 import subprocess
@@ -41,7 +41,7 @@ class Bright(Loss):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch, request):
-    """A package of one's own on the path: a loss, what it imports in three ways, and what it does not."""
+    """A new package on the path: a loss, modules that it imports in three ways, and one that it does not import."""
     name = f"own_{abs(hash(request.node.name))}"
     folder = tmp_path / name
     folder.mkdir()
@@ -58,7 +58,7 @@ def package(tmp_path, monkeypatch, request):
 
 
 def forget():
-    """What a new process does not know: sources are read once."""
+    """Clear the caches, as in a new process."""
     for cached in (provenance._tree, provenance._normalised, provenance._imported, provenance._is_module):
         cached.cache_clear()
 

@@ -114,7 +114,7 @@ def test_attention_is_recorded_whole_or_refused_by_name(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_one_synthesis_step_has_a_finite_gradient(name):
     teacher = teacher_of(build(name))
-    if name == "pvt_v2":  # one key alone gets all attention at 32 pixels, whatever the images
+    if name == "pvt_v2":  # at 32 pixels there is a single key, which gets all attention
         teacher.input_size = (3, 64, 64)
     losses = step(teacher, "cross_entropy" if EVERY[name] is None else "spdfq")
     assert all(torch.tensor(value).isfinite() for value in losses.values())

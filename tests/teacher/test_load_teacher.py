@@ -123,8 +123,8 @@ def test_a_hub_out_of_reach_is_one_clear_line_without_retries(monkeypatch, caplo
     monkeypatch.setattr(spdfq.teacher.architectures, "_hub_answers", lambda: asked.append(1))
     message = one_line(TINY[0], img_size=32)
     assert message == (
-        "model.name: the weights of vit_tiny_patch16_224.augreg_in21k_ft_in1k could not be taken from the hub (it "
-        "cannot be reached); check the network, or give local ones: model.checkpoint = 'weights.safetensors'"
+        "model.name: the weights of vit_tiny_patch16_224.augreg_in21k_ft_in1k could not be downloaded from the hub (it "
+        "cannot be reached); check the network, or give local weights: model.checkpoint = 'weights.safetensors'"
     )
     assert asked == [1]
     assert caplog.records == []
@@ -152,7 +152,7 @@ def test_what_the_hub_answers_is_passed_on_in_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(spdfq.teacher.architectures, "_hub_answers", lambda: True)
     monkeypatch.setattr(timm, "create_model", fail)
-    assert "could not be taken from the hub (RuntimeError: 403 Forbidden); check the network" in one_line(TINY[0])
+    assert "could not be downloaded from the hub (RuntimeError: 403 Forbidden); check the network" in one_line(TINY[0])
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
@@ -176,7 +176,7 @@ def test_a_size_is_that_of_the_images_also_where_the_model_does_not_state_it():
 def test_a_size_the_model_cannot_run_at_is_one_clear_line(name, size):
     message = one_line(name, img_size=size, pretrained=False)
     assert message.startswith(f"model.img_size: {name} cannot run on {size}x{size} pixels (")
-    assert message.endswith("); take another size, or leave it out")
+    assert message.endswith("); use another size, or leave it out")
 
 
 @pytest.mark.parametrize("size", [4, (32, 4)])

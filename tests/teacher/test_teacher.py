@@ -11,7 +11,7 @@ from spdfq.teacher import Teacher, evaluation_mode
 
 
 class Linear(nn.Module):
-    """A classifier of one's own: 2×4×4 images, three classes."""
+    """A small classifier: 2×4×4 images, three classes."""
 
     def __init__(self):
         super().__init__()

@@ -18,13 +18,13 @@ _DATA_CONFIG: dict[str, Any] = {
 
 @frozen
 class BundledModel:
-    """A timm entry point and the arguments that make it small."""
+    """A timm architecture, and the arguments that make it small."""
 
     entrypoint: str
     arguments: dict[str, Any]
 
     def create(self) -> Any:
-        """Build the architecture without weights; its data configuration rides along as timm keeps it."""
+        """Build the architecture with random weights; timm stores the input description as its ``pretrained_cfg``."""
         import timm
 
         return timm.create_model(
