@@ -57,7 +57,7 @@ def main() -> None:
     """Quantize vision transformers without real images.
 
     \b
-    spdfq run quickstart                     a 4-bit ViT in about a minute
+    spdfq run quickstart                     a 3-bit ViT beside noise and real images
     spdfq list                               all components and recipes
     spdfq init quickstart > my.toml          a recipe to edit, with every key explained
     spdfq check my.toml && spdfq run my.toml

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 from api_page import api_block
 from spdfq_cli.main import main as cli
+
 # readme import
 from time_page import time_block
 
