@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +18,15 @@ from spdfq.synth.group import Balance, GroupState
 from spdfq.synth.moves import Change, Moment, applied, followed
 from spdfq.synth.pictures import prior_pictures
 from spdfq.synth.samplers import CropPlan
+from spdfq.synth.settings import COLUMNS_OF_THE_LOOP, SynthesisSettings
 from spdfq.synth.sources import noise
 from spdfq.synth.student import Rival, Student, StudentFactory
 from spdfq.teacher import Teacher
-
-if TYPE_CHECKING:
-    from spdfq.synth.optimize import OptimizedImages
 
 CHECK_EVERY = 10
 SAVE_SECONDS = 5.0
 # a student is stored with its moments: three times the teacher's weights
 SAVE_SECONDS_STUDENT = 60.0
-OWN_COLUMNS = ("total", "gradient")
 
 
 class Group:
@@ -41,7 +38,7 @@ class Group:
 
     def __init__(
         self,
-        spec: "OptimizedImages",
+        spec: SynthesisSettings,
         teacher: Teacher,
         runtime: Runtime,
         index: int,
@@ -50,7 +47,7 @@ class Group:
     ) -> None:
         self.spec, self.teacher, self.runtime, self.index, self.count = spec, teacher, runtime, index, count
         self.size: tuple[int, int] = teacher.input_size[1:]
-        self.columns = (*spec.losses, *OWN_COLUMNS)
+        self.columns = (*spec.losses, *COLUMNS_OF_THE_LOOP)
         self.kept: dict[Any, Any] = {}
         self.turn = 0
         self.plan: CropPlan = spec.sampler.sample(count, self.size, teacher.num_classes, self.generator("sampler"))

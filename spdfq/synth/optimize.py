@@ -1,81 +1,32 @@
 """Images optimised from noise: the loop that all data-free methods share."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from attrs import define, field, validators
+from attrs import define
 
 from spdfq.attention import AttentionRecord, record_attention
 from spdfq.errors import RecipeError, SpdfqError
-from spdfq.recipe.structure import component, component_list, components
 from spdfq.registry import losses as registered
 from spdfq.registry import sources
 from spdfq.runtime import Advance, Runtime
 from spdfq.synth.augmentations import RandomResizedCrop
-from spdfq.synth.base import Source, SyntheticImages
-from spdfq.synth.loop import OWN_COLUMNS, Group
+from spdfq.synth.base import SyntheticImages
+from spdfq.synth.loop import Group
 from spdfq.synth.moves import CROPS_ARE_NOT_FOLLOWED
-from spdfq.synth.optimizers import Adam, WarmupCosine
-from spdfq.synth.pruning import TokenPruning, find_layout
-from spdfq.synth.samplers import MultiSemanticSampler, WholeImageSampler
+from spdfq.synth.pruning import find_layout
+from spdfq.synth.samplers import MultiSemanticSampler
+from spdfq.synth.settings import SynthesisSettings
 from spdfq.synth.sources import noise
-from spdfq.synth.student import StudentFactory, StudentTraining
-from spdfq.synth.targets import NoTarget, OneHotTarget, SoftLabelTarget
+from spdfq.synth.student import StudentFactory
+from spdfq.synth.targets import NoTarget, SoftLabelTarget
 from spdfq.teacher import Teacher
-
-_RESERVED = {*OWN_COLUMNS, "steps"}
 
 
 @sources.register("optimize")
 @define(kw_only=True)
-class OptimizedImages(Source):
-    """Images optimised from Gaussian noise so that the teacher's outputs and attention look natural.
-
-    Args:
-        images: how many images.
-        group: images optimised together; everything batch-wide is defined over a group.
-        iterations: optimiser steps of each group.
-        losses: what is minimised; the key is the loss's name.
-        sampler: which classes an image shows and where.
-        target: distribution the outputs are pulled towards.
-        augmentations: applied in order to the whole images in every iteration (crops stay as they are).
-        optimizer: of the pixels.
-        schedule: of the learning rate.
-        pruning: leaves patches out of the forward passes as the run goes on; none where the section is missing.
-        student: a quantized model that learns beside the images, for losses that compare the teacher with it; none
-            where the section is missing.
-    """
-
-    group: int = field(default=32, validator=validators.ge(1))
-    iterations: int = field(default=1000, validator=validators.ge(1))
-    losses: dict[str, Any] = components("loss")
-    sampler: Any = component("sampler", default=WholeImageSampler)
-    target: Any = component("target", default=OneHotTarget)
-    augmentations: tuple[Any, ...] = component_list("augmentation")
-    optimizer: Any = component("optimizer", default=Adam)
-    schedule: Any = component("schedule", default=WarmupCosine)
-    pruning: TokenPruning | None = None
-    student: StudentTraining | None = None
-
-    def __attrs_post_init__(self) -> None:
-        if not self.losses:
-            raise ValueError("has no losses; add one, for example [synthesis.losses.soft_cross_entropy]")
-        if taken := _RESERVED & set(self.losses):
-            raise ValueError(f"losses.{min(taken)}: columns of losses.csv have that name; choose another")
-        automatic = [name for name, loss in self.losses.items() if loss.weight == "auto"]
-        label_weights = {name: loss.weight for name, loss in self.losses.items() if loss.label_loss}
-        if wrong := [name for name in automatic if name in label_weights]:
-            raise ValueError(f"losses.{wrong[0]}: a label loss is what 'auto' balances against; give it a number")
-        if label_weights and isinstance(self.target, NoTarget):
-            raise ValueError(f"losses.{min(label_weights)}: needs labels, but target is 'none'; set target = 'one_hot'")
-        comparing = [name for name, loss in self.losses.items() if loss.needs_student]
-        if comparing and not self.student:
-            raise ValueError(f"losses.{comparing[0]}: compares with a student; add an empty [synthesis.student]")
-        if self.student and not comparing:
-            raise ValueError("student: no loss compares with it; add teacher_student_discrepancy, or leave it out")
-        if automatic and not any(weight > 0 for weight in label_weights.values()):
-            raise ValueError("weight = 'auto' balances against a label loss; add soft_cross_entropy or cross_entropy")
+class OptimizedImages(SynthesisSettings):
+    """Images optimised from Gaussian noise so that the teacher's outputs and attention look natural."""
 
     def advice(self) -> list[str]:
         """Combinations that run but are known to lose accuracy, to cost time for nothing, or to change nothing."""
@@ -157,21 +108,6 @@ class OptimizedImages(Source):
             others = [index for index in range(len(starts)) if index not in parts]
             parts |= {index: run(index, lambda *_, **__: None) for index in others}
         return _joined([parts[index] for index in range(len(starts))])
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the losses need to be recorded."""
-        return frozenset().union(*(loss.needs for loss in self.losses.values()))
-
-    @property
-    def student_needs(self) -> frozenset[str]:
-        """What they need to be recorded of the student."""
-        return frozenset().union(*(loss.needs for loss in self.losses.values() if loss.needs_student))
-
-    @property
-    def needs_student(self) -> bool:
-        """Whether a quantized student learns beside the images."""
-        return self.student is not None
 
 
 def _joined(parts: list[SyntheticImages]) -> SyntheticImages:
