@@ -1,15 +1,6 @@
 """The one tap on attention's products: every transformer that calls `scaled_dot_product_attention` is seen here."""
 
-from spdfq.attention.recording import (
-    ATTENTION_OUTPUTS,
-    CLASS_ATTENTION,
-    NEEDS,
-    QUERIES_AND_KEYS,
-    AttentionRecord,
-    prefix_tokens,
-    record_attention,
-)
-from spdfq.attention.tap import (
+from spdfq.attention.interception import (
     PRODUCT_FUNCTIONS,
     SOFTMAX_FUNCTIONS,
     AttentionMode,
@@ -19,6 +10,15 @@ from spdfq.attention.tap import (
     explicit_attention,
     fused_attention,
     module_names,
+)
+from spdfq.attention.recording import (
+    ATTENTION_OUTPUTS,
+    CLASS_ATTENTION,
+    NEEDS,
+    QUERIES_AND_KEYS,
+    AttentionRecord,
+    prefix_tokens,
+    record_attention,
 )
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from attrs import define, field
 from torch import Tensor, nn
 
-from spdfq.attention.tap import (
+from spdfq.attention.interception import (
     PRODUCT_FUNCTIONS,
     SOFTMAX_FUNCTIONS,
     AttentionMode,

@@ -4,7 +4,7 @@ import torch
 from attrs import field, frozen, validators
 
 from spdfq.registry import augmentations
-from spdfq.synth.moves import Change, Crop, Moment, Move
+from spdfq.synth.changes import Change, Crop, Moment, Move
 
 _LARGEST_SIDE = 100_000
 _PROBABILITY = (validators.ge(0.0), validators.le(1.0))

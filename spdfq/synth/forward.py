@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from spdfq.attention import CLASS_ATTENTION, AttentionRecord, record_attention
 from spdfq.runtime import Runtime
-from spdfq.synth.pruning import Pruner, TokenPruning, find_layout
+from spdfq.synth.pruning import Pruner, TokenPruning, find_token_layout
 from spdfq.teacher import Teacher
 
 
 @frozen(eq=False)
-class Passes:
+class ForwardPasses:
     """Forward passes over the images of a group and their crops.
 
     Args:
@@ -81,6 +81,6 @@ def new_pruner(spec: TokenPruning | None, teacher: Teacher, count: int) -> Prune
     """A pruner for ``count`` images that have all their patches."""
     if spec is None:
         return None
-    layout = find_layout(teacher)
+    layout = find_token_layout(teacher)
     alive = torch.ones(count, layout.grid[0] * layout.grid[1], dtype=torch.bool, device=teacher.device)
     return Pruner(spec, layout, alive)

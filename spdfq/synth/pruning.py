@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spdfq.attention import AttentionRecord, prefix_tokens, record_attention
 from spdfq.errors import DataError, SpdfqError
-from spdfq.synth.moves import Change, followed
+from spdfq.synth.changes import Change, follow_all
 from spdfq.synth.sources import noise
 from spdfq.teacher import Teacher
 
@@ -58,7 +58,7 @@ class Pruner:
     """
 
     spec: TokenPruning
-    layout: "Layout"
+    layout: "TokenLayout"
     alive: Tensor
 
     def due(self, iteration: int) -> bool:
@@ -78,7 +78,7 @@ class Pruner:
         if kept == self.alive.shape[1]:
             return None
         maps = self.alive.float().view(-1, 1, *self.layout.grid)
-        return _positions(followed(changes, maps, size, nearest=True).flatten(1), kept)
+        return _positions(follow_all(changes, maps, size, nearest=True).flatten(1), kept)
 
     def tensors(self) -> dict[str, Tensor]:
         """What must be stored."""
@@ -103,7 +103,7 @@ def _positions(alive: Tensor, kept: int) -> Tensor:
 
 
 @frozen
-class Layout:
+class TokenLayout:
     """Where a network's patch tokens are.
 
     Args:
@@ -140,7 +140,7 @@ class Layout:
 
 
 @torch.no_grad()
-def find_layout(teacher: Teacher) -> Layout:
+def find_token_layout(teacher: Teacher) -> TokenLayout:
     """Where to leave patches out, after a look at whether the model allows it.
 
     Raises:
@@ -157,13 +157,13 @@ def find_layout(teacher: Teacher) -> Layout:
         grid, block = record.grids[0], re.match(r"(.*?\d+)(?:\.|$)", record.names[0])
         if block is None or len({row.shape[-1] for row in record.class_attention}) > 1:
             raise SpdfqError(_refused(teacher, "has no numbered blocks that all attend over the same patches"))
-        layout = Layout(block[1], grid, prefix)
+        layout = TokenLayout(block[1], grid, prefix)
         if why := _unfit(network, layout, image, logits):
             raise SpdfqError(_refused(teacher, why))
     return layout
 
 
-def _unfit(network: nn.Module, layout: Layout, image: Tensor, logits: Tensor) -> str | None:
+def _unfit(network: nn.Module, layout: TokenLayout, image: Tensor, logits: Tensor) -> str | None:
     """Why the blocks cannot do without some patches; attention alone would not notice their order either."""
     everything = torch.arange(layout.grid[0] * layout.grid[1], device=image.device).unsqueeze(0)
     try:

@@ -10,8 +10,8 @@ from spdfq.errors import SpdfqError
 from spdfq.registry import samplers
 
 Box = tuple[int, int, int, int]
-Layout = Literal["cells", "split"]
-Classes = Literal["random", "balanced"]
+CropLayout = Literal["cells", "split"]
+ClassDraw = Literal["random", "balanced"]
 SMALLEST_SIDE = 4
 
 
@@ -84,7 +84,7 @@ def _resize_matrices(start: Tensor, length: Tensor, full: int, size: int) -> Ten
     return weights.unsqueeze(1)
 
 
-def draw_labels(count: int, num_classes: int, classes: Classes, generator: torch.Generator) -> Tensor:
+def draw_labels(count: int, num_classes: int, classes: ClassDraw, generator: torch.Generator) -> Tensor:
     """``[count]`` classes: each drawn by itself, or ``balanced``, none twice before all were drawn once, and so on."""
     if classes == "random":
         return torch.randint(num_classes, (count,), generator=generator)
@@ -103,7 +103,7 @@ class WholeImageSampler:
 
     needs_classes: ClassVar[bool] = False
 
-    classes: Classes = field(default="random", validator=validators.in_(get_args(Classes)), kw_only=True)
+    classes: ClassDraw = field(default="random", validator=validators.in_(get_args(ClassDraw)), kw_only=True)
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """A plan with one region, the whole image, for each of ``count`` images of ``size``; without classes, none."""
@@ -134,11 +134,11 @@ class MultiSemanticSampler:
     needs_classes: ClassVar[bool] = True
 
     max_patches: int = field(default=4, validator=[validators.ge(1), validators.le(4)])
-    layout: Layout = field(default="cells", validator=validators.in_(get_args(Layout)), kw_only=True)
+    layout: CropLayout = field(default="cells", validator=validators.in_(get_args(CropLayout)), kw_only=True)
     jitter: float = field(default=0.1, validator=[validators.ge(0.0), validators.le(0.3)], kw_only=True)
     every: int = field(default=1, validator=validators.ge(1), kw_only=True)
     redraw: int = field(default=0, validator=validators.ge(0), kw_only=True)
-    classes: Classes = field(default="random", validator=validators.in_(get_args(Classes)), kw_only=True)
+    classes: ClassDraw = field(default="random", validator=validators.in_(get_args(ClassDraw)), kw_only=True)
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """Draw a plan for ``count`` images of ``size`` pixels, ``num_classes`` classes to choose from.

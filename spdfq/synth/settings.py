@@ -9,7 +9,7 @@ from spdfq.synth.base import Source
 from spdfq.synth.optimizers import Adam, WarmupCosine
 from spdfq.synth.pruning import TokenPruning
 from spdfq.synth.samplers import WholeImageSampler
-from spdfq.synth.student import StudentTraining
+from spdfq.synth.student_training import StudentTraining
 from spdfq.synth.targets import NoTarget, OneHotTarget
 
 COLUMNS_OF_THE_LOOP = ("total", "gradient")

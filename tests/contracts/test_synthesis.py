@@ -11,8 +11,8 @@ from spdfq.errors import SpdfqError
 from spdfq.registry import registry
 from spdfq.runtime import Runtime
 from spdfq.synth import Moment
-from spdfq.synth.group import Balance, GroupState
-from spdfq.synth.loop import Group
+from spdfq.synth.group import Group
+from spdfq.synth.group_state import GroupState, LossWeights
 
 CANNOT_BE_FOLLOWED = {"random_resized_crop"}
 
@@ -205,7 +205,7 @@ def optimised(optimizer, path=None):
 
     def fresh():
         images = torch.zeros(2, 1, 4, 4, requires_grad=True)
-        return GroupState(images, optimizer.build(images), Balance({}), torch.zeros(1, 1))
+        return GroupState(images, optimizer.build(images), LossWeights({}), torch.zeros(1, 1))
 
     state = fresh()
     for iteration in range(40):

@@ -12,7 +12,7 @@ from support.teachers import RUNTIME, SIDE, recipe, tiny_teacher
 from spdfq.errors import RecipeError
 from spdfq.losses import AttentionPriorLoss, CrossEntropyLoss
 from spdfq.synth import ChannelOffset, ColorJitter, Flip, HighPass, Jitter, LowPass, Moment, Move, RandomResizedCrop
-from spdfq.synth.moves import followed
+from spdfq.synth.changes import follow_all
 
 MANY = 200
 
@@ -82,8 +82,8 @@ def test_maps_with_a_token_for_each_pixel_go_exactly_where_the_images_go(chain):
     moved = images
     for move in chain:
         moved = move.apply(moved)
-    assert torch.equal(followed(chain, images, (5, 6)), moved)
-    assert torch.equal(followed(chain, images, (5, 6), nearest=True), moved)
+    assert torch.equal(follow_all(chain, images, (5, 6)), moved)
+    assert torch.equal(follow_all(chain, images, (5, 6), nearest=True), moved)
 
 
 @settings(deadline=None, max_examples=25)

@@ -10,9 +10,9 @@ from spdfq.attention import record_attention
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
 from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss
 from spdfq.runs.pipeline import check
-from spdfq.synth import Flip, Move, SyntheticImages, WholeImageSampler, loop
-from spdfq.synth.loop import Group
-from spdfq.synth.pruning import TokenPruning, find_layout
+from spdfq.synth import Flip, Move, SyntheticImages, WholeImageSampler
+from spdfq.synth.group import Group
+from spdfq.synth.pruning import TokenPruning, find_token_layout
 from spdfq.teacher import Teacher
 
 PATCH = SIDE // GRID[0]
@@ -105,7 +105,7 @@ def test_the_blocks_see_the_remaining_patches_with_the_positions_they_had():
     teacher = tiny_teacher()
     images = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([[0, 3, 4, 9], [1, 2, 14, 15]])
-    layout = find_layout(teacher)
+    layout = find_token_layout(teacher)
     with torch.no_grad(), layout.only(teacher.module, tokens):
         logits = teacher.module(images)
     module = teacher.module
@@ -167,7 +167,7 @@ def test_a_prior_covers_the_patches_that_are_left_and_sums_to_one_over_them():
 
 @pytest.mark.parametrize("iteration", [2, 9])
 def test_a_pruned_run_resumes_to_the_bit(tmp_path, monkeypatch, iteration):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
     teacher = tiny_teacher()
     with pytest.raises(NonFiniteError):
         acting(lambda inputs: inputs.images.sum() * float("nan"), iteration, pruning=PRUNING).synthesize(
@@ -199,7 +199,7 @@ def test_models_with_a_class_token_and_added_positions_are_pruned(name):
     losses = {"ce": SoftCrossEntropyLoss()}
     result = pruned(losses=losses, iterations=6).synthesize(teacher, RUNTIME)
     assert isinstance(result, SyntheticImages)
-    assert find_layout(teacher).grid == (4, 4)
+    assert find_token_layout(teacher).grid == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_models_with_a_class_token_and_added_positions_are_pruned(name):
 )
 def test_other_models_are_refused_with_the_reason(name, why):
     with pytest.raises(SpdfqError, match=rf"synthesis.pruning: \w+ .*{why}; leave \[synthesis.pruning\] out"):
-        find_layout(teacher_of(name))
+        find_token_layout(teacher_of(name))
 
 
 def test_a_model_that_cannot_have_it_is_refused_before_anything_runs():

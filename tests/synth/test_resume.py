@@ -18,18 +18,18 @@ from support.teachers import ITERATIONS, RUNTIME, SIDE, acting, idle, recipe, sa
 
 from spdfq.errors import DataError, NonFiniteError
 from spdfq.runtime import Runtime
-from spdfq.synth import SyntheticImages, loop
-from spdfq.synth.loop import Group
+from spdfq.synth import SyntheticImages
+from spdfq.synth.group import Group
 
 INTERRUPTED_AT = sorted(random.Random(0).sample(range(1, ITERATIONS), 3))
 KILLED_AT = 13
 KILLED = f"""
 import os, signal, sys, torch
 from pathlib import Path
-from spdfq.synth import loop
+from spdfq.synth import group
 from support.teachers import RUNTIME, acting, tiny_teacher
 torch.set_num_threads(1)
-loop.SAVE_SECONDS = 0.0
+group.SAVE_SECONDS = 0.0
 dying = acting(lambda _: os.kill(os.getpid(), signal.SIGKILL), {KILLED_AT})
 dying.synthesize(tiny_teacher(), RUNTIME, Path(sys.argv[1]))
 """
@@ -45,14 +45,14 @@ def interrupt(inputs=None):
 
 @pytest.fixture
 def save_always(monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
 
 
 @pytest.fixture
 def a_second_per_iteration(monkeypatch):
     """A clock that moves on by a second each time it is read."""
     ticks = count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr("spdfq.synth.group.time", SimpleNamespace(monotonic=lambda: next(ticks)))
 
 
 # resuming

@@ -21,10 +21,10 @@ from spdfq.recipe.structure import structure
 from spdfq.runs import pipeline
 from spdfq.runs.store import Store
 from spdfq.runtime import Runtime
-from spdfq.synth import Adam, Constant, Flip, Jitter, OptimizedImages, StudentTraining, loop
-from spdfq.synth.loop import Group
+from spdfq.synth import Adam, Constant, Flip, Jitter, OptimizedImages, StudentTraining
+from spdfq.synth.group import Group
 from spdfq.synth.pruning import TokenPruning
-from spdfq.synth.student import Rival
+from spdfq.synth.student_training import StudentTrainer
 from spdfq.teacher import load_teacher
 
 RUNTIME = Runtime(seed=3)
@@ -104,7 +104,7 @@ def test_a_student_with_nothing_to_learn_is_refused():
             return {}
 
     with pytest.raises(SpdfqError, match=r"^synthesis.student: \[quantization\] leaves all weights in float"):
-        Rival(StudentTraining(), lambda images: Float()).ready(torch.zeros(1, 3, 32, 32), 0)
+        StudentTrainer(StudentTraining(), lambda images: Float()).ready(torch.zeros(1, 3, 32, 32), 0)
 
 
 def test_images_do_not_depend_on_steps_that_no_student_runs():
@@ -172,10 +172,10 @@ def test_the_student_takes_its_turn_after_the_images_every_so_often():
         group = Group(recipe, own, RUNTIME, 0, 2, factory(own))
         changed = []
         for iteration in range(7):
-            weights = group.rival.ready(group.state.images, 0).weights()
+            weights = group.trainer.ready(group.state.images, 0).weights()
             before = {name: weight.detach().clone() for name, weight in weights.items()}
             group.step(iteration)
-            after = group.rival.student.weights()
+            after = group.trainer.student.weights()
             changed.append(any(not torch.equal(before[name], after[name]) for name in before))
     assert changed == [False, False, True, False, False, True, False]
 
@@ -192,7 +192,7 @@ def test_one_turn_is_one_step_of_adam_against_the_distance_of_the_logits():
         target = own.module(images_of(group))
     gap = (target - expected.module(images_of(group))).abs().mean()
     gradients = torch.autograd.grad(gap, list(weights.values()))
-    learned = group.rival.student.weights()
+    learned = group.trainer.student.weights()
     for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
         moved = learned[name].detach() - weight.detach()
         # Adam's first step is the learning rate against the sign, up to its epsilon
@@ -276,7 +276,7 @@ def test_patches_that_are_left_out_are_left_out_of_the_student_too():
 
 @pytest.mark.parametrize("iteration", [3])
 def test_an_adversarial_run_resumes_to_the_bit(tmp_path, monkeypatch, iteration):
-    monkeypatch.setattr(loop, "SAVE_SECONDS_STUDENT", 0.0)
+    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS_STUDENT", 0.0)
     own = teacher("vit")
     broken = acting(lambda inputs: inputs.images.sum() * float("nan"), iteration)
     whole = acting(None, -1)
@@ -297,7 +297,7 @@ def test_a_finished_group_is_read_back_without_making_a_student(tmp_path):
 
 
 def test_a_student_of_another_back_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_SECONDS_STUDENT", 0.0)
+    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS_STUDENT", 0.0)
     own = teacher("vit")
     with pytest.raises(NonFiniteError):
         acting(lambda inputs: inputs.images.sum() * float("nan"), 4).synthesize(

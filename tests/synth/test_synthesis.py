@@ -15,6 +15,7 @@ from spdfq.losses import (
     SoftCrossEntropyLoss,
     TotalVariationLoss,
 )
+from spdfq.losses.attention_maps import tile
 from spdfq.losses.functional import attention_prior_loss, soft_cross_entropy
 from spdfq.synth import (
     Adam,
@@ -29,9 +30,8 @@ from spdfq.synth import (
     SoftLabelTarget,
     WholeImageSampler,
 )
-from spdfq.synth.group import BALANCE_ITERATIONS
-from spdfq.synth.loop import Group
-from spdfq.synth.pictures import tile
+from spdfq.synth.group import Group
+from spdfq.synth.group_state import BALANCE_ITERATIONS
 from spdfq.teacher import Teacher
 
 # what an iteration does
@@ -71,7 +71,7 @@ def test_an_automatic_weight_is_the_ratio_of_mean_gradient_norms_and_fixed_after
                     prior_norm + gradients[1].norm().item(),
                 )
             group.step(iteration)
-            weights.append(group.state.balance.weight("prior"))
+            weights.append(group.state.loss_weights.weight("prior"))
             assert weights[-1] == pytest.approx(label_norm / prior_norm, rel=1e-4)
             combined = gradients[0] + weights[-1] * gradients[1]
             values = torch.stack([prior, label / 2, label + weights[-1] * prior, combined.norm()])
@@ -99,7 +99,7 @@ def test_each_automatic_loss_is_balanced_by_itself_against_all_label_losses():
     label = (gradient["soft"] + 0.5 * gradient["hard"]).norm().item()
     for name in ("near", "smooth"):
         expected = pytest.approx(label / gradient[name].norm().item(), rel=1e-4)
-        assert group.state.balance.weight(name) == expected
+        assert group.state.loss_weights.weight(name) == expected
 
 
 def test_losses_see_the_images_as_they_were_moved_and_maps_that_went_along():

@@ -146,14 +146,14 @@ class Frequencies(Change):
         return (low if self.keep == "low" else high + images.mean((-2, -1), keepdim=True)).to(images.dtype)
 
 
-def followed(changes: tuple[Change, ...], maps: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:
+def follow_all(changes: tuple[Change, ...], maps: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:
     """Maps ``[B, H, *grid]`` after all changes in order."""
     for change in changes:
         maps = change.follow(maps, size, nearest)
     return maps
 
 
-def applied(changes: tuple[Change, ...], images: Tensor) -> Tensor:
+def apply_all(changes: tuple[Change, ...], images: Tensor) -> Tensor:
     """Images after all changes in order."""
     for change in changes:
         images = change.apply(images)

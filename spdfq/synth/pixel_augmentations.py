@@ -7,7 +7,7 @@ from attrs import field, frozen, validators
 
 from spdfq.registry import augmentations
 from spdfq.synth.augmentations import Augmentation
-from spdfq.synth.moves import Affine, Change, Frequencies, Moment
+from spdfq.synth.changes import Affine, Change, Frequencies, Moment
 
 _NOT_NEGATIVE = (validators.ge(0.0), validators.lt(10.0))
 

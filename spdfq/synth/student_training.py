@@ -8,8 +8,8 @@ from attrs import define, field, frozen, validators
 from torch import Tensor, nn
 
 from spdfq.errors import DataError, SpdfqError
-from spdfq.losses.discrepancy import teacher_student_discrepancy
-from spdfq.synth.group import under
+from spdfq.losses.teacher_student import teacher_student_discrepancy
+from spdfq.synth.group_state import strip_prefix
 
 _WEIGHTS, _MOMENTS = "state.", "optimizer."
 
@@ -54,7 +54,7 @@ StudentFactory = Callable[[Tensor], Student]
 
 
 @define(eq=False)
-class Rival:
+class StudentTrainer:
     """The student of one group; it is made when it is first needed.
 
     Args:
@@ -141,15 +141,15 @@ class Rival:
     def _take_up(self, student: Student, optimizer: torch.optim.Optimizer) -> None:
         if not self._stored:
             return
-        state = under(_WEIGHTS, self._stored)
+        state = strip_prefix(_WEIGHTS, self._stored)
         own = student.network.state_dict()
         wrong = [name for name in own.keys() | state.keys() if _shape(own, name) != _shape(state, name)]
         if wrong:
             raise DataError(f"the student of an interrupted run has another {min(wrong)}; use --fresh")
         student.network.load_state_dict(state)
-        moments = under(_MOMENTS, self._stored)
+        moments = strip_prefix(_MOMENTS, self._stored)
         for name, weight in student.weights().items():
-            own_moments = under(f"{name}.", moments)
+            own_moments = strip_prefix(f"{name}.", moments)
             optimizer.state[weight] = {
                 key: value if key == "step" else value.to(weight.device) for key, value in own_moments.items()
             }

@@ -12,13 +12,13 @@ from spdfq.registry import sources
 from spdfq.runtime import Advance, Runtime
 from spdfq.synth.augmentations import RandomResizedCrop
 from spdfq.synth.base import SyntheticImages
-from spdfq.synth.loop import Group
-from spdfq.synth.moves import CROPS_ARE_NOT_FOLLOWED
-from spdfq.synth.pruning import find_layout
+from spdfq.synth.changes import CROPS_ARE_NOT_FOLLOWED
+from spdfq.synth.group import Group
+from spdfq.synth.pruning import find_token_layout
 from spdfq.synth.samplers import MultiSemanticSampler
 from spdfq.synth.settings import SynthesisSettings
 from spdfq.synth.sources import noise
-from spdfq.synth.student import StudentFactory
+from spdfq.synth.student_training import StudentFactory
 from spdfq.synth.targets import NoTarget, SoftLabelTarget
 from spdfq.teacher import Teacher
 
@@ -68,7 +68,7 @@ class OptimizedImages(SynthesisSettings):
         with teacher.frozen() as module, record_attention(module, self.needs) as record:
             module(image)
         if self.pruning:
-            find_layout(teacher)
+            find_token_layout(teacher)
         self._check_losses(record)
         whole = any(len(row) == len(image) for row in record.class_attention)
         following = self.pruning or (whole and any(getattr(loss, "follow", False) for loss in self.losses.values()))
