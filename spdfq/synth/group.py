@@ -1,4 +1,4 @@
-"""The optimisation loop of one group of images: forward, losses, balance, step, clamp; checked, saved and resumable."""
+"""The optimisation loop of one group of images: forward passes, losses, step and clamp; resumable."""
 
 import time
 from pathlib import Path
@@ -9,31 +9,38 @@ from torch import Tensor
 
 from spdfq.attention import AttentionRecord
 from spdfq.errors import NonFiniteError, SpdfqError
-from spdfq.losses.attention_maps import prior_pictures
-from spdfq.losses.attention_prior import AttentionPriorLoss
 from spdfq.losses.base import Loss, LossInputs
 from spdfq.runtime import Advance, Runtime
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.changes import Change, Moment, apply_all, follow_all
+from spdfq.synth.crops import CropPlan
 from spdfq.synth.forward import ForwardPasses, new_pruner
 from spdfq.synth.group_state import GroupState, LossWeights
-from spdfq.synth.samplers import CropPlan
-from spdfq.synth.settings import COLUMNS_OF_THE_LOOP, SynthesisSettings
+from spdfq.synth.settings import LOOP_COLUMNS, SynthesisSettings
 from spdfq.synth.sources import noise
 from spdfq.synth.student_training import Student, StudentFactory, StudentTrainer
 from spdfq.teacher import Teacher
 
+# reading losses back makes an accelerator wait, so it is done once in so many iterations
 CHECK_EVERY = 10
 SAVE_SECONDS = 5.0
-# a student is stored with its moments: three times the teacher's weights
+# a student is stored with its moments: three times the size of the teacher's weights
 SAVE_SECONDS_STUDENT = 60.0
 
 
 class Group:
-    """The unit of work: ``count`` images with their optimiser, crops, targets, automatic weights and state file.
+    """The unit of work: images that share an optimizer, crops, targets, automatic weights and a state file.
 
-    Every draw is a function of the seed, the group's index, a purpose and the iteration, so nothing but `state` has to
-    be stored.
+    Every random draw depends on the seed, the group's index, a purpose and the iteration alone. So `state` is all that
+    must be stored to resume a group.
+
+    Args:
+        spec: the settings.
+        teacher: frozen, in evaluation mode.
+        runtime: device, precision and seeds.
+        index: number of the group, counted from 0.
+        count: B, number of images.
+        student: makes the quantized student if the settings have one.
     """
 
     def __init__(
@@ -47,18 +54,18 @@ class Group:
     ) -> None:
         self.spec, self.teacher, self.runtime, self.index, self.count = spec, teacher, runtime, index, count
         self.size: tuple[int, int] = teacher.input_size[1:]
-        self.columns = (*spec.losses, *COLUMNS_OF_THE_LOOP)
+        self.columns = (*spec.losses, *LOOP_COLUMNS)
         self.kept: dict[Any, Any] = {}
-        self.turn = 0
+        self.redraws = 0
         self.plan: CropPlan = spec.sampler.sample(count, self.size, teacher.num_classes, self.generator("sampler"))
         self.labels: Tensor | None = None
         self.targets: Tensor | None = None
-        if not teacher.headless:
+        if spec.target.gives_labels and not teacher.headless:
             self.labels, self.targets = self._labels_and_targets()
         self.view_weights = self._view_weights()
-        self.state = self._begin()
+        self.state = self._new_state()
         self.passes = ForwardPasses(teacher, runtime, count, new_pruner(spec.pruning, teacher, count))
-        self.trainer = StudentTrainer(spec.student, _given(student)) if spec.student else None
+        self.trainer = StudentTrainer(spec.student, _required(student)) if spec.student else None
         self.state.others = {"pruning": self.passes.pruner, "student": self.trainer}
         self.low, self.high = teacher.pixel_range(self.state.images)
 
@@ -67,10 +74,14 @@ class Group:
         return self.runtime.generator("group", self.index, *purpose)
 
     def run(self, advance: Advance, folder: Path | None = None) -> SyntheticImages:
-        """All iterations that are still to do, then the result.
+        """Run the iterations that remain, and return the result.
+
+        Args:
+            advance: reports progress.
+            folder: where the state is stored, and where an earlier one is looked for.
 
         Raises:
-            NonFiniteError: a loss or the gradient; nothing that came of it is stored.
+            NonFiniteError: a loss or the gradient; nothing computed from it is stored.
             DataError: the state found in ``folder`` is damaged.
         """
         state, iterations = self.state, self.spec.iterations
@@ -85,7 +96,7 @@ class Group:
             state.iteration += 1
             to_save = state.iteration == iterations or time.monotonic() - saved >= pause
             if to_save or state.iteration % CHECK_EVERY == 0:
-                self._check(checked)
+                self._check_finite(checked)
                 if to_save and path:
                     state.save(path)
                 advance(state.iteration - checked, **self._latest())
@@ -93,7 +104,7 @@ class Group:
         return self._result()
 
     def step(self, iteration: int) -> None:
-        """One iteration; on an accelerator it queues its work without waiting for it."""
+        """Run one iteration. On an accelerator this queues work and does not wait for it."""
         state = self.state
         self.passes.prune(state.images, iteration)
         inputs = self._forward(iteration)
@@ -105,30 +116,28 @@ class Group:
         state.curve[iteration] = torch.stack([*terms.values(), total, gradient.norm()]).detach()
         if self.spec.schedule.restarts(iteration, self.spec.iterations):
             state.optimizer.state.clear()
-        for group in state.optimizer.param_groups:
-            group["lr"] = self.spec.optimizer.lr * self.spec.schedule.factor(iteration, self.spec.iterations)
+        for parameters in state.optimizer.param_groups:
+            parameters["lr"] = self.spec.optimizer.lr * self.spec.schedule.factor(iteration, self.spec.iterations)
         state.optimizer.step()
         with torch.no_grad():
             state.images.clamp_(self.low, self.high)
         if self.trainer and self.trainer.due(iteration):
-            self._teach(self.trainer, iteration)
+            self._train_student(self.trainer, iteration)
 
-    def _begin(self) -> GroupState:
+    def _new_state(self) -> GroupState:
         drawn = noise(self.count, self.teacher, self.generator("noise")).to(self.runtime.device)
         images = self.spec.optimizer.start(drawn).requires_grad_()
         curve = torch.zeros(self.spec.iterations, len(self.columns), device=images.device)
         return GroupState(images, self.spec.optimizer.build(images), LossWeights(self.spec.losses), curve)
 
-    def _labels_and_targets(self) -> tuple[Tensor | None, Tensor | None]:
-        """``[B+M, K]`` of the images and then of the crops; nothing where the images have no target."""
+    def _labels_and_targets(self) -> tuple[Tensor, Tensor]:
+        """Labels and targets ``[B+M, K]`` of the images and then of the crops."""
         classes = self.teacher.num_classes
         whole = self.plan.label_mask(self.count, classes)
         crops = torch.nn.functional.one_hot(self.plan.labels, classes).bool()
         mask = torch.cat([whole, crops])
         shown = [row.nonzero().flatten() for row in mask]
         targets = self.spec.target.sample(shown, classes, self.generator("target"))
-        if targets is None:
-            return None, None
         return mask.to(self.runtime.device), targets.to(self.runtime.device)
 
     def _view_weights(self) -> Tensor:
@@ -136,41 +145,41 @@ class Group:
         return (torch.cat([torch.ones(self.count), 1 / crops]) / self.count).to(self.runtime.device)
 
     def _forward(self, iteration: int) -> LossInputs:
-        """A pass of the teacher over the augmented images and, where they are due, the crops; and of the student."""
-        images, changes, tokens = self._seen(iteration)
-        self._redraw(iteration)
+        """Pass the augmented images through the teacher and the student, and the crops through the teacher if due."""
+        images, changes, tokens = self._augmented(iteration)
+        self._redraw_crops(iteration)
         crops = self.plan.views(self.state.images, self.size) if self.plan.due(iteration) else None
         logits, record = self.passes.recorded(images, crops, self.spec.needs, tokens)
         inputs = self._inputs(images, logits, record, iteration, changes, tokens)
         if self.trainer:
             student = self.trainer.ready(self.state.images, iteration)
-            inputs.student_logits, inputs.student_attention = self._answer(student, images, tokens)
+            inputs.student_logits, inputs.student_attention = self._student_pass(student, images, tokens)
         return inputs
 
-    def _redraw(self, iteration: int) -> None:
-        """The crops of this iteration, where they do not stay what they were."""
-        turn = iteration // self.plan.redraw if self.plan.redraw else 0
-        if turn != self.turn:
-            self.turn = turn
-            self.plan = self.spec.sampler.redrawn(self.plan, self.size, self.generator("sampler", turn))
+    def _redraw_crops(self, iteration: int) -> None:
+        """Draw the boxes of this iteration, unless they are still those of the one before."""
+        redraws = iteration // self.plan.redraw if self.plan.redraw else 0
+        if redraws != self.redraws:
+            self.redraws = redraws
+            self.plan = self.spec.sampler.redrawn(self.plan, self.size, self.generator("sampler", redraws))
 
-    def _seen(self, iteration: int) -> tuple[Tensor, tuple[Change, ...], Tensor | None]:
-        """The images as they are, augmented for an iteration, how, and the patch tokens that take part."""
+    def _augmented(self, iteration: int) -> tuple[Tensor, tuple[Change, ...], Tensor | None]:
+        """The augmented images of an iteration, the changes made to them, and the patch tokens that remain."""
         changes, pruner = self._changes(iteration), self.passes.pruner
         tokens = pruner.tokens(iteration, changes, self.size) if pruner else None
         return apply_all(changes, self.state.images), changes, tokens
 
-    def _answer(self, student: Student, images: Tensor, tokens: Tensor | None) -> tuple[Tensor, AttentionRecord]:
+    def _student_pass(self, student: Student, images: Tensor, tokens: Tensor | None) -> tuple[Tensor, AttentionRecord]:
         needs = self.spec.student_needs
         with self.passes.recording(student.module, needs, tokens, student.network) as record:
             return student.module(images).float(), record
 
-    def _teach(self, trainer: StudentTrainer, iteration: int) -> None:
-        """The student's turn, on the images as they have just become."""
+    def _train_student(self, trainer: StudentTrainer, iteration: int) -> None:
+        """One step of the student, on the images after their own step."""
         with torch.no_grad():
-            images, _, tokens = self._seen(iteration)
+            images, _, tokens = self._augmented(iteration)
             teacher, _ = self.passes.recorded(images, None, frozenset(), tokens)
-        trainer.learn(lambda: self._answer(trainer.student, images, tokens)[0], teacher)
+        trainer.step(lambda: self._student_pass(trainer.student, images, tokens)[0], teacher)
 
     def _inputs(
         self,
@@ -181,7 +190,7 @@ class Group:
         changes: tuple[Change, ...] = (),
         tokens: Tensor | None = None,
     ) -> LossInputs:
-        used = len(logits)
+        used = len(logits)  # without the crops in iterations in which they are not forwarded
         return LossInputs(
             images=images,
             logits=logits,
@@ -208,8 +217,8 @@ class Group:
             for index, augmentation in enumerate(self.spec.augmentations)
         )
 
-    def _check(self, first: int) -> None:
-        """Refuse to go on, and to save, after a loss or gradient that is not finite."""
+    def _check_finite(self, first: int) -> None:
+        """Stop, before anything is saved, if a loss or gradient since iteration ``first`` is not finite."""
         wrong = (~self.state.curve[first : self.state.iteration].isfinite()).nonzero()
         if len(wrong):
             row, column = wrong[0].tolist()
@@ -219,7 +228,7 @@ class Group:
             )
 
     def _latest(self) -> dict[str, float]:
-        """The total first: a narrow terminal shows the beginning."""
+        """The latest losses, with the total first: a narrow terminal cuts the rest off."""
         values = dict(zip(self.columns, self.state.curve[self.state.iteration - 1].tolist(), strict=True))
         return {"total": values.pop("total"), **values}
 
@@ -227,20 +236,21 @@ class Group:
         result = SyntheticImages(
             images=self.state.images.detach().cpu(), curves=self.state.curve.cpu().unsqueeze(0), columns=self.columns
         )
-        self._redraw(self.spec.iterations - 1)
+        self._redraw_crops(self.spec.iterations - 1)
         if self.labels is not None:
             result.boxes, result.owners, result.labels = self.plan.boxes, self.plan.owners, self.plan.labels
-        priors = {name: loss for name, loss in self.spec.losses.items() if isinstance(loss, AttentionPriorLoss)}
-        if priors and self.index == 0:
-            name, loss = next(iter(priors.items()))
-            result.prior, result.reached, result.first_block = self._prior_pictures(name, loss)
+        shown = [name for name, loss in self.spec.losses.items() if loss.has_pictures]
+        if shown and self.index == 0:
+            self._add_pictures(result, shown[0])
         return result
 
     @torch.no_grad()
-    def _prior_pictures(self, name: str, loss: AttentionPriorLoss) -> tuple[Tensor, Tensor, int]:
-        images = self.state.images
+    def _add_pictures(self, result: SyntheticImages, name: str) -> None:
+        """Add the attention maps of the loss of that name."""
+        loss, images = self.spec.losses[name], self.state.images
         logits, record = self.passes.recorded(images, None, loss.needs, None)
-        return prior_pictures(loss, self._inputs(images, logits, record, self.spec.iterations - 1).scoped(name))
+        pictures = loss.pictures(self._inputs(images, logits, record, self.spec.iterations - 1).scoped(name))
+        result.prior, result.reached, result.first_block = pictures.prior, pictures.reached, pictures.first_block
 
 
 def _evaluated(name: str, loss: Loss, inputs: LossInputs) -> Tensor:
@@ -251,7 +261,7 @@ def _evaluated(name: str, loss: Loss, inputs: LossInputs) -> Tensor:
     return term.float()
 
 
-def _given(student: StudentFactory | None) -> StudentFactory:
+def _required(student: StudentFactory | None) -> StudentFactory:
     if student is None:
         raise SpdfqError(
             "synthesis.student: nothing here makes a student; run the whole recipe, or give synthesize(..., student=)"

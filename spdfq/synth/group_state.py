@@ -1,4 +1,4 @@
-"""What is kept of a group of images between iterations: pixels, moments, automatic weights and the losses so far."""
+"""What is stored of a group of images between iterations: pixels, moments, automatic weights and losses so far."""
 
 from pathlib import Path
 from typing import Protocol
@@ -17,18 +17,21 @@ _MOMENTS = "optimizer."
 
 
 class Resumable(Protocol):
-    """Something else of a group that must survive an interruption."""
+    """Another part of a group that must survive an interruption."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What must be stored."""
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `tensors` gave; raise DataError where it does not fit."""
+        """Load what `tensors` returned; raise DataError if it does not fit."""
 
 
 @define(eq=False)
 class LossWeights:
-    """Automatic loss weights: α = mean‖∇ label loss‖ / mean‖∇ loss‖ over the first iterations, then fixed.
+    """The weights of the losses.
+
+    An automatic weight is mean‖∇ label loss‖ / mean‖∇ loss‖ over the first `BALANCE_ITERATIONS` iterations. It is fixed
+    afterwards.
 
     Args:
         losses: the losses by name.
@@ -46,7 +49,7 @@ class LossWeights:
         return [name for name, loss in self.losses.items() if loss.weight == "auto"]
 
     def observe(self, terms: dict[str, Tensor], images: Tensor, iteration: int) -> None:
-        """Measure the gradients, during the first iterations only."""
+        """Measure the gradients that the loss terms give the images; does nothing after the first iterations."""
         if not self.automatic or iteration >= BALANCE_ITERATIONS:
             return
         labels = [terms[name] * float(loss.weight) for name, loss in self.losses.items() if loss.label_loss]
@@ -56,7 +59,7 @@ class LossWeights:
             self.norms[slot] += float(gradient.norm())
 
     def weight(self, name: str) -> float:
-        """The weight of a loss now: an automatic one is the ratio of what was measured so far."""
+        """The current weight of a loss."""
         fixed = self.losses[name].weight
         if fixed != "auto":
             return float(fixed)
@@ -66,15 +69,15 @@ class LossWeights:
 
 @define(eq=False)
 class GroupState:
-    """What must be kept to take a group up again.
+    """What must be stored to resume a group.
 
     Args:
         images: ``[B, C, H, W]``, the tensor that is optimised.
-        optimizer: its optimiser.
-        balance: its automatic weights.
-        curve: ``[iterations, columns]``.
+        optimizer: its optimizer.
+        loss_weights: the weights of the losses.
+        curve: ``[iterations, columns]``, the losses so far.
         iteration: the next iteration.
-        others: what else must be kept, by name.
+        others: other parts to store, by name; ``None`` if the group has no such part.
     """
 
     images: Tensor
@@ -85,22 +88,22 @@ class GroupState:
     others: dict[str, Resumable | None] = field(factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write the state so that a crash leaves either the old file or the new one."""
+        """Write the state. A crash leaves either the old file or the new one."""
         state = self.optimizer.state[self.images].items()
         moments = {f"{_MOMENTS}{name}": value for name, value in state if isinstance(value, Tensor)}
-        kept = {name: other.tensors() for name, other in self.others.items() if other}
-        others = {f"{name}.{key}": value for name, tensors in kept.items() for key, value in tensors.items()}
+        stored = {name: other.tensors() for name, other in self.others.items() if other}
+        others = {f"{name}.{key}": value for name, tensors in stored.items() for key, value in tensors.items()}
         write_tensors(path, {**self._tensors(), **moments, **others}, {"iteration": str(self.iteration)})
 
     def restore(self, path: Path) -> None:
-        """Take up what `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            DataError: the file is damaged, or not of this group.
+            DataError: the file is damaged or belongs to another group.
         """
         tensors, metadata = read_tensors(path, _REMEDY)
         iteration = metadata.get("iteration", "")
-        self._refuse(path, tensors, iteration)
+        self._check(path, tensors, iteration)
         self.iteration = int(iteration)
         with torch.no_grad():
             for name, own in self._tensors().items():
@@ -119,11 +122,11 @@ class GroupState:
     def _tensors(self) -> dict[str, Tensor]:
         return {"images": self.images, "norms": self.loss_weights.norms, "curve": self.curve}
 
-    def _refuse(self, path: Path, tensors: dict[str, Tensor], iteration: str) -> None:
-        """Raise where the file would not fit: `Tensor.copy_` would broadcast."""
+    def _check(self, path: Path, tensors: dict[str, Tensor], iteration: str) -> None:
+        """Raise if the file does not fit; `Tensor.copy_` would broadcast instead."""
         if not iteration.isdecimal() or int(iteration) > len(self.curve):
             raise DataError(
-                f"{path}: iteration {iteration!r} of {len(self.curve)} is not that of this group; {_REMEDY}"
+                f"{path}: iteration {iteration!r} does not fit a group of {len(self.curve)} iterations; {_REMEDY}"
             )
         for name, own in self._tensors().items():
             found = list(tensors[name].shape) if name in tensors else "nothing"
@@ -132,5 +135,5 @@ class GroupState:
 
 
 def strip_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is stored below a prefix, without it."""
+    """The tensors whose names start with a prefix, under the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

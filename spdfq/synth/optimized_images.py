@@ -1,25 +1,21 @@
-"""Images optimised from noise: the loop that all data-free methods share."""
+"""The source of optimised images: it checks the teacher, runs the groups and joins their results."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from attrs import define
 
 from spdfq.attention import AttentionRecord, record_attention
 from spdfq.errors import RecipeError, SpdfqError
-from spdfq.registry import losses as registered
-from spdfq.registry import sources
+from spdfq.registry import Registry, augmentations, losses, samplers, sources
 from spdfq.runtime import Advance, Runtime
-from spdfq.synth.augmentations import RandomResizedCrop
 from spdfq.synth.base import SyntheticImages
-from spdfq.synth.changes import CROPS_ARE_NOT_FOLLOWED
 from spdfq.synth.group import Group
 from spdfq.synth.pruning import find_token_layout
-from spdfq.synth.samplers import MultiSemanticSampler
 from spdfq.synth.settings import SynthesisSettings
 from spdfq.synth.sources import noise
 from spdfq.synth.student_training import StudentFactory
-from spdfq.synth.targets import NoTarget, SoftLabelTarget
 from spdfq.teacher import Teacher
 
 
@@ -29,34 +25,40 @@ class OptimizedImages(SynthesisSettings):
     """Images optimised from Gaussian noise so that the teacher's outputs and attention look natural."""
 
     def advice(self) -> list[str]:
-        """Combinations that run but are known to lose accuracy, to cost time for nothing, or to change nothing."""
+        """Combinations that run, but waste time, have no effect or are known to lose accuracy."""
         lines = []
         if self.pruning and (late := [at for at in self.pruning.at if at >= self.iterations]):
             lines.append(f"pruning.at: {late} is never reached in {self.iterations} iterations; lower it")
-        if isinstance(self.sampler, MultiSemanticSampler) and isinstance(self.target, NoTarget):
-            lines.append("multi_semantic crops have no use without labels; set sampler = 'whole_image'")
-        elif isinstance(self.sampler, MultiSemanticSampler) and not isinstance(self.target, SoftLabelTarget):
-            lines.append("multi_semantic without soft labels is known to lose accuracy; set target = 'soft_label'")
+        sampler = _name(samplers, self.sampler)
+        if self.sampler.needs_classes and not self.target.gives_labels:
+            lines.append(f"{sampler} crops have no use without labels; set sampler = 'whole_image'")
+        elif self.sampler.several_classes and not self.target.soft:
+            lines.append(f"{sampler} without soft labels is known to lose accuracy; set target = 'soft_label'")
         return lines
 
     def check(self, teacher: Teacher) -> None:
-        """Refuse what needs classes where the teacher has none, and attention that cannot be recorded or pruned."""
+        """Refuse a teacher that lacks the classes, the attention or the token layout that the settings need.
+
+        Raises:
+            RecipeError: every reason found.
+            SpdfqError: the attention cannot be recorded, or the patches cannot be left out.
+        """
         if teacher.headless:
-            self._check_labels(teacher)
+            self._check_classes(teacher)
         self._check_attention(teacher)
 
-    def _check_labels(self, teacher: Teacher) -> None:
+    def _check_classes(self, teacher: Teacher) -> None:
         why = f"but {teacher.name} has no head (num_classes = 0)"
-        without = ", ".join(name for name in registered.names() if not registered.get(name).label_loss)
+        without = ", ".join(name for name in losses.names() if not losses.get(name).label_loss)
         problems = [
-            f"synthesis.losses.{name}: needs classes, {why}; take losses that need none ({without}), each with a "
+            f"synthesis.losses.{name}: needs classes, {why}; use losses that need none ({without}), each with a "
             "number as its weight, or the model with its head"
             for name, loss in self.losses.items()
             if loss.label_loss
         ]
-        if getattr(self.sampler, "needs_classes", True):
+        if self.sampler.needs_classes:
             problems.append(
-                f"synthesis.sampler: draws a class for each crop, {why}; set sampler = 'whole_image', or take the "
+                f"synthesis.sampler: draws a class for each crop, {why}; set sampler = 'whole_image', or use the "
                 "model with its head"
             )
         if problems:
@@ -70,10 +72,10 @@ class OptimizedImages(SynthesisSettings):
         if self.pruning:
             find_token_layout(teacher)
         self._check_losses(record)
+        # maps of windowed attention stay in place, so they do not mind what happens to the images
         whole = any(len(row) == len(image) for row in record.class_attention)
-        following = self.pruning or (whole and any(getattr(loss, "follow", False) for loss in self.losses.values()))
-        if following and any(isinstance(each, RandomResizedCrop) for each in self.augmentations):
-            raise RecipeError([CROPS_ARE_NOT_FOLLOWED])
+        if self.pruning or (whole and any(loss.follows_images for loss in self.losses.values())):
+            self._check_followable()
 
     def _check_losses(self, record: AttentionRecord) -> None:
         problems = []
@@ -85,12 +87,34 @@ class OptimizedImages(SynthesisSettings):
         if problems:
             raise RecipeError(problems)
 
+    def _check_followable(self) -> None:
+        names = sorted({_name(augmentations, each) for each in self.augmentations if not each.followable})
+        if names:
+            raise RecipeError(
+                [
+                    "synthesis.augmentations: neither attention priors nor token pruning can follow "
+                    f"{name}; leave it out, or set follow = false for the prior"
+                    for name in names
+                ]
+            )
+
     def synthesize(
         self, teacher: Teacher, runtime: Runtime, folder: Path | None = None, student: StudentFactory | None = None
     ) -> SyntheticImages:
-        """Optimise the groups one after the other; finished and begun ones found in ``folder`` are taken up.
+        """Optimise the groups one after the other; each group has its own student.
 
-        Each group has a student of its own. Several ranks share the groups, and hand their results over in ``folder``.
+        Several ranks share the groups and exchange results through files.
+
+        Args:
+            teacher: on the runtime's device.
+            runtime: device, precision, seeds and progress.
+            folder: where state is stored; finished and unfinished groups found there are continued.
+            student: makes quantized students; needed if the settings have ``student``.
+
+        Raises:
+            SpdfqError: the teacher or the settings do not fit; see `check`.
+            NonFiniteError: a loss or a gradient.
+            DataError: a state file is damaged.
         """
         self.check(teacher)
         starts, ranks = range(0, self.images, self.group), runtime.ranks
@@ -105,12 +129,22 @@ class OptimizedImages(SynthesisSettings):
         with teacher.frozen(), runtime.progress("synthesising", len(own) * self.iterations) as advance:
             parts = {index: run(index, advance) for index in own}
             ranks.wait()
+            # the other ranks' groups are finished, so their results are read from the state files
             others = [index for index in range(len(starts)) if index not in parts]
             parts |= {index: run(index, lambda *_, **__: None) for index in others}
         return _joined([parts[index] for index in range(len(starts))])
 
 
+def _name(kind: Registry, component: Any) -> str:
+    """The registered name of a component; the name of its class if it is not registered."""
+    try:
+        return kind.name_of(type(component))
+    except SpdfqError:
+        return type(component).__name__
+
+
 def _joined(parts: list[SyntheticImages]) -> SyntheticImages:
+    """The groups' results as one; the maps shown are those of the first group."""
     first, offset = parts[0], 0
     owners = []
     for part in parts:

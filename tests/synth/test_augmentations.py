@@ -45,7 +45,7 @@ def test_offsets_reach_their_width_both_ways_and_no_further():
 
 def test_the_width_grows_by_equal_stages_of_the_run():
     jitter = Jitter(pixels=(6, 13, 20, 26, 33))  # int(33.6 * stage / 5), as FDD has it
-    assert [jitter.width(at(iteration, 1000)) for iteration in (0, 199, 200, 599, 600, 800, 999)] == [
+    assert [jitter.largest_shift(at(iteration, 1000)) for iteration in (0, 199, 200, 599, 600, 800, 999)] == [
         *(6, 6, 13, 20, 26, 33, 33)
     ]
 
@@ -53,7 +53,7 @@ def test_the_width_grows_by_equal_stages_of_the_run():
 @pytest.mark.parametrize(("side", "widths"), [(224, [15, 30]), (112, [8, 15]), (28, [2, 4]), (4, [1, 1])])
 def test_a_width_meant_for_224_pixels_is_scaled_to_the_side_of_the_images(side, widths):
     jitter = Jitter(pixels=(15, 30), for_side=224)
-    assert [jitter.width(at(iteration, 2, side=side)) for iteration in (0, 1)] == widths
+    assert [jitter.largest_shift(at(iteration, 2, side=side)) for iteration in (0, 1)] == widths
 
 
 @pytest.mark.parametrize("pixels", [0, -1, (), (2, 0), 10**20])

@@ -10,7 +10,7 @@ from spdfq.attention import record_attention
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
 from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss
 from spdfq.runs.pipeline import check
-from spdfq.synth import Flip, Move, SyntheticImages, WholeImageSampler
+from spdfq.synth import Augmentation, Flip, Move, SyntheticImages, WholeImageSampler
 from spdfq.synth.group import Group
 from spdfq.synth.pruning import TokenPruning, find_token_layout
 from spdfq.teacher import Teacher
@@ -23,14 +23,14 @@ def pruned(**changes):
     return recipe(**{"pruning": PRUNING, **changes})
 
 
-class PatchRoll:
+class PatchRoll(Augmentation):
     """One patch down and two to the right."""
 
     def draw(self, generator, moment):
         return Move(shift=(PATCH, 2 * PATCH))
 
 
-class HalfPatchRoll:
+class HalfPatchRoll(Augmentation):
     """More than half a patch down, less than half to the right."""
 
     def draw(self, generator, moment):
@@ -181,7 +181,9 @@ def test_a_pruned_run_resumes_to_the_bit(tmp_path, monkeypatch, iteration):
 
 def test_the_state_of_a_run_without_pruning_is_refused(tmp_path):
     recipe().synthesize(tiny_teacher(), RUNTIME, tmp_path)
-    with pytest.raises(DataError, match=r"the patches left are nothing, expected \[2, 16\]; delete it or use --fresh"):
+    with pytest.raises(
+        DataError, match=r"the remaining patches are missing, expected \[2, 16\]; delete it or use --fresh"
+    ):
         pruned().synthesize(tiny_teacher(), RUNTIME, tmp_path)
 
 

@@ -63,7 +63,10 @@ def test_a_loss_that_is_no_loss_is_named(act, found):
             {"prior": AttentionPriorLoss(weight="auto"), "sl": SoftCrossEntropyLoss(weight=0.0)},
             "add soft_cross_entropy",
         ),
-        ({"sl": SoftCrossEntropyLoss(weight="auto")}, "losses.sl: a label loss .* give it a number"),
+        (
+            {"sl": SoftCrossEntropyLoss(weight="auto")},
+            "losses.sl: a label loss cannot have weight 'auto'; give it a number",
+        ),
     ],
     ids=str,
 )
@@ -82,7 +85,9 @@ def test_a_model_whose_attention_cannot_be_recorded_is_refused_before_anything_r
 
 
 def test_a_label_loss_without_labels_is_refused():
-    with pytest.raises(ValueError, match=r"losses\.ce: needs labels, but target is 'none'; set target = 'one_hot'"):
+    with pytest.raises(
+        ValueError, match=r"losses\.ce: needs labels, but the target gives none; set target = 'one_hot'"
+    ):
         OptimizedImages(losses={"ce": CrossEntropyLoss()}, target=NoTarget())
 
 

@@ -94,6 +94,6 @@ def test_fewer_readable_images_than_are_asked_for_are_one_clear_error():
     assert len(RealImages(images=100, dataset=Holed()).synthesize(tiny_teacher(), RUNTIME).images) == 100
     with pytest.raises(
         DataError,
-        match=r"synthesis\.images: 101 asked for, but only 100 of the dataset's 150 images can be read; the first that",
+        match=r"synthesis\.images: 101 asked for, but only 100 of the dataset's 150 images can be read",
     ):
         RealImages(images=101, dataset=Holed()).synthesize(tiny_teacher(), RUNTIME)

@@ -19,6 +19,7 @@ from spdfq.losses.attention_maps import tile
 from spdfq.losses.functional import attention_prior_loss, soft_cross_entropy
 from spdfq.synth import (
     Adam,
+    Augmentation,
     Constant,
     Flip,
     Jitter,
@@ -193,7 +194,7 @@ def test_the_prior_follows_roll_and_flip():
     assert stayed != pytest.approx(values[0], rel=1e-2)
 
 
-class PatchRoll:
+class PatchRoll(Augmentation):
     """One patch down and two to the right."""
 
     def draw(self, generator, moment):
