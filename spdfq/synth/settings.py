@@ -23,7 +23,7 @@ class SynthesisSettings(Source):
 
     Args:
         images: number of images.
-        group: number of images optimised together; everything that is computed over a batch is computed over a group.
+        group: number of images optimised together; losses over a batch are computed over each group.
         iterations: optimizer steps of each group.
         losses: what is minimised; the key is the name of the loss.
         sampler: which classes an image shows, and where.

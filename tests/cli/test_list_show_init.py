@@ -25,12 +25,12 @@ def test_list_names_every_component_and_every_shipped_recipe():
 
 def test_list_of_a_kind_gives_summary_and_paper():
     line = next(line for line in spdfq("list", "loss").output.splitlines() if "attention_prior" in line)
-    assert line.endswith("follows a prior map drawn for it. [arXiv:2412.16553]")
+    assert line.endswith("follows a prior map that is drawn for it. [arXiv:2412.16553]")
 
 
 def test_show_gives_keys_defaults_types_meaning_paper_and_place():
     shown = spdfq("show", "prior", "gaussian_mixture").output
-    assert "  max_components = 5    whole number\n      most Gaussians in one map" in shown
+    assert "  max_components = 5    whole number\n      largest number of Gaussians in one map" in shown
     assert '  combine = "sum"    "sum" or "max"\n' in shown
     assert "paper   arXiv:2412.16553\nsource  spdfq.losses.priors:" in shown
 
@@ -65,11 +65,9 @@ def small(tmp_path):
 def test_a_commented_recipe_says_what_every_key_means(small):
     text = commented(load_recipe(small))
     assert load_recipe(tomllib.loads(text)).to_dict() == load_recipe(small).to_dict()
-    assert (
-        "# images optimised together; everything batch-wide is defined over a group. (whole number)\ngroup = 32\n"
-        in text
-    )
-    assert '[synthesis.target]\ntype = "one_hot"  # or none, soft_label\n' in text
+    assert "(whole number)\ngroup = 32\n" in text
+    others = ", ".join(name for name in REGISTRIES["target"].names() if name != "one_hot")
+    assert f'[synthesis.target]\ntype = "one_hot"  # or {others}\n' in text
     assert (
         "# classes of the head, where they differ from the architecture's own; 0 for none. (whole number)\n"
         "# num_classes =\n" in text

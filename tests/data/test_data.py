@@ -1,4 +1,4 @@
-"""Labelled images as a model wants them: folders, lists, and the bundled ones."""
+"""Labelled images prepared for a model: folders and the bundled dataset."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def test_an_empty_subfolder_keeps_its_place_among_the_labels(folder):
     assert (dataset.classes, batch.labels.tolist()) == (3, [0, 2])
 
 
-def test_files_that_are_no_images_are_left_out(folder, tmp_path):
+def test_files_that_are_not_images_are_left_out(folder, tmp_path):
     dataset = folder({"a": {"1.png": RED}})
     (tmp_path / "a" / "notes.txt").write_text("x")
     (tmp_path / "list.csv").write_text("x")
@@ -72,7 +72,7 @@ def test_pixels_of_more_than_8_bits_are_named_instead_of_clipped(folder, tmp_pat
         list(ImageFolder(root=str(tmp_path), damaged="refuse").batches(teacher(), 2))
 
 
-def test_an_image_that_cannot_be_prepared_is_a_damaged_one(folder, monkeypatch):
+def test_an_image_that_cannot_be_preprocessed_counts_as_damaged(folder, monkeypatch):
     def full(image):
         if image.width > 8:
             raise MemoryError
@@ -152,7 +152,7 @@ def test_a_folder_that_is_missing_or_empty_is_one_clear_line(tmp_path):
         len(ImageFolder(root=str(tmp_path)))
 
 
-def test_a_subfolder_that_may_not_be_read_is_not_taken_for_an_empty_one(folder, monkeypatch):
+def test_a_subfolder_without_read_permission_is_not_treated_as_empty(folder, monkeypatch):
     scan = os.scandir
 
     def refuse(path):
@@ -199,7 +199,7 @@ def test_the_two_splits_share_no_image():
     assert FashionMnist().fingerprint() != FashionMnist(split="train").fingerprint()
 
 
-def test_a_model_of_28_by_28_grey_pixels_sees_the_images_as_they_are():
+def test_a_model_of_28_by_28_grey_pixels_sees_the_images_unchanged():
     owner = teacher(10, (1, 28, 28))
     images, *_ = next(FashionMnist().batches(owner, 5))
     stored = FashionMnist()._load()[0][:5]

@@ -1,4 +1,4 @@
-"""ImageNet's classes: files of labels as people have them, and folders that are synsets."""
+"""Classes of ImageNet: files of labels in common formats, and folders named by synsets."""
 
 import pytest
 from attrs import evolve
@@ -110,7 +110,7 @@ def test_names_may_have_folders_and_spaces(tmp_path):
         (b"MATLAB 5.0\xff\x00", "not a text file; expected"),
     ],
 )
-def test_any_other_file_is_refused_with_its_first_line_that_does_not_fit(listed, text, message):
+def test_any_other_file_is_refused_with_its_first_wrong_line(listed, text, message):
     dataset = listed(text)
     with pytest.raises(DataError, match=rf"^image_list: .*labels.*{message}") as raised:
         len(dataset)
@@ -174,5 +174,5 @@ def test_ten_of_the_synsets_are_a_dataset_of_their_own_for_a_model_of_ten_classe
         dataset.check_classes(teacher(1000))
 
 
-def test_other_names_are_nobodys_business(folders):
+def test_folders_with_other_names_are_accepted(folders):
     folders([f"class{number}" for number in range(1000)]).check_classes(teacher(1000))

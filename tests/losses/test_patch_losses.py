@@ -1,4 +1,4 @@
-"""Losses of the similarity of patches against numbers worked out by hand, on whole images and on windows."""
+"""Losses of the similarity of patches against numbers computed by hand, on whole images and on windows."""
 
 import math
 

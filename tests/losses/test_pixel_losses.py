@@ -1,4 +1,4 @@
-"""The three total variations, frequencies, and teacher against student, against numbers worked out by hand."""
+"""The three total variations, frequencies, and teacher against student, against numbers computed by hand."""
 
 import math
 

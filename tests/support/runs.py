@@ -2,10 +2,10 @@
 
 from PIL import Image
 from safetensors.torch import load_file
-from spdfq.teacher.zoo import data_file
 
 from spdfq.runs.pipeline import run
 from spdfq.synth import SyntheticImages
+from spdfq.teacher.zoo import data_file
 
 IMAGES, ITERATIONS = 2, 3
 STAGES = ["teacher", "images", "quantize", "evaluate"]

@@ -1,4 +1,4 @@
-"""Token pruning: which patches leave, that they are really gone, that they move along, and who cannot have it."""
+"""Token pruning: which patches are left out, how they follow augmentations, and which models are refused."""
 
 import pytest
 import torch
@@ -53,12 +53,12 @@ def teacher_of(name):
 # which patches
 
 
-def test_a_share_of_the_remaining_patches_leaves_each_time():
+def test_a_share_of_the_remaining_patches_is_left_out_each_time():
     counts = [TokenPruning().left(196, iteration) for iteration in (0, 49, 50, 100, 200, 300, 3999)]
     assert counts == [196, 196, 138, 97, 68, 48, 48]  # 196 - 58, 138 - 41, 97 - 29, 68 - 20
 
 
-def test_patches_of_the_lowest_class_attention_in_the_last_block_leave():
+def test_patches_with_the_lowest_class_attention_in_the_last_block_are_left_out():
     teacher = tiny_teacher()
     with teacher.frozen() as module:
         group = Group(pruned(), teacher, RUNTIME, 0, 2)
@@ -75,7 +75,7 @@ def test_patches_of_the_lowest_class_attention_in_the_last_block_leave():
     assert (before | group.passes.pruner.alive).equal(before)  # none comes back
 
 
-def test_images_have_patches_of_their_own():
+def test_each_image_loses_its_own_patches():
     teacher = tiny_teacher()
     with teacher.frozen():
         group = Group(pruned(), teacher, RUNTIME, 0, 3)
@@ -83,7 +83,7 @@ def test_images_have_patches_of_their_own():
     assert len(group.passes.pruner.alive.unique(dim=0)) == 3
 
 
-# really gone
+# effect on the forward passes
 
 
 def test_patches_left_out_are_absent_from_every_later_pass_and_crops_are_whole():
@@ -118,7 +118,7 @@ def test_the_blocks_see_the_remaining_patches_with_the_positions_they_had():
     assert module.blocks[0]._forward_pre_hooks == {}
 
 
-def test_no_loss_of_the_model_reaches_the_pixels_of_a_patch_that_left():
+def test_no_loss_of_the_model_reaches_the_pixels_of_a_patch_that_is_left_out():
     spec = pruned(losses={"ce": SoftCrossEntropyLoss()}, sampler=WholeImageSampler(), augmentations=())
     teacher = tiny_teacher()
     with teacher.frozen():
@@ -147,7 +147,7 @@ def test_the_patches_move_along_with_the_images(augmentations, shift):
     assert (tokens.diff() > 0).all()
 
 
-def test_a_prior_covers_the_patches_that_are_left_and_sums_to_one_over_them():
+def test_a_prior_covers_the_remaining_patches_and_sums_to_one_over_them():
     losses = {"prior": AttentionPriorLoss(blocks="all"), "ce": SoftCrossEntropyLoss()}
     teacher = tiny_teacher()
     with teacher.frozen():
@@ -166,7 +166,7 @@ def test_a_prior_covers_the_patches_that_are_left_and_sums_to_one_over_them():
 
 
 @pytest.mark.parametrize("iteration", [2, 9])
-def test_a_pruned_run_resumes_to_the_bit(tmp_path, monkeypatch, iteration):
+def test_a_pruned_run_resumes_bit_for_bit(tmp_path, monkeypatch, iteration):
     monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
     teacher = tiny_teacher()
     with pytest.raises(NonFiniteError):
@@ -192,7 +192,7 @@ def test_pruning_after_the_last_iteration_changes_nothing():
     assert same(pruned(pruning=late).synthesize(tiny_teacher(), RUNTIME), recipe().synthesize(tiny_teacher(), RUNTIME))
 
 
-# who cannot have it
+# models that cannot be pruned
 
 
 @pytest.mark.parametrize("name", ["vit", "deit_distilled", "dinov2_registers"])
@@ -217,7 +217,7 @@ def test_other_models_are_refused_with_the_reason(name, why):
         find_token_layout(teacher_of(name))
 
 
-def test_a_model_that_cannot_have_it_is_refused_before_anything_runs():
+def test_a_model_that_cannot_be_pruned_is_refused_before_anything_runs():
     recipe = {"extends": ["quickstart"], "model": {"name": "bundled:swin_fmnist"}, "synthesis": {"pruning": {}}}
     with pytest.raises(SpdfqError, match=r"synthesis.pruning: bundled:swin_fmnist has no class token"):
         check(recipe)

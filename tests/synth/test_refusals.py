@@ -1,4 +1,4 @@
-"""What stops a synthesis, before anything runs or on the way, and what is advised against."""
+"""Errors before and during a synthesis, and advice."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from spdfq.synth import NoTarget, OptimizedImages, WholeImageSampler
 from spdfq.synth.pruning import TokenPruning
 from spdfq.teacher import Teacher
 
-# on the way
+# during the run
 
 
 def a_gradient_that_is_none(inputs):
@@ -45,7 +45,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_nothing_is_writ
     ],
     ids=["no scalar", "no gradient", "no tensor"],
 )
-def test_a_loss_that_is_no_loss_is_named(act, found):
+def test_a_loss_that_returns_no_scalar_with_a_gradient_is_named(act, found):
     with pytest.raises(SpdfqError, match=f"synthesis.losses.acting: must return a scalar with a gradient.*{found}"):
         acting(act, 0).synthesize(tiny_teacher(), RUNTIME)
 
@@ -124,7 +124,7 @@ def test_crops_without_labels_are_advised_against():
     assert "no use without labels" in spec.advice()[0]
 
 
-def test_pruning_that_comes_too_late_is_said():
+def test_pruning_after_the_last_iteration_is_advised_against():
     pruned = {"losses": {"ce": CrossEntropyLoss()}, "sampler": WholeImageSampler()}
     late = OptimizedImages(**pruned, iterations=5, pruning=TokenPruning(at=(3, 5, 9)))
     assert late.advice() == ["pruning.at: [5, 9] is never reached in 5 iterations; lower it"]

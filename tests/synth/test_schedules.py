@@ -1,4 +1,4 @@
-"""Optimisers and their schedules: learning rates, rounds that begin anew, and weight decay."""
+"""Optimizers and schedules: learning rates, restarts and weight decay."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_the_optimiser_starts_without_moments_in_each_round(rounds, iterations, 
 
 
 @pytest.mark.parametrize("at", [4, 5, 6])
-def test_a_restarted_optimiser_makes_the_steps_of_a_new_one_and_resumes_to_the_bit(tmp_path, monkeypatch, at):
+def test_a_restarted_optimiser_makes_the_steps_of_a_new_one_and_resumes_bit_for_bit(tmp_path, monkeypatch, at):
     monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
     spec = recipe(images=2, iterations=10, schedule=WarmupCosine(rounds=2, warmup=0.0), augmentations=())
     teacher = tiny_teacher()

@@ -1,4 +1,4 @@
-"""Adam on frequencies and colours: the map, its adjoint, and that a step is Adam's on the coordinates."""
+"""Adam on frequencies and colours: the linear map, its adjoint, and the step."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_steps_are_those_of_adam_on_the_coordinates(shape):
     torch.testing.assert_close(images.detach(), coordinates.pixels(z.detach()))
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
     changes = {"optimizer": SpectralAdam(lr=0.1), "schedule": WarmupCosine(rounds=2)}
     teacher = tiny_teacher()

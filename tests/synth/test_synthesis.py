@@ -1,4 +1,4 @@
-"""The synthesis loop: pixels in range, weights balanced, moves followed, and what comes of it."""
+"""The synthesis loop: range of the pixels, automatic weights, augmentations, and results."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_each_automatic_loss_is_balanced_by_itself_against_all_label_losses():
         assert group.state.loss_weights.weight(name) == expected
 
 
-def test_losses_see_the_images_as_they_were_moved_and_maps_that_went_along():
+def test_losses_see_the_moved_images_and_maps_that_moved_along():
     seen = []
     spec = recipe(losses={**recipe().losses, "spy": Acting(act=seen.append, at=0)})
     teacher = tiny_teacher()
@@ -147,7 +147,7 @@ def test_crops_that_are_not_due_are_not_forwarded():
     assert sizes == [2 + len(group.plan.boxes), 2] * 2
 
 
-def test_crops_are_drawn_anew_every_so_many_iterations_whatever_came_before():
+def test_crops_are_redrawn_every_so_many_iterations_independently_of_earlier_draws():
     spec = recipe(sampler=MultiSemanticSampler(redraw=2))
     group = Group(spec, tiny_teacher(), RUNTIME, 0, 4)
     boxes = []
@@ -202,7 +202,7 @@ class PatchRoll(Augmentation):
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators that run, and types of the tensors whose value is read."""
+    """Names of the operators that run, and dtypes of the tensors whose value is read."""
 
     def __init__(self):
         super().__init__()
@@ -216,9 +216,7 @@ class Operators(TorchDispatchMode):
 
 
 class GradientDescent(Optimizer):
-    """Unlike Adam it keeps no step counter, which is a number it reads in every step."""
-
-    lr = 0.1
+    """Unlike Adam, it has no step counter that is read in every step."""
 
     def build(self, images):
         return torch.optim.SGD([images], lr=self.lr, foreach=False)
@@ -259,7 +257,7 @@ def test_a_windowed_model_has_a_prior_for_each_window():
 # without labels
 
 
-def test_images_without_a_target_have_no_labels_and_are_given_none():
+def test_images_without_a_target_have_no_labels():
     seen = []
     losses = {"total_variation": TotalVariationLoss(weight=0.05), "spy": Acting(act=seen.append, at=0)}
     spec = recipe(losses=losses, target=NoTarget(), sampler=WholeImageSampler(), group=3, iterations=2)
@@ -272,7 +270,7 @@ def test_images_without_a_target_have_no_labels_and_are_given_none():
 # results
 
 
-def test_the_first_loss_falls_and_attention_nears_its_prior():
+def test_the_first_loss_falls_and_attention_gets_closer_to_its_prior():
     result = recipe(iterations=60, augmentations=()).synthesize(tiny_teacher(), RUNTIME)
     named = dict(zip(result.columns, result.curves.mean(0).T, strict=True))
     for name in ("attention_prior", "soft_cross_entropy", "total_variation"):
