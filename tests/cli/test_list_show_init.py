@@ -65,7 +65,7 @@ def small(tmp_path):
 def test_a_commented_recipe_says_what_every_key_means(small):
     text = commented(load_recipe(small))
     assert load_recipe(tomllib.loads(text)).to_dict() == load_recipe(small).to_dict()
-    assert "(whole number)\ngroup = 32\n" in text
+    assert "# optimizer steps of each group. (whole number)\niterations = " in text
     others = ", ".join(name for name in REGISTRIES["target"].names() if name != "one_hot")
     assert f'[synthesis.target]\ntype = "one_hot"  # or {others}\n' in text
     assert (
