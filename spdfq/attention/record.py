@@ -24,8 +24,8 @@ class AttentionRecord:
             mean over all patch queries if there is no class token. Windows are folded into the batch, image by image.
         attention_outputs: ``[B, heads, n, d]``, with prefix tokens.
         queries: ``[B, heads, n, d]``, with prefix tokens, as they are multiplied: after a rotary embedding, if any.
-        keys: ``[B, heads, k, d]``, likewise. The product of both is the raw score, without scale, position bias or
-            mask.
+        keys: ``[B, heads, k, d]``, with prefix tokens, as they are multiplied. The product of queries and keys is the
+            raw score, without scale, position bias or mask.
         prefix: number of class and register tokens before the patch tokens.
         has_class: whether the first of them is a class token.
     """

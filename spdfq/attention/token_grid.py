@@ -67,7 +67,7 @@ class TokenGrids:
             key: ``[B, heads, k, d]``.
 
         Raises:
-            ModelError: the attention runs over channels, latents or in a layout of its own.
+            ModelError: the attention runs over channels, latents or in another layout.
         """
         if query.ndim != 4:
             raise ModelError(

@@ -61,8 +61,8 @@ class TotalVariationLoss(Loss):
         augmented: take the images as the teacher saw them, instead of before the augmentations.
         for_group: ``[B, C, h, w]`` of the group that ``weight`` is meant for. For images of another size the loss is
             scaled by the square root of the ratio of their pixels, so that the gradient of a pixel stays as large. In a
-            group of another length it is scaled by the square root of the inverse ratio of images, so that it keeps its
-            share beside losses that are means over the group. Without it, the loss is not scaled.
+            group of another length it is scaled by the square root of the inverse ratio of images, so that its
+            ratio to losses that are means over the group stays the same. Without it, the loss is not scaled.
     """
 
     diagonal: float = field(default=1.0, validator=[validators.ge(0.0), validators.lt(math.inf)])

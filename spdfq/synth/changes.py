@@ -29,7 +29,7 @@ class Moment:
     size: tuple[int, int, int] = (3, 224, 224)
 
     def stage(self, stages: int) -> int:
-        """Index of the current stage if the run is divided into so many stages of equal length."""
+        """Index of the current stage if the run is divided into this many stages of equal length."""
         return self.iteration * stages // self.iterations
 
 

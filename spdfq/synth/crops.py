@@ -16,8 +16,8 @@ class CropPlan:
         boxes: ``[crops, 4]`` top, left, height and width in pixels.
         owners: ``[crops]`` index of the image that each crop is cut from.
         labels: ``[crops]`` class of each crop.
-        every: the teacher sees the crops once in so many iterations; 0 means never.
-        redraw: the boxes are drawn again once in so many iterations; 0 means never.
+        every: interval, in iterations, at which the teacher sees the crops; 0 means never.
+        redraw: interval, in iterations, at which the boxes are drawn again; 0 means never.
     """
 
     boxes: Tensor

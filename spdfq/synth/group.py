@@ -21,7 +21,7 @@ from spdfq.synth.sources import noise
 from spdfq.synth.student_training import Student, StudentFactory, StudentTrainer
 from spdfq.teacher import Teacher
 
-# reading losses back makes an accelerator wait, so it is done once in so many iterations
+# interval in iterations; reading losses back makes an accelerator wait
 CHECK_EVERY = 10
 SAVE_SECONDS = 5.0
 # a student is stored with its moments: three times the size of the teacher's weights

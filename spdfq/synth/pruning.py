@@ -35,7 +35,7 @@ class TokenPruning:
 
     Args:
         at: iterations before which some of the remaining patches are left out.
-        share: how many of the remaining patches are left out each time, rounded down.
+        share: share of the remaining patches that is left out each time, rounded down to whole patches.
     """
 
     at: tuple[int, ...] = field(default=(50, 100, 200, 300), validator=_ascending)

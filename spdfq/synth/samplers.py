@@ -90,9 +90,9 @@ class MultiSemanticSampler(Sampler):
         layout: ``cells`` takes cells of a 2×2 grid; ``split`` halves the image until it has enough parts, so that the
             crops cover it (unpublished).
         jitter: how far a cut may lie from the middle, as a share of the side that is cut (unpublished).
-        every: forward the crops once in so many iterations (unpublished).
-        redraw: draw new boxes once in so many iterations, and keep the number of crops and their classes; 0 keeps the
-            boxes for the whole run (unpublished).
+        every: interval, in iterations, at which the crops are forwarded (unpublished).
+        redraw: interval, in iterations, at which new boxes are drawn; the crops of an image keep their classes;
+            0 keeps the boxes for the whole run (unpublished).
         classes: ``random`` draws each class independently, as published; ``balanced`` uses every class once in a group
             before it repeats any.
     """

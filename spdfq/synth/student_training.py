@@ -25,8 +25,8 @@ class StudentTraining:
 
     Args:
         lr: learning rate of the student's weights.
-        every: the student is trained once in so many steps of the images.
-        recalibrate: its ranges are chosen again, on the current images, once in so many iterations.
+        every: interval, in steps of the images, at which the student is trained.
+        recalibrate: interval, in iterations, at which its ranges are chosen again on the current images.
     """
 
     lr: float = field(default=4e-5, validator=[validators.gt(0.0), validators.lt(1.0)])
