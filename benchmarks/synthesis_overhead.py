@@ -25,8 +25,8 @@ from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss, TotalVariatio
 from spdfq.recipe import ModelSpec
 from spdfq.runtime import Runtime
 from spdfq.synth import Flip, Jitter, MultiSemanticSampler, OptimizedImages, SoftLabelTarget
-from spdfq.synth.group import BALANCE_ITERATIONS
-from spdfq.synth.loop import Group
+from spdfq.synth.group import Group
+from spdfq.synth.group_state import BALANCE_ITERATIONS
 from spdfq.teacher import load_teacher
 
 IMAGES, TARGET = 32, 1.35

@@ -19,7 +19,7 @@ from machine import about
 
 from spdfq.recipe import ModelSpec, load_recipe
 from spdfq.runtime import Runtime, make_runtime
-from spdfq.synth.loop import Group
+from spdfq.synth.group import Group
 from spdfq.teacher import load_teacher
 
 MODEL = "vit_small_patch16_224"

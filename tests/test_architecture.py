@@ -116,7 +116,6 @@ def test_no_module_imports_itself_by_way_of_others():
     graph = {name: {other for other in others if not name.startswith(f"{other}.")} for name, others in IMPORTS.items()}
     graph["spdfq.quantizers.observers"] -= {"spdfq.quantizers.base"}  # for type checkers only; to be removed
     graph["spdfq.quantizers.progressive"] -= {"spdfq.quantizers.base"}
-    graph["spdfq.synth.loop"] -= {"spdfq.synth.optimize"}
     assert circle(graph) is None
 
 

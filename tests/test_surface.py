@@ -20,8 +20,8 @@ PUBLIC = {
     """,
     "spdfq.losses": """
         AttentionEntropyLoss AttentionPriorLoss CrossEntropyLoss FrequencyConsistencyLoss GaussianMixturePrior
-        HeadSimilarityLoss LaplacePrior Loss LossInputs MaskedAttentionAlignmentLoss PatchContrastLoss
-        PatchSimilarityEntropyLoss SoftCrossEntropyLoss TeacherStudentDiscrepancyLoss TotalVariationLoss
+        HeadSimilarityLoss LaplacePrior Loss LossInputs MapPictures MaskedAttentionAlignmentLoss PatchContrastLoss
+        PatchSimilarityEntropyLoss Prior SoftCrossEntropyLoss TeacherStudentDiscrepancyLoss TotalVariationLoss
     """,
     "spdfq.losses.functional": """
         attention_entropy attention_prior_loss cross_entropy frequency_consistency frequency_split head_similarity
@@ -52,8 +52,8 @@ PUBLIC = {
     "spdfq.synth": """
         Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter
         LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages Optimizer RandomResizedCrop
-        RealImages Schedule SoftLabelTarget Source SpectralAdam StudentTraining SyntheticImages TokenPruning
-        WarmupCosine WholeImageSampler
+        RealImages Sampler Schedule SoftLabelTarget Source SpectralAdam StudentTraining SyntheticImages Target
+        TokenPruning WarmupCosine WholeImageSampler
     """,
 }
 # of modules that also hold names for use inside the library

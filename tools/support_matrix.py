@@ -30,7 +30,7 @@ from spdfq.quantized.checkpoint import load_quantized, save_quantized
 from spdfq.quantized.model import find_sites
 from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
-from spdfq.synth.loop import Group
+from spdfq.synth.group import Group
 from spdfq.teacher import Teacher
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -1,4 +1,4 @@
-"""Labelled images: for evaluation, and for calibration on real ones."""
+"""Labelled images, for evaluation and for calibration on real images."""
 
 from spdfq.data.base import Batch as Batch
 from spdfq.data.base import LabelledImages as LabelledImages

@@ -1,4 +1,4 @@
-"""What every labelled dataset is: which of its images are used, in what order, and which labels fit a model."""
+"""The base class of labelled datasets: which images are used, in which order, and which labels fit a model."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -10,17 +10,17 @@ from torch import Tensor
 from spdfq.errors import DataError
 from spdfq.teacher import Teacher
 
-# labels from here on are a mistake, and beyond int64 no tensor would hold them
+# larger labels are a mistake, and labels beyond int64 do not fit into a tensor
 MOST_CLASSES = 2**31
 
 
 class Batch(NamedTuple):
-    """Consecutive images of a dataset, as a model takes them.
+    """Consecutive images of a dataset, prepared for a model.
 
     Args:
         images: normalised, ``[b, C, H, W]``.
         labels: int64 ``[b]``.
-        damaged: names of the images that could not be read and are left out.
+        damaged: names of the images that are left out because they could not be read.
     """
 
     images: Tensor
@@ -32,9 +32,11 @@ class Batch(NamedTuple):
 class LabelledImages:
     """Base class of datasets.
 
+    A subclass defines ``__len__``, `classes`, `batches` and `fingerprint`.
+
     Args:
-        limit: how many images are used; all where it is left out.
-        subset_seed: which ones: a random draw of this seed, kept in the dataset's order.
+        limit: number of images to use; all of them by default.
+        subset_seed: seed of the random draw that picks them; they keep the dataset's order.
     """
 
     limit: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
@@ -45,31 +47,35 @@ class LabelledImages:
 
     @property
     def classes(self) -> int | None:
-        """How many classes the labels count; ``None`` where they are bare numbers."""
+        """Number of classes; ``None`` if the dataset does not say."""
         raise TypeError(f"{type(self).__name__} does not define classes")
 
     @property
     def class_names(self) -> Sequence[str]:
-        """What the classes are called, in the order of the labels, where datasets can be compared by it; else none."""
+        """Names of the classes in the order of the labels, if two datasets can be compared by them; empty otherwise."""
         return ()
 
     def batches(self, teacher: Teacher, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
-        """The images in the dataset's order, or those at ``indices`` in their order, ``batch`` at a time.
+        """The images, prepared for a teacher.
 
-        Each batch is of ``batch`` positions, the last one of what remains; damaged images are missing from it.
+        Args:
+            teacher: gives the size and the normalisation of the images.
+            batch: number of positions in a batch; the last batch has what remains. Damaged images are left out, so a
+                batch may have fewer images than positions.
+            indices: which positions, in this order; all positions in the dataset's order by default.
         """
         raise TypeError(f"{type(self).__name__} does not define batches")
 
     def identities(self) -> Iterator[str]:
-        """A name of each image used that is the same in every dataset the image is in; none where that is unknown."""
+        """A name for each image used that is the same in every dataset with this image; empty if it is unknown."""
         return iter(())
 
     def fingerprint(self) -> str:
-        """A hash of what the images are; results that depend on them are kept under it."""
+        """A hash of the images and labels. Stored results are only reused for the same hash."""
         raise TypeError(f"{type(self).__name__} does not define fingerprint")
 
     def check_classes(self, teacher: Teacher) -> None:
-        """Nothing where the labels can be positions in the teacher's list of classes.
+        """Check that the labels can be positions in the teacher's list of classes.
 
         Raises:
             DataError: they cannot.
@@ -81,7 +87,7 @@ class LabelledImages:
             )
 
     def chosen(self, count: int) -> list[int]:
-        """The positions used of a dataset of ``count`` images."""
+        """The positions that are used, of a dataset with ``count`` images, ascending."""
         if self.limit is None or self.limit >= count:
             return list(range(count))
         generator = torch.Generator().manual_seed(self.subset_seed)
@@ -89,6 +95,6 @@ class LabelledImages:
 
 
 def shortened(names: Sequence[str], shown: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """The first names as text, and how many more there are."""
     more = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Datasets of encoded images (JPEG, PNG ...), wherever they lie: decoded, prepared as timm does, the damaged named."""
+"""Datasets of encoded images (JPEG, PNG, ...): decoding, timm's preprocessing, and reports of damaged images."""
 
 import hashlib
 import os
@@ -21,12 +21,12 @@ from spdfq.errors import DataError
 from spdfq.registry import datasets
 from spdfq.teacher import Teacher
 
-_RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these without being able to load a pixel
+_RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these formats, but cannot load their pixels
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Those of the formats that this Pillow reads, in lower case."""
+    """File name suffixes of the formats that the installed Pillow reads, in lower case."""
     from PIL import Image
 
     known, readable = Image.registered_extensions(), Image.OPEN.keys() - _RECOGNISED_ONLY
@@ -38,19 +38,19 @@ class Entry:
     """An encoded image.
 
     Args:
-        name: what people find it by; unique in its dataset.
+        name: shown to users; unique in its dataset.
         label: its class.
-        place: where it lies, as the dataset's reader takes it.
+        location: where the image is stored, in the form that the dataset's reader takes.
     """
 
     name: str
     label: int
-    place: Any
+    location: Any
 
 
 @frozen
 class Unreadable:
-    """What stands in the place of a damaged image."""
+    """Stands for a damaged image in the list of decoded images."""
 
     name: str
     reason: str
@@ -60,12 +60,14 @@ class Unreadable:
 class DecodedImages(LabelledImages):
     """Base class of datasets of encoded images.
 
+    A subclass defines `classes` and `entries`, and `reader` and `stamp` if its images are not files of their own.
+
     Args:
-        workers: processes that decode images.
-        damaged: what becomes of an image that cannot be read: ``skip`` leaves it out of the result, which names it;
-            ``refuse`` stops there.
-        limit: how many images are used; all where it is left out.
-        subset_seed: which ones: a random draw of this seed, kept in the dataset's order.
+        workers: number of processes that decode images.
+        damaged: what to do with an image that cannot be read: ``skip`` leaves it out and names it in the result;
+            ``refuse`` stops with an error.
+        limit: number of images to use; all of them by default.
+        subset_seed: seed of the random draw that picks them; they keep the dataset's order.
     """
 
     workers: int = field(default=0, validator=validators.ge(0))
@@ -75,33 +77,33 @@ class DecodedImages(LabelledImages):
         """Every image of the dataset, in its order.
 
         Raises:
-            DataError: there is no such dataset, or it is not laid out as it must be.
+            DataError: the dataset does not exist, or its layout is wrong.
         """
         raise TypeError(f"{type(self).__name__} does not define entries")
 
     def reader(self) -> Callable[[Any], Path | BytesIO]:
-        """What turns the place of an image into something that Pillow opens; every worker gets a copy."""
+        """A function that turns the location of an image into something that Pillow opens. Every worker gets a copy."""
         return Path
 
     def stamp(self, entry: Entry) -> tuple[int, ...]:
-        """What tells whether the data behind an image is another than before: size and time of its file."""
-        return stamp(entry.place)
+        """Numbers that change if the stored image changes: size and modification time of its file."""
+        return stamp(entry.location)
 
     def __len__(self) -> int:
         return len(self.used())
 
     def batches(self, teacher: Teacher, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
-        """Normalised images ``[b, C, H, W]`` and labels ``[b]``: resized, cropped and normalised as timm evaluates.
+        """The images, resized, cropped and normalised as timm does for evaluation; see `LabelledImages.batches`.
 
         Raises:
-            DataError: there is no such dataset, an image cannot be read and ``damaged`` is ``refuse``, or a worker
+            DataError: the dataset does not exist, an image cannot be read and ``damaged`` is ``refuse``, or a worker
                 was killed.
         """
         entries = self.used()
         asked = entries if indices is None else [entries[index] for index in indices]
-        decoded = _Decoded(asked, self.reader(), _transform(teacher), teacher.input_size)
+        decoded = _DecodedDataset(asked, self.reader(), _transform(teacher), teacher.input_size)
         loader = DataLoader(decoded, batch, num_workers=self.workers, collate_fn=decoded.collate)
-        for images, labels, unreadable in self._unless_killed(loader):
+        for images, labels, unreadable in self._report_killed_worker(loader):
             if unreadable and self.damaged == "refuse":
                 raise DataError(
                     f"{self.title}: {unreadable[0].name}: not a readable image ({unreadable[0].reason}); replace it, "
@@ -110,7 +112,7 @@ class DecodedImages(LabelledImages):
             yield Batch(images, labels, tuple(image.name for image in unreadable))
 
     def fingerprint(self) -> str:
-        """A hash of the names and labels of the images used, and of the sizes and times of their files."""
+        """A hash of the names and labels of the images used, and of the sizes and modification times of their files."""
         listing, missing = [], []
         for entry in self.used():
             try:
@@ -119,27 +121,27 @@ class DecodedImages(LabelledImages):
                 missing.append(entry.name)
         if missing:
             count = f"{len(missing):,} of {len(missing) + len(listing):,} images"
-            raise DataError(f"{self.title}: {count} are not there, the first is {missing[0]}; check root and labels")
+            raise DataError(f"{self.title}: {count} are missing, the first is {missing[0]}; check root and labels")
         return hashlib.sha256(repr(listing).encode()).hexdigest()[:20]
 
     def identities(self) -> Iterator[str]:
-        """Where each image lies, links followed; see `LabelledImages.identities`."""
+        """Where each image is stored, with links resolved; see `LabelledImages.identities`."""
         folders: dict[Path, str] = {}
         for entry in self.used():
-            file, *within = entry.place if isinstance(entry.place, tuple) else (entry.place,)
-            if file.parent not in folders:  # looked up once: there may be a million images in it
+            file, *within = entry.location if isinstance(entry.location, tuple) else (entry.location,)
+            if file.parent not in folders:  # resolved once, because a folder may hold a million images
                 folders[file.parent] = os.path.realpath(file.parent)
             path = os.path.join(folders[file.parent], file.name)
             yield " ".join(map(str, (os.path.realpath(path) if os.path.islink(path) else path, *within)))
 
     def used(self) -> list[Entry]:
-        """The images of the subset."""
+        """The images that are used."""
         entries = self.entries()
         return [entries[index] for index in self.chosen(len(entries))]
 
     @property
     def title(self) -> str:
-        """What error messages call the dataset."""
+        """The dataset's registered name, for error messages."""
         return datasets.name_of(type(self))
 
     def check_classes(self, teacher: Teacher) -> None:
@@ -150,32 +152,35 @@ class DecodedImages(LabelledImages):
         """
         if self.classes is not None:
             return super().check_classes(teacher)
-        worst = max(self.entries(), key=lambda entry: entry.label)  # a subset may lack what gives a list away
+        worst = max(self.entries(), key=lambda entry: entry.label)
         if worst.label >= teacher.num_classes:
             raise DataError(
                 f"evaluation.dataset: {worst.name} has label {worst.label}, but the classes of {teacher.name} are 0 to "
                 f"{teacher.num_classes - 1}; labels are positions in the model's list of classes"
             )
 
-    def _unless_killed(self, loader: DataLoader) -> Iterator[Any]:
+    def _report_killed_worker(self, loader: DataLoader) -> Iterator[Any]:
         try:
-            yield from _begun(loader)
+            yield from _start(loader)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(
-                f"{self.title}: a process that decodes images was killed, most often for want of memory "
+                f"{self.title}: a process that decodes images was killed, most often because memory ran out "
                 f"({str(error).splitlines()[0]}); set fewer workers, or workers = 0"
             ) from None
 
 
-def _begun(loader: DataLoader) -> Iterator[Any]:
-    """Its batches, without the handler that torch sets as workers start: it raises in whatever runs when one is killed.
+def _start(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader, without the signal handler that torch installs when workers start.
 
-    The loader notices that by itself, within five seconds of waiting for the worker.
+    When a worker is killed, that handler raises an error in whatever code is running. It is not needed: a loader that
+    waits for a killed worker notices within five seconds.
     """
-    mine = loader.num_workers and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
-    before = signal.getsignal(signal.SIGCHLD) if mine else None
+    installs = (
+        loader.num_workers and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    )
+    before = signal.getsignal(signal.SIGCHLD) if installs else None
     batches = iter(loader)
     if before is not None:
         signal.signal(signal.SIGCHLD, before)
@@ -197,7 +202,7 @@ def _transform(teacher: Teacher) -> Callable[[Any], Tensor]:
 
 
 @frozen
-class _Decoded(Dataset):
+class _DecodedDataset(Dataset):
     entries: list[Entry]
     read: Callable[[Any], Path | BytesIO]
     transform: Callable[[Any], Tensor]
@@ -211,17 +216,19 @@ class _Decoded(Dataset):
 
         entry = self.entries[index]
         try:
-            with Image.open(self.read(entry.place)) as image:
-                if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255, and their range is unknown
-                    return Unreadable(entry.name, f"{image.mode} pixels, not 8 bits a channel; convert it first")
+            with Image.open(self.read(entry.location)) as image:
+                if image.mode.startswith(("I", "F")):  # their range is unknown, and Pillow would clip them at 255
+                    return Unreadable(
+                        entry.name, f"{image.mode} pixels instead of 8 bits per channel; convert it first"
+                    )
                 return self.transform(image.convert("L" if self.size[0] == 1 else "RGB")), entry.label
         except UnidentifiedImageError:
-            return Unreadable(entry.name, "no image format that Pillow knows")
-        except Exception as error:  # at broken data, decoders raise what they happen to stumble over
+            return Unreadable(entry.name, "not an image format that Pillow knows")
+        except Exception as error:  # decoders raise all kinds of errors for broken data
             return Unreadable(entry.name, f"{type(error).__name__}: {error}")
 
     def collate(self, items: list[tuple[Tensor, int] | Unreadable]) -> tuple[Tensor, Tensor, list[Unreadable]]:
-        """Images and labels of those that could be read, and the others."""
+        """Images ``[b, C, H, W]`` and labels ``[b]`` of the readable items, and the unreadable items."""
         pairs = [item for item in items if not isinstance(item, Unreadable)]
         images = torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0, *self.size)
         labels = torch.tensor([label for _, label in pairs], dtype=torch.long)

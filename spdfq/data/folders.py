@@ -1,4 +1,4 @@
-"""Folders of images: a subfolder for each class, or one flat folder and a list of labels."""
+"""Images in folders: a subfolder for each class, or one folder and a file of labels."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from attrs import frozen
 
 from spdfq.data.decoded import DecodedImages, Entry, image_suffixes
-from spdfq.data.imagenet import difference, synsets
+from spdfq.data.imagenet import imagenet_difference, synsets
 from spdfq.data.labels import Labels, read_labels
 from spdfq.errors import DataError
 from spdfq.registry import datasets
@@ -17,25 +17,25 @@ from spdfq.teacher import Teacher
 @datasets.register("image_folder")
 @frozen(kw_only=True)
 class ImageFolder(DecodedImages):
-    """A folder with a subfolder of images for each class; labels count the subfolders in alphabetical order.
+    """A folder with a subfolder of images for each class; labels number the subfolders in alphabetical order.
 
-    An empty subfolder counts; files of other suffixes than those Pillow reads, and names that begin with a dot, do not.
-    Images are resized, cropped and normalised as timm evaluates the model.
+    An empty subfolder is a class too. Names that begin with a dot, and files whose suffix Pillow does not read, are
+    ignored. Images are resized, cropped and normalised as timm does when it evaluates the model.
 
     Args:
         root: the folder.
-        workers: processes that decode images.
-        damaged: what becomes of an image that cannot be read: ``skip`` leaves it out of the result, which names it;
-            ``refuse`` stops there.
-        limit: how many images are used; all where it is left out.
-        subset_seed: which ones: a random draw of this seed, kept in the dataset's order.
+        workers: number of processes that decode images.
+        damaged: what to do with an image that cannot be read: ``skip`` leaves it out and names it in the result;
+            ``refuse`` stops with an error.
+        limit: number of images to use; all of them by default.
+        subset_seed: seed of the random draw that picks them; they keep the dataset's order.
     """
 
     root: str
 
     @property
     def classes(self) -> int:
-        """How many classes the labels count."""
+        """Number of subfolders."""
         return len(self._folders())
 
     @property
@@ -44,12 +44,12 @@ class ImageFolder(DecodedImages):
         return [folder.name for folder in self._folders()]
 
     def check_classes(self, teacher: Teacher) -> None:
-        """Nothing where the subfolders can be the teacher's classes.
+        """Check that the subfolders can be the teacher's classes.
 
         Raises:
-            DataError: their number differs, or they are not quite the synsets of ImageNet-1k.
+            DataError: their number differs, or they are almost but not exactly the synsets of ImageNet-1k.
         """
-        if found := difference(self.class_names, teacher.num_classes):
+        if found := imagenet_difference(self.class_names, teacher.num_classes):
             raise DataError(f"evaluation.dataset: {self.root}: {found}; a class without images is an empty folder")
         super().check_classes(teacher)
 
@@ -63,8 +63,8 @@ class ImageFolder(DecodedImages):
         ]
         if not found:
             raise DataError(
-                f"image_folder: {self.root}: holds no images; expected a subfolder of images for each class (a flat "
-                "folder and a list of labels are type = 'image_list')"
+                f"image_folder: {self.root}: holds no images; expected a subfolder of images for each class (for one "
+                "folder and a file of labels, use type = 'image_list')"
             )
         return found
 
@@ -78,18 +78,19 @@ class ImageFolder(DecodedImages):
 class ImageList(DecodedImages):
     """Images in one folder, and a file that lists them with their classes, in the order of that file.
 
-    The file has a line ``name class`` for each image, where the class is a position in the model's list of classes,
-    from 0 on (``val.txt`` of Caffe's ImageNet), or a synset of ImageNet-1k (``n01751748``); or it is Kaggle's
-    ``LOC_val_solution.csv``. Images are resized, cropped and normalised as timm evaluates the model.
+    The file has a line ``name class`` for each image. The class is a position in the model's list of classes, counted
+    from 0 (``val.txt`` of Caffe's ImageNet), or a synset of ImageNet-1k (``n01751748``). Kaggle's
+    ``LOC_val_solution.csv`` works too. Images are resized, cropped and normalised as timm does when it evaluates the
+    model.
 
     Args:
         root: the folder.
         labels: the file.
-        workers: processes that decode images.
-        damaged: what becomes of an image that cannot be read: ``skip`` leaves it out of the result, which names it;
-            ``refuse`` stops there.
-        limit: how many images are used; all where it is left out.
-        subset_seed: which ones: a random draw of this seed, kept in the dataset's order.
+        workers: number of processes that decode images.
+        damaged: what to do with an image that cannot be read: ``skip`` leaves it out and names it in the result;
+            ``refuse`` stops with an error.
+        limit: number of images to use; all of them by default.
+        subset_seed: seed of the random draw that picks them; they keep the dataset's order.
     """
 
     root: str
@@ -97,16 +98,16 @@ class ImageList(DecodedImages):
 
     @property
     def classes(self) -> int | None:
-        """How many classes the labels count; ``None`` where they are bare numbers."""
+        """Number of classes; ``None`` if the file has numbers, which do not say how many there are."""
         return self._read().classes
 
     @property
     def class_names(self) -> Sequence[str]:
-        """The synsets; none where the labels are bare numbers."""
+        """The synsets; empty if the file has numbers."""
         return () if self.classes is None else list(synsets())
 
     def entries(self) -> list[Entry]:
-        """Every image on the list."""
+        """Every image in the list."""
         root = _folder("image_list", self.root)
         return [Entry(name, label, root / name) for name, label in self._read().items]
 
@@ -115,7 +116,7 @@ class ImageList(DecodedImages):
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All below but hidden ones; a folder that may not be read is an error, not an empty one."""
+    """All files below a folder, without hidden ones. A folder without read permission is an error, not empty."""
 
     def refuse(error: OSError) -> None:
         raise error

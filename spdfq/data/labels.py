@@ -13,7 +13,7 @@ from spdfq.errors import DataError
 
 _KAGGLE = "ImageId,PredictionString"
 _SYNSET = re.compile(r"n\d{8}")
-_CLASSES = "the classes of a file are numbers from 0 on, or all of them synsets of ImageNet-1k (n01751748)"
+_CLASSES = "the classes of a file must be numbers from 0 on, or all synsets of ImageNet-1k (n01751748)"
 _WANTED = "expected 'name class' on each line, or Kaggle's LOC_val_solution.csv"
 
 
@@ -23,7 +23,7 @@ class Labels:
 
     Args:
         items: name and label of each image, in the file's order.
-        classes: how many there are; ``None`` where the file has bare numbers.
+        classes: number of classes; ``None`` if the file has numbers, which do not say how many there are.
     """
 
     items: tuple[tuple[str, int], ...]
@@ -34,14 +34,14 @@ def read_labels(path: Path) -> Labels:
     """Read a file of labels.
 
     Raises:
-        DataError: it is missing or something else; the message names the first line that does not fit.
+        DataError: it is missing or has another format; the message names the first wrong line.
     """
     lines = _lines(path)
     numbers: bool | None = None
     items: dict[str, int] = {}
     for line, name, label in _kaggle(path, lines) if lines[0] == _KAGGLE else _plain(path, lines):
         if name in items:
-            raise _wrong(path, line, f"{name} is listed twice")
+            raise _wrong(path, line, f"{name} is listed twice; remove one of the lines")
         numbers = label.isdecimal() if numbers is None else numbers
         items[name] = _number(path, line, label) if numbers else _position(path, line, label)
     return Labels(tuple(items.items()), None if numbers else len(synsets()))
@@ -58,7 +58,7 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"image_list: {path}: is empty; {_WANTED}")
     for number, line in enumerate(lines, 1):
         if "\0" in line:
-            raise _wrong(path, number, f"holds a zero byte, so it is no text; {_WANTED}")
+            raise _wrong(path, number, f"holds a zero byte, so it is not text; {_WANTED}")
     return lines
 
 
@@ -73,33 +73,33 @@ def _plain(path: Path, lines: list[str]) -> Iterator[tuple[int, str, str]]:
                 path,
                 number,
                 f"{line.strip()!r} names no image (the ground truth of ILSVRC's development kit numbers the classes in "
-                f"an order of its own); {_WANTED}",
+                f"another order); {_WANTED}",
             )
         elif found:
-            raise _wrong(path, number, f"{line!r} is no name and class; {_WANTED}")
+            raise _wrong(path, number, f"{line!r} is not a name and a class; {_WANTED}")
 
 
 def _kaggle(path: Path, lines: list[str]) -> Iterator[tuple[int, str, str]]:
-    """Line number, name and class: that of the first object, as all objects of an image are of one class."""
+    """Line number, name and class. All objects of an image have the same class, so the first one is read."""
     for number, line in enumerate(lines[1:], 2):
-        try:
-            (row,) = csv.reader([line], strict=True)  # a line at a time: an open quote would take in all that follow
+        try:  # one line at a time: an open quote would swallow the lines after it
+            (row,) = csv.reader([line], strict=True)
         except csv.Error as error:
-            raise _wrong(path, number, f"{line[:80]!r} is no line of a CSV file ({error})") from None
+            raise _wrong(path, number, f"{line[:80]!r} is not a line of a CSV file ({error}); fetch it again") from None
         if len(row) != 2 or not row[1].split():
-            raise _wrong(path, number, f"{line!r} is no image id and prediction string")
+            raise _wrong(path, number, f"{line!r} is not an image id and a prediction string; fetch it again")
         yield number, f"{row[0]}.JPEG", row[1].split()[0]
 
 
 def class_number(digits: str) -> int | None:
-    """The number of a class; ``None`` where no model has so many."""
-    digits = digits.lstrip("0") or "0"  # Python itself reads no more than 4,300
+    """The number of a class from its decimal digits; ``None`` if no model has that many classes."""
+    digits = digits.lstrip("0") or "0"  # Python refuses to read more than 4,300 digits
     return int(digits) if len(digits) <= len(str(MOST_CLASSES)) and int(digits) < MOST_CLASSES else None
 
 
 def _number(path: Path, line: int, label: str) -> int:
     if not label.isdecimal():
-        raise _wrong(path, line, f"{label!r} is no number; {_CLASSES}")
+        raise _wrong(path, line, f"{label!r} is not a number; {_CLASSES}")
     if (found := class_number(label)) is None:
         raise _wrong(path, line, f"the class {label[:20]} is larger than any model's; {_CLASSES}")
     return found
@@ -108,7 +108,7 @@ def _number(path: Path, line: int, label: str) -> int:
 def _position(path: Path, line: int, label: str) -> int:
     if label not in synsets():
         kind = "class of ImageNet-1k" if _SYNSET.fullmatch(label) else "synset"
-        raise _wrong(path, line, f"{label!r} is no {kind}; {_CLASSES}")
+        raise _wrong(path, line, f"{label!r} is not a {kind}; {_CLASSES}")
     return synsets()[label]
 
 

@@ -1,4 +1,4 @@
-"""Parquet shards as Hugging Face writes them, by pyarrow, which is an extra."""
+"""Parquet shards as Hugging Face writes them; needs pyarrow, an optional dependency."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from attrs import field, frozen
 
 from spdfq.data.base import MOST_CLASSES
 from spdfq.data.decoded import DecodedImages, Entry
-from spdfq.data.shards import matching, stamp
+from spdfq.data.shards import matching_files, stamp
 from spdfq.errors import DataError
 from spdfq.registry import datasets
 
@@ -23,46 +23,46 @@ _IMAGE, _LABEL = "image", "label"
 class Parquet(DecodedImages):
     """Parquet shards as Hugging Face stores images: a column ``image`` of ``{bytes, path}``, and a column ``label``.
 
-    Needs pyarrow: ``pip install pyarrow``. Images come file by file in alphabetical order, and are resized,
-    cropped and normalised as timm evaluates the model.
+    Needs pyarrow: ``pip install pyarrow``. Images come file by file in alphabetical order. They are resized, cropped
+    and normalised as timm does when it evaluates the model.
 
     Args:
-        files: the shards, for example ``"imagenet-1k/data/validation-*.parquet"``.
-        workers: processes that decode images.
-        damaged: what becomes of an image that cannot be read: ``skip`` leaves it out of the result, which names it;
-            ``refuse`` stops there.
-        limit: how many images are used; all where it is left out.
-        subset_seed: which ones: a random draw of this seed, kept in the dataset's order.
+        files: path of the shards, with ``*`` for any text, for example ``"imagenet-1k/data/validation-*.parquet"``.
+        workers: number of processes that decode images.
+        damaged: what to do with an image that cannot be read: ``skip`` leaves it out and names it in the result;
+            ``refuse`` stops with an error.
+        limit: number of images to use; all of them by default.
+        subset_seed: seed of the random draw that picks them; they keep the dataset's order.
     """
 
     files: str
 
     @property
     def classes(self) -> int | None:
-        """How many classes the labels count; ``None`` where the shards do not say it."""
+        """Number of classes; ``None`` if the shards do not say."""
         found = {shard.classes for shard in self._shards()}
         if len(found) > 1:
-            raise DataError(f"parquet: {self.files}: the shards are of several datasets; give a narrower pattern")
+            raise DataError(f"parquet: {self.files}: the shards belong to several datasets; give a narrower pattern")
         return found.pop()
 
     def entries(self) -> list[Entry]:
         """Every row of every shard."""
         return [
-            Entry(f"{shard.path.name} row {row}", label, place)
+            Entry(f"{shard.path.name} row {row}", label, location)
             for shard in self._shards()
-            for row, (label, place) in enumerate(zip(shard.labels, shard.places(), strict=True))
+            for row, (label, location) in enumerate(zip(shard.labels, shard.locations(), strict=True))
         ]
 
     def reader(self) -> Callable[[Any], Path | BytesIO]:
-        """Reads a row's image; the row group that the last one was in is kept."""
+        """Reads the image of a row, and keeps the row group of the last image in memory."""
         return _Rows()
 
     def stamp(self, entry: Entry) -> tuple[int, ...]:
-        """Size and time of the shard."""
-        return stamp(entry.place[0])
+        """Size and modification time of the shard."""
+        return stamp(entry.location[0])
 
     def _shards(self) -> list["_Shard"]:
-        return [_shard(path, stamp(path)) for path in matching("parquet", self.files)]
+        return [_shard(path, stamp(path)) for path in matching_files("parquet", self.files)]
 
 
 @frozen
@@ -72,8 +72,8 @@ class _Shard:
     groups: list[int]
     classes: int | None
 
-    def places(self) -> list[tuple[Path, int, int]]:
-        """File, row group, and row in the group, of each row."""
+    def locations(self) -> list[tuple[Path, int, int]]:
+        """File, row group and row in the group, for each row."""
         return [(self.path, group, row) for group, rows in enumerate(self.groups) for row in range(rows)]
 
 
@@ -102,15 +102,15 @@ def _shard(path: Path, stamp: Any) -> _Shard:
         raise DataError(f"parquet: {path}: has rows without a label, as test splits do; give another split")
     if (most := max(labels)) >= MOST_CLASSES:
         raise DataError(
-            f"parquet: {path}: row {labels.index(most)} has label {most}, larger than any model's; labels are "
-            "positions in the model's list of classes, so give shards that hold these"
+            f"parquet: {path}: row {labels.index(most)} has label {most}, larger than any model's; labels must "
+            "be positions in the model's list of classes; give shards with such labels"
         )
     return _Shard(path, labels, groups, classes)
 
 
 def _check(path: Path, schema: Any, pyarrow: Any) -> None:
     if twice := [name for name in (_IMAGE, _LABEL) if schema.names.count(name) > 1]:
-        raise DataError(f"parquet: {path}: has {schema.names.count(twice[0])} columns {twice[0]}; one is wanted")
+        raise DataError(f"parquet: {path}: has {schema.names.count(twice[0])} columns {twice[0]}; leave one")
     types: dict[str, Any] = dict(zip(schema.names, schema.types, strict=True))
     image, label = types.get(_IMAGE), types.get(_LABEL)
     parts = {part.name: part.type for part in image} if image is not None and pyarrow.types.is_struct(image) else {}
@@ -119,12 +119,12 @@ def _check(path: Path, schema: Any, pyarrow: Any) -> None:
         columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         raise DataError(
             f"parquet: {path}: needs a column image of {{bytes, path}} and a column label of whole numbers; it has "
-            f"{columns}"
+            f"{columns}; give shards with these columns"
         )
 
 
 def _classes(metadata: dict[bytes, bytes]) -> int | None:
-    """The number of class names that Hugging Face wrote beside the schema."""
+    """The number of class names in the metadata that Hugging Face writes; ``None`` if there are none."""
     try:
         return len(json.loads(metadata[b"huggingface"])["info"]["features"][_LABEL]["names"])
     except (KeyError, TypeError, ValueError):
@@ -133,12 +133,12 @@ def _classes(metadata: dict[bytes, bytes]) -> int | None:
 
 @frozen
 class _Rows:
-    """Opens its files in the process that reads them, without threads: it may be a fork."""
+    """Reads rows. It opens files in the reading process and without threads, because that process may be a fork."""
 
     kept: dict[tuple[Path, int], Any] = field(factory=dict)
 
-    def __call__(self, place: tuple[Path, int, int]) -> BytesIO:
-        path, group, row = place
+    def __call__(self, location: tuple[Path, int, int]) -> BytesIO:
+        path, group, row = location
         if (path, group) not in self.kept:
             self.kept.clear()
             with _pyarrow().parquet.ParquetFile(path) as file:

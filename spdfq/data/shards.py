@@ -1,4 +1,4 @@
-"""Files that hold many images: which ones a pattern means, and when one of them is another than before."""
+"""Files that hold many images: finding them by a pattern, and noticing that they changed."""
 
 import glob
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from spdfq.errors import DataError
 
 
-def matching(title: str, pattern: str) -> list[Path]:
-    """The files that a path with ``*`` means, in alphabetical order.
+def matching_files(title: str, pattern: str) -> list[Path]:
+    """The files that match a path with ``*``, in alphabetical order.
 
     Raises:
-        DataError: there are none.
+        DataError: no file matches.
     """
     found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
     if not found:
@@ -19,6 +19,6 @@ def matching(title: str, pattern: str) -> list[Path]:
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of a file, under which what was found in it is kept."""
+    """Size and modification time of a file. What was read from it stays valid while they stay the same."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns

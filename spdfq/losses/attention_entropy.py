@@ -1,4 +1,4 @@
-"""Attention entropy: how differently the tokens of an image attend, the objective that MaskAQ adds to MimiQ's."""
+"""Attention entropy: how differently the tokens of an image attend (MaskAQ)."""
 
 import math
 from typing import ClassVar
@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from attrs import define, field, validators
+from einops import rearrange
 from torch import Tensor
 
 from spdfq.attention import QUERIES_AND_KEYS
@@ -18,29 +19,30 @@ _FLOOR = 1e-8
 def attention_entropy(rows: Tensor) -> Tensor:
     """Entropy of a Gaussian with the variance of the rows' cosine similarities, mean over images (arXiv 2606.04373).
 
-    ``½ log(2πe (var + 1e-8))`` over all pairs of rows, a row with itself included.
+    ``½ log(2πe (var + 1e-8))`` over all pairs of rows, including each row with itself.
 
     Args:
-        rows: ``[B, R, K]``, R attention rows of each image.
+        rows: ``[B, R, K]``: R attention rows of each image.
 
     Returns:
         A scalar, in nats.
     """
     unit = F.normalize(at_least_float32(rows), dim=-1)
-    variance = (unit @ unit.mT).flatten(1).var(-1, correction=0)
+    variance = rearrange(unit @ unit.mT, "b q k -> b (q k)").var(-1, correction=0)
     return 0.5 * (math.log(2 * math.pi * math.e) + (variance + _FLOOR).log()).mean()
 
 
 @losses.register("attention_entropy", paper="arXiv:2606.04373")
 @define(kw_only=True)
 class AttentionEntropyLoss(Loss):
-    """Negative Gaussian entropy of the similarities of attention rows, mean over blocks: tokens attend differently.
+    """Negative Gaussian entropy of the similarities of attention rows, mean over blocks.
 
-    The rows are raw scores, mean over heads, of patch tokens over patch tokens; those of a window count as an image's.
+    The rows are raw scores of patch tokens over patch tokens, mean over heads. Each window counts as an image.
+    Minimising it makes tokens attend differently.
 
     Args:
         weight: factor of this loss.
-        rows: how many random rows are compared, drawn anew in each iteration and shared by the group's images.
+        rows: how many random rows are compared; drawn in each iteration, and the same for all images of the group.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({QUERIES_AND_KEYS})
@@ -53,13 +55,13 @@ class AttentionEntropyLoss(Loss):
         return -torch.stack([attention_entropy(self._rows(inputs, block)) for block in blocks]).mean()
 
     def _rows(self, inputs: LossInputs, block: int) -> Tensor:
-        """``[B, R, K]``: the mean over heads is one product of heads side by side, up to its scale."""
+        """``[B, R, K]``. Up to a factor, the mean over heads is one product of the concatenated heads."""
         record = inputs.attention
         query, key = record.queries[block][:, :, record.prefix :], record.keys[block][:, :, record.prefix :]
         drawn = torch.randperm(query.shape[-2], generator=inputs.generator("rows", block, inputs.iteration))
         chosen = query[:, :, drawn[: self.rows].to(query.device)]
-        return _side_by_side(chosen) @ _side_by_side(key).mT
+        return _concatenated(chosen) @ _concatenated(key).mT
 
 
-def _side_by_side(heads: Tensor) -> Tensor:
-    return heads.float().transpose(1, 2).flatten(2)
+def _concatenated(x: Tensor) -> Tensor:
+    return rearrange(x.float(), "b heads n d -> b n (heads d)")

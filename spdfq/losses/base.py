@@ -1,4 +1,4 @@
-"""What every loss of the synthesis is: an attrs class called with what one iteration produced."""
+"""The base class of losses, and what each iteration hands to them."""
 
 import math
 from collections.abc import Callable
@@ -10,29 +10,31 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from spdfq.attention import AttentionRecord
+from spdfq.losses.attention_maps import MapPictures
 
 
 @define(kw_only=True)
 class LossInputs:
-    """What one iteration over a group of ``B`` images and its ``M`` crops hands to the losses.
+    """What one iteration over a group of ``B`` images and their ``M`` crops hands to the losses.
 
     Args:
         images: ``[B, C, h, w]``, normalised, as the teacher saw them.
-        logits: ``[B+M, K]`` float32: the images first, then the crops; features where the teacher has no head.
-        targets: ``[B+M, K]`` probabilities drawn by the target; ``None`` where there are no classes.
-        labels: ``[B+M, K]`` boolean: the classes each view is meant to show; ``None`` where there are no classes.
-        view_weights: ``[B+M]``: 1/B for an image, 1/(B m) for each of an image's m crops.
-        attention: what the losses asked to be recorded, for the images alone.
+        logits: ``[B+M, K]`` float32: the images first, then the crops; features if the teacher has no head.
+        targets: ``[B+M, K]`` probabilities drawn by the target; ``None`` without classes.
+        labels: ``[B+M, K]`` boolean: the classes that each view is meant to show; ``None`` without classes.
+        view_weights: ``[B+M]``: 1/B for an image, 1/(B m) for each crop of an image with m crops.
+        attention: what the losses asked to have recorded, for the images but not for the crops.
         originals: ``[B, C, h, w]``: the images before this iteration's augmentations.
-        follow: maps ``[B, H, *grid]`` on the token grid, gone along with this iteration's augmentations.
-        tokens: ``[B, K]`` the patch tokens the teacher saw, ascending, where some were left out (token pruning).
-        generator: a fresh generator for a purpose, in the same state each time it is asked for within a group.
-        kept: what the loss wants to keep for the group; see `keep`.
+        follow: moves maps ``[B, heads, *grid]`` on the token grid along with this iteration's augmentations.
+        tokens: ``[B, K]`` indices of the patch tokens that the teacher saw, ascending; ``None`` if it saw all of them
+            (see token pruning).
+        generator: makes a generator for a purpose. Within a group, the same purpose always gives the same state.
+        kept: what the loss stores for the group; see `keep`.
         iteration: counted from 0.
-        iterations: of the whole run.
-        forward: the teacher's logits ``[n, K]``, float32, of further views ``[n, C, h, w]``.
-        student_logits: ``[B, K]`` float32, the quantized student's of the images; an adversarial synthesis gives them.
-        student_attention: likewise, what the losses that need a student asked to be recorded.
+        iterations: number of iterations of the whole run.
+        forward: float32 logits ``[n, K]`` of the teacher for more views ``[n, C, h, w]``.
+        student_logits: ``[B, K]`` float32 logits of the quantized student; ``None`` without a student.
+        student_attention: the student's attention, recorded for the losses that need a student; ``None`` without one.
     """
 
     images: Tensor
@@ -53,13 +55,13 @@ class LossInputs:
     student_attention: AttentionRecord | None = None
 
     def scoped(self, name: str) -> "LossInputs":
-        """The same for the loss of that name: what it keeps and draws is shared with no other loss."""
+        """The same inputs for the loss of that name. What it keeps and draws is separate from other losses."""
         return evolve(self, generator=partial(self.generator, name), kept=self.kept.setdefault(name, {}))
 
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` returned the first time this key was asked for in this group.
+        """Return ``make()``, computed the first time that this key is asked for in this group.
 
-        It is made anew after a resume, so let it depend on `generator` and shapes alone, not on the images.
+        A resumed run calls ``make`` again, so it must depend on `generator` and on shapes, but not on the images.
         """
         if key not in self.kept:
             self.kept[key] = make()
@@ -72,13 +74,13 @@ def _weight(_: Any, attribute: Any, value: Any) -> None:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays what it is."""
+    """Convert half precision to float32; leave float32 and float64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @define(kw_only=True)
 class Loss:
-    """Base class of losses.
+    """Base class of losses. A subclass defines `__call__`.
 
     Args:
         weight: factor of this loss in the sum; ``auto`` balances its gradient against the label loss's.
@@ -88,24 +90,40 @@ class Loss:
     """What must be recorded: names of `spdfq.attention.NEEDS`."""
 
     label_loss: ClassVar[bool] = False
-    """Whether this is the loss that ``weight = "auto"`` balances others against."""
+    """Whether it reads the labels. ``weight = "auto"`` balances other losses against label losses."""
 
     needs_student: ClassVar[bool] = False
     """Whether it compares the teacher with a quantized student, which only an adversarial synthesis has."""
 
+    has_pictures: ClassVar[bool] = False
+    """Whether `pictures` has something to show in the report."""
+
     weight: float | Literal["auto"] = field(default=1.0, validator=_weight)
+
+    @property
+    def follows_images(self) -> bool:
+        """Whether it calls ``LossInputs.follow``. If so, augmentations that maps cannot follow are refused."""
+        return False
 
     def check(self, attention: AttentionRecord, pruned: bool) -> None:
         """Refuse a model that the loss cannot be computed on, before anything runs.
 
         Args:
-            attention: what was recorded of one image.
-            pruned: whether patches will be left out on the way.
+            attention: a record of one image.
+            pruned: whether patches will be left out during the run.
 
         Raises:
             SpdfqError: what the model lacks.
         """
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        """The loss of a group, a scalar with a gradient to the images, not yet weighted."""
+        """The loss of a group: a scalar with a gradient to the images, before it is multiplied by ``weight``."""
         raise TypeError(f"{type(self).__name__} does not define __call__")
+
+    def pictures(self, inputs: LossInputs) -> MapPictures:
+        """The attention that the loss aims at, and the attention reached; called once, after the last iteration.
+
+        Args:
+            inputs: of a pass over the images without augmentations, crops or pruning.
+        """
+        raise TypeError(f"{type(self).__name__} does not define pictures")

@@ -1,21 +1,32 @@
-"""Pieces of a computation over token pairs, so small that its temporaries never matter."""
+"""Sizes of the chunks in which losses go through token pairs, so that temporary tensors stay small."""
 
 from collections.abc import Iterator
 
 import torch
 
-# 1 MiB of float32 stays in a core's own cache (benchmarks/losses.py); an accelerator wants long kernels instead
+# 1 MiB of float32 fits into the cache of a core (benchmarks/losses.py); an accelerator is faster with large kernels
 _ELEMENTS_CPU = 2**18
 _ELEMENTS = 2**24
 
 
 def chunk_length(elements: int, device: torch.device) -> int:
-    """How many rows of so many elements suit the device at a time; at least one."""
+    """How many rows to process at a time on a device, at least one.
+
+    Args:
+        elements: number of elements in a row.
+        device: where the rows are.
+    """
     limit = _ELEMENTS_CPU if device.type == "cpu" else _ELEMENTS
     return max(1, limit // max(1, elements))
 
 
 def row_chunks(rows: int, elements: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover ``rows`` rows of ``elements`` elements each, as many at a time as suit the device."""
+    """Slices that cover all rows, in chunks of `chunk_length`.
+
+    Args:
+        rows: number of rows.
+        elements: number of elements in a row.
+        device: where the rows are.
+    """
     step = chunk_length(elements, device)
     yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))

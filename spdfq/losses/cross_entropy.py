@@ -14,8 +14,8 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy against a distribution, mean over the batch.
 
     Args:
-        logits: ``[B, C]``.
-        target: ``[B, C]`` probabilities.
+        logits: ``[B, K]``.
+        target: ``[B, K]`` probabilities.
 
     Returns:
         A scalar, in nats.
@@ -27,7 +27,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy against class indices, mean over the batch.
 
     Args:
-        logits: ``[B, C]``.
+        logits: ``[B, K]``.
         labels: ``[B]`` class indices.
 
     Returns:
@@ -37,7 +37,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _over_views(inputs: LossInputs, target: Tensor) -> Tensor:
-    """Image by image: the loss of the whole plus the mean over its crops; mean over images."""
+    """For each image the loss of the whole plus the mean over its crops; then the mean over images."""
     assert inputs.logits is not None
     assert inputs.view_weights is not None
     per_view = -(target * inputs.logits.log_softmax(-1)).sum(-1)
@@ -47,7 +47,7 @@ def _over_views(inputs: LossInputs, target: Tensor) -> Tensor:
 @losses.register("soft_cross_entropy", paper="arXiv:2412.16553")
 @define(kw_only=True)
 class SoftCrossEntropyLoss(Loss):
-    """Softlabel learning (SL): cross-entropy to the drawn target distribution, whole image plus mean over its crops.
+    """Softlabel learning (SL): cross-entropy to the target distribution, whole image plus mean over its crops.
 
     Args:
         weight: factor of this loss.
@@ -64,7 +64,7 @@ class SoftCrossEntropyLoss(Loss):
 @losses.register("cross_entropy", paper="arXiv:2203.02250")
 @define(kw_only=True)
 class CrossEntropyLoss(Loss):
-    """Cross-entropy to the hard label; a view of several classes shares its label evenly among them.
+    """Cross-entropy to the hard label, which is shared evenly if a view shows several classes.
 
     Args:
         weight: factor of this loss.

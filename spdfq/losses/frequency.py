@@ -1,9 +1,10 @@
-"""Frequency consistency: what an image's details say must agree with what its outline says (FDD)."""
+"""Frequency consistency: the logits of an image's high and low frequencies must agree (FDD)."""
 
 from typing import Any
 
 import torch
 from attrs import define, field
+from einops import rearrange
 from torch import Tensor
 
 from spdfq.errors import SpdfqError
@@ -12,26 +13,27 @@ from spdfq.registry import losses
 
 
 def frequency_split(images: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """The low and the high frequencies of images; their sum is the images.
+    """Split images into low and high frequencies, whose sum is the images.
 
     Args:
         images: ``[B, C, h, w]``.
-        radius: of the disc of low frequencies, as a share of the highest frequency along an axis; at 0 it is the mean.
+        radius: radius of the disc of low frequencies, as a share of the highest frequency along an axis; 0 keeps only
+            the mean.
 
     Returns:
-        Two tensors ``[B, C, h, w]``.
+        Low and high frequencies, float32, ``[B, C, h, w]`` each.
     """
     images = at_least_float32(images)
     height, width = images.shape[-2:]
-    down = torch.fft.fftfreq(height, device=images.device).unsqueeze(-1)
+    down = rearrange(torch.fft.fftfreq(height, device=images.device), "h -> h 1")
     right = torch.fft.rfftfreq(width, device=images.device)
-    inside = 2 * (down.square() + right.square()).sqrt() <= radius  # in cycles per pixel, up to a half along an axis
+    inside = 2 * (down.square() + right.square()).sqrt() <= radius  # in cycles per pixel, at most 0.5
     low = torch.fft.irfft2(torch.fft.rfft2(images) * inside, s=(height, width))
     return low, images - low
 
 
 def frequency_consistency(high: Tensor, low: Tensor) -> Tensor:
-    """``KL(high ‖ low)`` of what the model says of the high and of the low frequencies, mean over images.
+    """``KL(high ‖ low)`` between the outputs on the high and on the low frequencies, mean over images.
 
     Args:
         high: logits ``[B, K]`` of the high frequencies.
@@ -52,15 +54,15 @@ def _radii(_: Any, __: Any, value: tuple[float, ...]) -> None:
 @losses.register("frequency_consistency")
 @define(kw_only=True)
 class FrequencyConsistencyLoss(Loss):
-    """Divergence of the model's output on high frequencies from that on low ones (FDD, PRCV 2023).
+    """Divergence of the model's output on high frequencies from its output on low frequencies (FDD, PRCV 2023).
 
-    It forwards two more views of each image through the teacher: the low and the high frequencies. The iterations are
-    shared evenly among stages of one radius each. (Nan and Chao, doi 10.1007/978-981-99-8543-2_17.)
+    The teacher sees two more views of each image: its low and its high frequencies. The run is divided into stages of
+    equal length, with one radius each. (Nan and Chao, doi 10.1007/978-981-99-8543-2_17.)
 
     Args:
         weight: factor of this loss (0.5 in FDD).
-        radii: of the low frequencies, as a share of the highest frequency along an axis, for each stage (five stages in
-            the paper; the radii are unpublished).
+        radii: radius of the low frequencies in each stage, as a share of the highest frequency along an axis (the paper
+            has five stages; its radii are unpublished).
     """
 
     radii: tuple[float, ...] = field(default=(0.1, 0.2, 0.3, 0.4, 0.5), validator=_radii)

@@ -1,9 +1,10 @@
-"""Inter-head attention similarity: how alike the heads of a block look at the image, the objective of MimiQ."""
+"""Inter-head attention similarity: how similar the attention maps of the heads of a block are (MimiQ)."""
 
 from typing import Any, ClassVar
 
 import torch
 from attrs import define
+from einops import rearrange
 from torch import Tensor
 
 from spdfq.attention import QUERIES_AND_KEYS, AttentionRecord
@@ -17,33 +18,33 @@ _FLAT = 1e-8
 
 
 def head_ssim(scores: Tensor) -> Tensor:
-    """Structural similarity of every two heads' maps of the same query (arXiv 2407.20021).
+    """Structural similarity between the maps of every two heads, for each query (arXiv 2407.20021).
 
-    Each query's row is brought to 0..1, and compared in one window as large as itself, with ``C1 = 0.01²`` and
-    ``C2 = 0.03²``. Covariances come from one centred product of ``[H, K]`` by ``[K, H]``.
+    Each row of scores is scaled to 0..1. The similarity has one window over the whole row, with ``C1 = 0.01²`` and
+    ``C2 = 0.03²``. All covariances of a query are one product of centred rows.
 
     Args:
-        scores: ``[B, H, N, K]`` raw scores of N queries over K keys, class token dropped on both sides.
+        scores: ``[B, heads, q, k]`` raw scores of queries over keys, without class tokens.
 
     Returns:
-        ``[B, N, H, H]`` in -1..1, ones on the diagonal.
+        ``[B, q, heads, heads]`` in -1..1, ones on the diagonal.
     """
-    maps = at_least_float32(scores).transpose(1, 2)
+    maps = rearrange(at_least_float32(scores), "b heads q k -> b q heads k")
     low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
     maps = (maps - low) / (high - low).clamp(min=_FLAT)
     mean = maps.mean(-1)
     centred = maps - mean.unsqueeze(-1)
     covariance = centred @ centred.mT / maps.shape[-1]
     variance = covariance.diagonal(dim1=-2, dim2=-1)
-    luminance = (2 * _product(mean) + _C1) / (_sum(mean.square()) + _C1)
-    return luminance * (2 * covariance + _C2) / (_sum(variance) + _C2)
+    luminance = (2 * _pair_products(mean) + _C1) / (_pair_sums(mean.square()) + _C1)
+    return luminance * (2 * covariance + _C2) / (_pair_sums(variance) + _C2)
 
 
-def _product(x: Tensor) -> Tensor:
+def _pair_products(x: Tensor) -> Tensor:
     return x.unsqueeze(-1) * x.unsqueeze(-2)
 
 
-def _sum(x: Tensor) -> Tensor:
+def _pair_sums(x: Tensor) -> Tensor:
     return x.unsqueeze(-1) + x.unsqueeze(-2)
 
 
@@ -51,7 +52,7 @@ def head_similarity(scores: Tensor) -> Tensor:
     """Mean of the squared structural similarity over all pairs of two heads, queries and images (arXiv 2407.20021).
 
     Args:
-        scores: ``[B, H, N, K]``; see `head_ssim`.
+        scores: ``[B, heads, q, k]``; see `head_ssim`.
 
     Returns:
         A scalar in 0..1.
@@ -68,14 +69,14 @@ def head_similarity(scores: Tensor) -> Tensor:
 
 
 def recorded_head_similarity(record: AttentionRecord) -> Tensor:
-    """`head_similarity` of each recorded attention with two heads or more, ``[blocks]``.
+    """`head_similarity` of each recorded attention with at least two heads, ``[blocks]``.
 
-    The scores are computed from ``queries_and_keys``, a few queries at a time, and again for the gradient: nothing of
-    the size of all of them is ever there. They are raw, so neither position biases nor masks take part. Of windowed
-    attention each window is an image of its own.
+    Raw scores are computed from the recorded queries and keys, a few queries at a time, and again for the gradient. So
+    all scores are never in memory at once. Position biases and masks are not included. In windowed attention each
+    window counts as an image.
 
     Raises:
-        SpdfqError: no attention has two heads.
+        SpdfqError: every attention has one head.
     """
     _refuse_one_head(record)
     pairs = [
@@ -88,14 +89,16 @@ def recorded_head_similarity(record: AttentionRecord) -> Tensor:
 
 def _refuse_one_head(record: AttentionRecord) -> None:
     if all(query.shape[1] < 2 for query in record.queries):
-        raise SpdfqError("no attention of this model has two heads or more, so there is nothing to compare")
+        raise SpdfqError(
+            "no attention of this model has two heads or more, so there is nothing to compare; leave the loss out"
+        )
 
 
 def _over_chunks(query: Tensor, key: Tensor) -> Tensor:
     windows, heads, queries, _ = query.shape
     row = heads * key.shape[-2]
     together, rows = chunk_length(row * queries, query.device), chunk_length(row, query.device)
-    # split, whose gradient is one concatenation: that of a slice is as large as the whole, for each slice
+    # split instead of slices: its gradient is one concatenation, while that of each slice is as large as the whole
     parts = [
         _Recomputed.apply(some, keys)
         for image, keys in zip(query.split(together), key.split(together), strict=True)
@@ -105,13 +108,13 @@ def _over_chunks(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _summed(query: Tensor, key: Tensor) -> Tensor:
-    """The similarity times the number of queries and images."""
+    """The similarity, summed over queries and images instead of averaged."""
     scores = at_least_float32(query) @ at_least_float32(key).mT
     return head_similarity(scores) * (len(query) * query.shape[-2])
 
 
 class _Recomputed(torch.autograd.Function):
-    """`_summed`, computed again for the gradient (torch's own checkpoint loads its compiler, which takes seconds)."""
+    """`_summed`, computed again for the gradient (torch's checkpoint would load its compiler, which takes seconds)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
@@ -131,11 +134,12 @@ class _Recomputed(torch.autograd.Function):
 class HeadSimilarityLoss(Loss):
     """Dissimilarity of the heads' raw attention maps, ``1 − SSIM²``, mean over blocks, queries and pairs of heads.
 
-    Blocks of one head have no pairs and are left out.
+    Blocks with one head have no pairs and are left out.
 
     Args:
         weight: factor of this loss.
-        faithful: as in the public code, count each head with itself too, which multiplies a block's loss by (H − 1)/H.
+        faithful: as in the public code, also count each head with itself, which multiplies the loss of a block with H
+            heads by (H − 1)/H.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({QUERIES_AND_KEYS})
@@ -143,7 +147,7 @@ class HeadSimilarityLoss(Loss):
     faithful: bool = False
 
     def check(self, attention: AttentionRecord, pruned: bool) -> None:
-        """Refuse a model whose every block has one head."""
+        """Refuse a model in which every block has one head."""
         _refuse_one_head(attention)
 
     def __call__(self, inputs: LossInputs) -> Tensor:

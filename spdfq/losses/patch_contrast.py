@@ -1,4 +1,4 @@
-"""Patch contrast: neighbouring patches group into things and their borders, the objective of CLAMP-ViT."""
+"""Patch contrast: neighbouring patches become either similar or clearly different (CLAMP-ViT)."""
 
 import math
 from typing import ClassVar
@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from attrs import define, field, validators
+from einops import rearrange
 from torch import Tensor
 
 from spdfq.attention import ATTENTION_OUTPUTS, AttentionRecord
@@ -13,20 +14,20 @@ from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
 
-# half of the eight neighbours; the other half are the same pairs seen from the other side
+# four of the eight neighbours; the other four are the same pairs in the opposite direction
 _DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 _NEIGHBOURS = 2 * len(_DIRECTIONS)
 
 
 def patch_contrast(features: Tensor, grid: tuple[int, int], positives: int = 4, temperature: float = 0.1) -> Tensor:
-    """InfoNCE of each patch against its 3×3 neighbourhood, mean over patches and images (arXiv 2407.05266).
+    """InfoNCE of each patch within its 3×3 neighbourhood, mean over patches and images (arXiv 2407.05266).
 
-    Of a patch's neighbours the ``positives`` of largest cosine similarity are its positives, the others its negatives:
+    The ``positives`` neighbours with the largest cosine similarity are the positives; the others are the negatives:
     ``mean over positives of −log(e^{s/τ} / (e^{s/τ} + Σ_negatives e^{s'/τ}))``. A patch without negatives (in a corner)
-    adds nothing. Only neighbours are compared, so the cost grows with N and not with N².
+    adds nothing. Only neighbours are compared, so the cost grows with n and not with n².
 
     Args:
-        features: ``[B, N, D]``, N = h·w patches row by row, class token dropped.
+        features: ``[B, n, d]``: n = h·w patches row by row, without the class token.
         grid: ``(h, w)``.
         positives: how many neighbours are positives, 1 to 7.
         temperature: τ.
@@ -35,18 +36,18 @@ def patch_contrast(features: Tensor, grid: tuple[int, int], positives: int = 4, 
         A scalar, in nats.
 
     Raises:
-        SpdfqError: N is not h·w, or the grid is so small that no patch has a negative.
+        SpdfqError: n is not h·w, or the grid is so small that no patch has a negative.
     """
     if features.shape[1] != grid[0] * grid[1]:
         raise SpdfqError(f"{features.shape[1]} patches are not a grid of {grid[0]}x{grid[1]}")
     _refuse_small(grid, positives)
     unit = F.normalize(at_least_float32(features), dim=-1)
-    scores = _neighbour_similarities(unit.unflatten(1, grid)) / temperature
+    scores = _neighbour_similarities(rearrange(unit, "b (h w) d -> b h w d", h=grid[0])) / temperature
     near, order = scores.topk(positives, dim=-1)
     negatives = scores.scatter(-1, order, -math.inf).logsumexp(-1, keepdim=True)
-    there = near.isfinite()
-    terms = torch.where(there, F.softplus(negatives - near.masked_fill(~there, 0)), 0)
-    return (terms.sum(-1) / there.sum(-1).clamp(min=1)).mean()
+    exists = near.isfinite()
+    terms = torch.where(exists, F.softplus(negatives - near.masked_fill(~exists, 0)), 0)
+    return (terms.sum(-1) / exists.sum(-1).clamp(min=1)).mean()
 
 
 def _refuse_small(grid: tuple[int, int], positives: int) -> None:
@@ -58,19 +59,23 @@ def _refuse_small(grid: tuple[int, int], positives: int) -> None:
 
 
 def _neighbour_similarities(unit: Tensor) -> Tensor:
-    """``[B, h, w, 8]`` products with the neighbours; −∞ beyond the border."""
+    """``[B, h, w, 8]`` products of each patch with its neighbours; −∞ beyond the border.
+
+    Args:
+        unit: ``[B, h, w, d]`` vectors of length 1.
+    """
     batch, height, width, _ = unit.shape
     scores = unit.new_full((_NEIGHBOURS, batch, height, width), -math.inf)
     for index, (down, right) in enumerate(_DIRECTIONS):
-        here, there = _overlap(down, right), _overlap(-down, -right)
-        product = (unit[here] * unit[there]).sum(-1)
-        scores[(2 * index, *here)] = product
-        scores[(2 * index + 1, *there)] = product
-    return scores.movedim(0, -1)
+        patches, neighbours = _with_neighbour(down, right), _with_neighbour(-down, -right)
+        product = (unit[patches] * unit[neighbours]).sum(-1)
+        scores[(2 * index, *patches)] = product
+        scores[(2 * index + 1, *neighbours)] = product
+    return rearrange(scores, "neighbours b h w -> b h w neighbours")
 
 
-def _overlap(down: int, right: int) -> tuple[slice, slice, slice]:
-    """The patches that have a neighbour so far down and to the right."""
+def _with_neighbour(down: int, right: int) -> tuple[slice, slice, slice]:
+    """Index of the patches ``[B, h, w]`` that have a neighbour this far down and to the right."""
 
     def side(step: int) -> slice:
         return slice(None, -step) if step > 0 else slice(-step, None)
@@ -81,14 +86,15 @@ def _overlap(down: int, right: int) -> tuple[slice, slice, slice]:
 @losses.register("patch_contrast", paper="arXiv:2407.05266")
 @define(kw_only=True)
 class PatchContrastLoss(Loss):
-    """Patch-level contrast of attention outputs inside 3×3 neighbourhoods, mean over blocks.
+    """Patch-level contrast of attention outputs within 3×3 neighbourhoods, mean over blocks.
 
-    Heads lie side by side in a patch's feature. Neighbourhoods of windowed attention end at the window's border.
+    The feature of a patch is the concatenation of its heads. In windowed attention, neighbourhoods end at the border of
+    the window.
 
     Args:
         weight: factor of this loss.
-        positives: how many of a patch's eight neighbours, the most similar ones, are positives.
-        temperature: of the InfoNCE (unpublished).
+        positives: how many of a patch's eight neighbours are positives: the most similar ones.
+        temperature: temperature of the InfoNCE (unpublished).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({ATTENTION_OUTPUTS})
@@ -97,23 +103,27 @@ class PatchContrastLoss(Loss):
     temperature: float = field(default=0.1, validator=[validators.gt(0.0), validators.lt(math.inf)])
 
     def check(self, attention: AttentionRecord, pruned: bool) -> None:
-        """Refuse pruned patches, which leave holes in the neighbourhoods, and grids without a negative."""
+        """Refuse token pruning, which removes neighbours, and grids so small that no patch has a negative."""
         if pruned:
-            raise SpdfqError("compares patches with their neighbours, which token pruning leaves out; take one of both")
+            raise SpdfqError(
+                "compares patches with their neighbours, which token pruning leaves out; use one or the other"
+            )
         for outputs, grid in zip(attention.attention_outputs, attention.grids, strict=True):
-            _refuse_small(_unpooled(grid, outputs.shape[-2] - attention.prefix), self.positives)
+            _refuse_small(_query_grid(grid, outputs.shape[-2] - attention.prefix), self.positives)
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
         record = inputs.attention
         terms = []
         for outputs, grid in zip(record.attention_outputs, record.grids, strict=True):
-            features = outputs[:, :, record.prefix :].float().transpose(1, 2).flatten(2)
-            terms.append(patch_contrast(features, _unpooled(grid, features.shape[1]), self.positives, self.temperature))
+            features = rearrange(outputs[:, :, record.prefix :].float(), "b heads n d -> b n (heads d)")
+            terms.append(
+                patch_contrast(features, _query_grid(grid, features.shape[1]), self.positives, self.temperature)
+            )
         return torch.stack(terms).mean()
 
 
-def _unpooled(grid: tuple[int, int], queries: int) -> tuple[int, int]:
-    """The grid of the queries, where that of the keys is pooled (PVT v2)."""
+def _query_grid(grid: tuple[int, int], queries: int) -> tuple[int, int]:
+    """The grid of the queries, which is finer than that of the keys if keys are pooled (PVT v2)."""
     factor = max(1, math.isqrt(queries // (grid[0] * grid[1])))
     return grid[0] * factor, grid[1] * factor

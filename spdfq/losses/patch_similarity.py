@@ -1,4 +1,4 @@
-"""Patch similarity entropy (PSE): the diversity of token similarities, the objective of PSAQ-ViT."""
+"""Patch similarity entropy (PSE): the diversity of the similarities between tokens (PSAQ-ViT)."""
 
 import math
 from typing import Any, ClassVar
@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from attrs import define
+from einops import rearrange
 from torch import Tensor
 
 from spdfq.attention import ATTENTION_OUTPUTS
@@ -17,31 +18,31 @@ from spdfq.registry import losses
 _BANDWIDTH = 0.01
 _POINTS = 10
 _FLOOR = 1e-4
-# e^-80 is nothing beside the floor, and spares the exponential its slow path of results that round to zero
+# e^-80 is negligible beside the floor; smaller results are subnormal, and computing them is slow
 _FAR = -80.0
 
 
 def patch_similarity_entropy(features: Tensor, images: int | None = None) -> Tensor:
     """Differential entropy of the cosine similarities of all token pairs, mean over images (arXiv 2203.02250).
 
-    A Gaussian kernel density (bandwidth 0.01) is evaluated at 10 points spread over the batch's range of similarities
-    (taken as given: no gradient), 1e-4 is added, and ``−∫p log p`` taken by the trapezoid rule. No tensor of the size
-    of all pairs is kept for the gradient, which computes the similarities again.
+    A Gaussian kernel density (bandwidth 0.01) is evaluated at 10 points, evenly spaced over the batch's range of
+    similarities. The points have no gradient. After 1e-4 is added, ``−∫p log p`` is integrated by the trapezoid rule.
+    The gradient computes the similarities again, so no tensor of the size of all pairs is kept for it.
 
     Args:
-        features: ``[B, N, D]``, heads already merged, class token dropped; ``[B n, N, D]``, image by image, where each
-            image has n windows.
-        images: B, where there are windows: the density of an image is that of the pairs inside all its windows.
+        features: ``[B, n, d]``, mean over heads, without the class token; ``[B*windows, n, d]``, image by image, for
+            windowed attention.
+        images: B; needed for windowed attention. The pairs inside all windows of an image make its density.
 
     Returns:
         A scalar, in nats.
 
     Raises:
-        SpdfqError: the windows are no multiple of the images.
+        SpdfqError: the number of windows is not a multiple of the number of images.
     """
     images = len(features) if images is None else images
     if images < 1 or len(features) % images:
-        raise SpdfqError(f"{len(features)} windows cannot be those of {images} images; fold windows into the batch")
+        raise SpdfqError(f"{len(features)} windows cannot belong to {images} images; fold windows into the batch")
     unit = F.normalize(at_least_float32(features), dim=-1)
     return _PairEntropy.apply(unit, images)
 
@@ -66,27 +67,34 @@ class _PairEntropy(torch.autograd.Function):
 
 
 class _Similarities:
-    """Cosine similarities of the tokens ``[B n, N, D]`` of each window, never all of them at once."""
+    """Cosine similarities of all token pairs within each window, computed in chunks of query rows.
+
+    Args:
+        unit: ``[B*windows, n, d]`` vectors of length 1.
+        images: B.
+    """
 
     def __init__(self, unit: Tensor, images: int) -> None:
         self.unit, self.images = unit, images
         windows, self.tokens, _ = unit.shape
+        self.windows = windows // images
         self.chunks = list(row_chunks(self.tokens, windows * self.tokens, unit.device))
         pairs = windows * self.tokens**2 / images
         self.height = 1 / (_BANDWIDTH * math.sqrt(2 * math.pi) * pairs)
 
     def of(self, rows: slice) -> Tensor:
-        """``[B, pairs]`` of some query rows."""
-        return (self.unit[:, rows] @ self.unit.mT).reshape(self.images, -1)
+        """``[B, pairs]``: the similarities of some query rows."""
+        products = self.unit[:, rows] @ self.unit.mT
+        return rearrange(products, "(b windows) q k -> b (windows q k)", b=self.images)
 
     def points(self) -> Tensor:
-        """Where the density is evaluated."""
+        """``[points]`` at which the density is evaluated."""
         ends = torch.stack([torch.stack(self.of(rows).aminmax()) for rows in self.chunks])
         low, high = ends[:, 0].min(), ends[:, 1].max()
         return torch.linspace(0, 1, _POINTS, device=ends.device, dtype=ends.dtype) * (high - low) + low
 
     def density(self, points: Tensor) -> Tensor:
-        """``[B, points]``."""
+        """``[B, points]`` density of the similarities of each image."""
         density = self.unit.new_zeros(self.images, len(points))
         for rows in self.chunks:
             similarity = self.of(rows)
@@ -95,7 +103,7 @@ class _Similarities:
         return density * self.height
 
     def gradient(self, points: Tensor, by_density: Tensor) -> Tensor:
-        """With respect to the unit vectors, from that with respect to the density ``[B, points]``."""
+        """The gradient with respect to the unit vectors, from that with respect to the density ``[B, points]``."""
         gradient = torch.empty_like(self.unit)
         by_kernel = by_density * (-self.height / _BANDWIDTH**2)
         for rows in self.chunks:
@@ -104,8 +112,9 @@ class _Similarities:
             for index, point in enumerate(points):
                 distance = similarity - point
                 by_pair.addcmul_(_kernel(distance.clone()).mul_(distance), by_kernel[:, index, None])
-            # each pair stands in two places, and so on both sides of the product
-            gradient[:, rows] = 2 * by_pair.view(len(self.unit), -1, self.tokens) @ self.unit
+            by_pair = rearrange(by_pair, "b (windows q k) -> (b windows) q k", windows=self.windows, k=self.tokens)
+            # a token takes part in a pair as a query and as a key, with the same gradient
+            gradient[:, rows] = 2 * by_pair @ self.unit
         return gradient
 
 
@@ -117,13 +126,13 @@ def _kernel(distance: Tensor) -> Tensor:
 @losses.register("patch_similarity_entropy", paper="arXiv:2203.02250")
 @define(kw_only=True)
 class PatchSimilarityEntropyLoss(Loss):
-    """Negative patch similarity entropy of attention outputs, summed over blocks: minimising it diversifies patches.
+    """Negative patch similarity entropy of attention outputs, summed over blocks: makes patches more diverse.
 
-    Of windowed attention the pairs inside each window count, and an image's density is that of all its windows.
+    In windowed attention, the pairs inside all windows of an image make its density.
 
     Args:
         weight: factor of this loss.
-        faithful: drop the first token also where it is no class token, as the public code does on Swin (the paper drops
+        faithful: drop the first token even if it is not a class token, as the public code does on Swin (the paper drops
             the class token).
     """
 

@@ -1,17 +1,36 @@
-"""Attention priors: random maps of one to a few bumps on the token grid (SPDFQ, arXiv 2412.16553, section 3.2)."""
+"""Attention priors: random maps of one or more bumps on the token grid (SPDFQ, arXiv 2412.16553, section 3.2)."""
 
 import math
 from typing import Literal, get_args
 
 import torch
 from attrs import field, frozen, validators
+from einops import rearrange, repeat
 from torch import Tensor
 
 from spdfq.registry import priors
 
 Combine = Literal["sum", "max"]
-# the square of a distance in such units is still a number
+# below this, the square of a distance divided by sigma overflows float32
 _NARROWEST = 1e-6
+
+
+@frozen
+class Prior:
+    """Base class of attention priors. A subclass defines `sample`."""
+
+    def sample(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Draw maps.
+
+        Args:
+            count: number of maps.
+            grid: token grid ``(h, w)``.
+            generator: CPU generator. The result must depend on the arguments and on nothing else.
+
+        Returns:
+            float32 ``[count, h*w]``, non-negative, each map summing to 1.
+        """
+        raise TypeError(f"{type(self).__name__} does not define sample")
 
 
 def _ordered_pair(_: object, __: object, value: tuple[float, float]) -> None:
@@ -20,13 +39,15 @@ def _ordered_pair(_: object, __: object, value: tuple[float, float]) -> None:
 
 
 @frozen
-class MixturePrior:
-    """A mixture of ``k ~ U{1..max_components}`` elliptic bumps of equal height, positions uniform on the grid.
+class MixturePrior(Prior):
+    """A mixture of ``k ~ U{1..max_components}`` elliptic bumps of equal height at uniform positions on the grid.
+
+    A subclass defines `log_profile`.
 
     Args:
-        max_components: most bumps in one map (5 in the paper).
+        max_components: largest number of bumps in one map (5 in the paper).
         sigma: range of the standard deviation along each axis, in sides of the grid (unpublished).
-        correlation: range ``-c..c`` of the correlation of the two axes (unpublished).
+        correlation: the correlation of the two axes is drawn from ``-c..c`` (unpublished).
         combine: how overlapping bumps combine (unpublished).
     """
 
@@ -36,20 +57,11 @@ class MixturePrior:
     combine: Combine = field(default="sum", validator=validators.in_(get_args(Combine)), kw_only=True)
 
     def log_profile(self, squared: Tensor) -> Tensor:
-        """Logarithm of a bump's height at a squared Mahalanobis distance from its centre, where it is 0."""
+        """Logarithm of a bump's height at a squared Mahalanobis distance from its centre; 0 at the centre."""
         raise TypeError(f"{type(self).__name__} does not define log_profile")
 
     def sample(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Draw maps.
-
-        Args:
-            count: number of maps.
-            grid: tokens ``(h, w)``.
-            generator: CPU generator; it alone decides the result.
-
-        Returns:
-            float32 ``[count, h*w]``, non-negative, each map summing to 1.
-        """
+        """Draw maps; see `Prior.sample`."""
         shape = (count, self.max_components, 1)
         draw = torch.rand(5, *shape, generator=generator)
         low, high = self.sigma
@@ -59,16 +71,17 @@ class MixturePrior:
         dy, dx = (y - draw[0]) / spread_y, (x - draw[1]) / spread_x
         heights = self.log_profile((dy**2 + dx**2 - 2 * rho * dy * dx) / (1 - rho**2))
         used = torch.randint(1, self.max_components + 1, (count, 1, 1), generator=generator)
-        heights = heights.masked_fill(torch.arange(self.max_components).view(1, -1, 1) >= used, -math.inf)
+        unused = rearrange(torch.arange(self.max_components), "bumps -> 1 bumps 1") >= used
+        heights = heights.masked_fill(unused, -math.inf)
         maps = heights.logsumexp(1) if self.combine == "sum" else heights.amax(1)
-        # in logarithms, as a narrow bump on a coarse grid is zero at every token
+        # normalised by a softmax of logarithms: on a coarse grid a narrow bump underflows to zero at every token
         return maps.softmax(-1)
 
 
 def _centres(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Row and column ``[h*w]`` of each token's centre, in sides of the grid."""
+    """Row and column ``[h*w]`` of the centre of each token, in sides of the grid."""
     rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
-    return rows.repeat_interleave(grid[1]), columns.repeat(grid[0])
+    return repeat(rows, "h -> (h w)", w=grid[1]), repeat(columns, "w -> (h w)", h=grid[0])
 
 
 @priors.register("gaussian_mixture", paper="arXiv:2412.16553")
@@ -77,9 +90,9 @@ class GaussianMixturePrior(MixturePrior):
     """Mixture of two-dimensional Gaussians, the prior of SPDFQ.
 
     Args:
-        max_components: most Gaussians in one map (5 in the paper).
+        max_components: largest number of Gaussians in one map (5 in the paper).
         sigma: range of the standard deviation along each axis, in sides of the grid (unpublished).
-        correlation: range ``-c..c`` of the correlation of the two axes (unpublished).
+        correlation: the correlation of the two axes is drawn from ``-c..c`` (unpublished).
         combine: how overlapping Gaussians combine (unpublished).
     """
 
@@ -94,10 +107,10 @@ class LaplacePrior(MixturePrior):
     """Mixture of elliptic Laplace bumps, sharper at the centre and heavier in the tails.
 
     Args:
-        max_components: most bumps in one map.
+        max_components: largest number of bumps in one map.
         sigma: range of the width along each axis, in sides of the grid (unpublished); the standard deviation of a bump
             is 1.22 times it.
-        correlation: range ``-c..c`` of the correlation of the two axes (unpublished).
+        correlation: the correlation of the two axes is drawn from ``-c..c`` (unpublished).
         combine: how overlapping bumps combine (unpublished).
     """
 

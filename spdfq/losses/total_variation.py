@@ -10,14 +10,14 @@ from torch import Tensor
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
 
-# the group that the targets of PSAQ-ViT are for: 32 images of 3x224x224
+# the targets of PSAQ-ViT are meant for a group of 32 images of 3x224x224
 _PUBLISHED_PIXELS = 32 * 3 * 224 * 224
 
 
 def total_variation(images: Tensor, diagonal: float = 1.0) -> Tensor:
-    """Sum of the 2-norms of the four kinds of neighbour differences, over the whole tensor.
+    """Sum of the 2-norms of the differences between neighbouring pixels, in four directions (arXiv 2203.02250).
 
-    Horizontal, vertical and both diagonals (arXiv 2203.02250). A norm over the group, so its scale grows with the
+    The directions are horizontal, vertical and both diagonals. Each norm is over the whole group, so it grows with the
     square root of the number of pixels.
 
     Args:
@@ -49,20 +49,20 @@ def _positive(_: Any, __: Any, value: tuple[int, int, int, int]) -> None:
 class TotalVariationLoss(Loss):
     """Total variation of a group of images, a smoothness prior, or its distance from a target.
 
-    SPDFQ and PSAQ-ViT weigh it by 0.05; PSAQ-ViT has ``target = [2500, 3000]``. SMI has ``weight = 1e-4`` and
-    ``augmented = false``, MimiQ ``weight = 2.5e-5``, ``diagonal = 0.7071`` and ``augmented = false``.
+    SPDFQ and PSAQ-ViT have ``weight = 0.05``; PSAQ-ViT has ``target = [2500, 3000]``. SMI has ``weight = 1e-4`` and
+    ``augmented = false``. MimiQ has ``weight = 2.5e-5``, ``diagonal = 0.7071`` and ``augmented = false``.
 
     Args:
         weight: factor of this loss.
         diagonal: factor of the diagonal differences (1/√2 in MimiQ, 1 elsewhere).
-        target: range that a target is drawn from once for each group, for 32 images of 3×224×224, scaled to the group's
-            own pixels by the square root of their number; the loss is then the distance from the target.
-        faithful: take the target as it is whatever the size, as the public code does.
-        augmented: of the images as the teacher saw them, or before they were augmented.
-        for_group: ``[B, C, h, w]`` of the group that ``weight`` is for. On images of another size the loss is scaled by
-            the square root of the ratio of their pixels, so that it pulls as hard on a pixel; in a group of other
-            length by that of the inverse ratio of images, so that it keeps its share beside losses that are means over
-            the group. Left out, it is not scaled.
+        target: range from which a target is drawn once for each group; the loss is then the distance from the target.
+            The range is meant for 32 images of 3×224×224, and scaled by the square root of the ratio of pixels.
+        faithful: do not scale the target, as in the public code.
+        augmented: take the images as the teacher saw them, instead of before the augmentations.
+        for_group: ``[B, C, h, w]`` of the group that ``weight`` is meant for. For images of another size the loss is
+            scaled by the square root of the ratio of their pixels, so that the gradient of a pixel stays as large. In a
+            group of another length it is scaled by the square root of the inverse ratio of images, so that its
+            ratio to losses that are means over the group stays the same. Without it, the loss is not scaled.
     """
 
     diagonal: float = field(default=1.0, validator=[validators.ge(0.0), validators.lt(math.inf)])
@@ -73,7 +73,7 @@ class TotalVariationLoss(Loss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
-        return self._distance(inputs) * self._pull(inputs.images)
+        return self._distance(inputs) * self._scale(inputs.images)
 
     def _distance(self, inputs: LossInputs) -> Tensor:
         images = inputs.images if self.augmented or inputs.originals is None else inputs.originals
@@ -87,7 +87,7 @@ class TotalVariationLoss(Loss):
         scale = 1 if self.faithful else math.sqrt(inputs.images.numel() / _PUBLISHED_PIXELS)
         return scale * (low + (high - low) * share)
 
-    def _pull(self, images: Tensor) -> float:
+    def _scale(self, images: Tensor) -> float:
         if not self.for_group:
             return 1.0
         count, *size = self.for_group

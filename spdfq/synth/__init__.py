@@ -1,4 +1,4 @@
-"""Sources of calibration images and the parts an optimised one is made of."""
+"""Sources of calibration images, and the components that optimise images from noise."""
 
 from spdfq.synth.augmentations import Augmentation as Augmentation
 from spdfq.synth.augmentations import Flip as Flip
@@ -6,28 +6,30 @@ from spdfq.synth.augmentations import Jitter as Jitter
 from spdfq.synth.augmentations import RandomResizedCrop as RandomResizedCrop
 from spdfq.synth.base import Source as Source
 from spdfq.synth.base import SyntheticImages as SyntheticImages
-from spdfq.synth.moves import Change as Change
-from spdfq.synth.moves import Moment as Moment
-from spdfq.synth.moves import Move as Move
-from spdfq.synth.optimize import OptimizedImages as OptimizedImages
+from spdfq.synth.changes import Change as Change
+from spdfq.synth.changes import Moment as Moment
+from spdfq.synth.changes import Move as Move
+from spdfq.synth.crops import CropPlan as CropPlan
+from spdfq.synth.optimized_images import OptimizedImages as OptimizedImages
 from spdfq.synth.optimizers import Adam as Adam
 from spdfq.synth.optimizers import AdamW as AdamW
-from spdfq.synth.optimizers import Constant as Constant
 from spdfq.synth.optimizers import Optimizer as Optimizer
-from spdfq.synth.optimizers import Schedule as Schedule
-from spdfq.synth.optimizers import WarmupCosine as WarmupCosine
-from spdfq.synth.pixels import ChannelOffset as ChannelOffset
-from spdfq.synth.pixels import ColorJitter as ColorJitter
-from spdfq.synth.pixels import HighPass as HighPass
-from spdfq.synth.pixels import LowPass as LowPass
+from spdfq.synth.pixel_augmentations import ChannelOffset as ChannelOffset
+from spdfq.synth.pixel_augmentations import ColorJitter as ColorJitter
+from spdfq.synth.pixel_augmentations import HighPass as HighPass
+from spdfq.synth.pixel_augmentations import LowPass as LowPass
 from spdfq.synth.pruning import TokenPruning as TokenPruning
-from spdfq.synth.samplers import CropPlan as CropPlan
 from spdfq.synth.samplers import MultiSemanticSampler as MultiSemanticSampler
+from spdfq.synth.samplers import Sampler as Sampler
 from spdfq.synth.samplers import WholeImageSampler as WholeImageSampler
+from spdfq.synth.schedules import Constant as Constant
+from spdfq.synth.schedules import Schedule as Schedule
+from spdfq.synth.schedules import WarmupCosine as WarmupCosine
 from spdfq.synth.sources import GaussianNoise as GaussianNoise
 from spdfq.synth.sources import RealImages as RealImages
 from spdfq.synth.spectral import SpectralAdam as SpectralAdam
-from spdfq.synth.student import StudentTraining as StudentTraining
+from spdfq.synth.student_training import StudentTraining as StudentTraining
 from spdfq.synth.targets import NoTarget as NoTarget
 from spdfq.synth.targets import OneHotTarget as OneHotTarget
 from spdfq.synth.targets import SoftLabelTarget as SoftLabelTarget
+from spdfq.synth.targets import Target as Target

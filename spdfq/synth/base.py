@@ -1,4 +1,4 @@
-"""What every source of calibration images gives, and how it is stored."""
+"""The base class of image sources, and the images that a source returns."""
 
 import json
 from pathlib import Path
@@ -18,19 +18,19 @@ _REMEDY = "synthesise them again, or use --fresh"
 
 @define(eq=False, kw_only=True)
 class SyntheticImages:
-    """Calibration images and what is known of how they came about.
+    """Calibration images, and how they were made.
 
     Args:
         images: float32 ``[n, C, H, W]``, normalised for the teacher.
-        boxes: ``[M, 4]`` crops (top, left, height, width) in pixels.
-        owners: ``[M]`` the image each crop belongs to.
-        labels: ``[M]`` the class of each crop.
+        boxes: ``[M, 4]`` top, left, height and width of each crop in pixels.
+        owners: ``[M]`` index of the image that each crop belongs to.
+        labels: ``[M]`` class of each crop.
         curves: ``[groups, iterations, columns]`` loss values.
         columns: names of the columns of ``curves``.
-        prior: ``[m, blocks, h, w]`` attention priors of the first images' first head; empty where there are none.
-        reached: likewise, the attention that was reached.
-        first_block: number of the first block of ``prior``.
-        damaged: names of real images that were drawn and could not be read.
+        prior: ``[m, blocks, h, w]`` attention priors of the first images' first head; empty if there are none.
+        reached: the attention that was reached, of the same shape.
+        first_block: index of the first block of ``prior``.
+        damaged: names of real images that were drawn but could not be read.
     """
 
     images: Tensor
@@ -47,17 +47,17 @@ class SyntheticImages:
     _TENSORS: ClassVar = ("images", "boxes", "owners", "labels", "curves", "prior", "reached")
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file; a crash leaves none or the one that was there."""
+        """Write one safetensors file. A crash leaves the file as it was before the call."""
         metadata = {"columns": json.dumps(self.columns), "first_block": str(self.first_block)}
         metadata |= {"damaged": json.dumps(self.damaged)} if self.damaged else {}
         write_tensors(path, {name: getattr(self, name) for name in self._TENSORS}, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "SyntheticImages":
-        """Read what `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            DataError: the file is missing, damaged or something else.
+            DataError: the file is missing, damaged or not of this kind.
         """
         tensors, metadata = read_tensors(path, _REMEDY)
         try:
@@ -68,32 +68,38 @@ class SyntheticImages:
                 damaged=tuple(json.loads(metadata.get("damaged", "[]"))),
             )
         except (KeyError, ValueError) as error:
-            raise DataError(f"{path}: not synthetic images of spdfq ({error}); {_REMEDY}") from None
+            raise DataError(f"{path}: does not hold synthetic images of spdfq ({error}); {_REMEDY}") from None
 
 
 @define(kw_only=True)
 class Source:
-    """Base class of image sources.
+    """Base class of image sources. A subclass defines `synthesize`.
 
     Args:
-        images: how many images.
+        images: number of images.
     """
 
     images: int = field(default=32, validator=[validators.ge(1), validators.le(10**9)])
 
     @property
     def needs_student(self) -> bool:
-        """Whether `synthesize` takes ``student``, which makes a quantized model by the recipe's own back-end."""
+        """Whether `synthesize` takes ``student``, which makes quantized models with the recipe's own back-end."""
         return False
 
     def check(self, teacher: Teacher) -> None:
-        """Refuse a teacher that these images cannot be made from, before anything is computed.
+        """Refuse a teacher that these images cannot be made from, before anything is computed; by default, refuse none.
 
         Raises:
-            RecipeError: with every reason.
-            SpdfqError: the model's attention cannot be recorded, or its patches cannot be left out.
+            RecipeError: every reason found.
+            SpdfqError: the model lacks something that the images need.
         """
 
     def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
-        """Make the images; what a killed call left in ``folder`` is taken up again."""
+        """Make the images.
+
+        Args:
+            teacher: on the runtime's device.
+            runtime: device, precision, seeds and progress.
+            folder: where unfinished work is stored and continued; nothing is stored without it.
+        """
         raise TypeError(f"{type(self).__name__} does not define synthesize")

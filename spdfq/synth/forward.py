@@ -1,4 +1,4 @@
-"""The forward passes of a group: which views and tokens the teacher sees together, and what of it is recorded."""
+"""The forward passes of a group: which views and tokens the teacher sees together, and what is recorded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from spdfq.attention import CLASS_ATTENTION, AttentionRecord, record_attention
 from spdfq.runtime import Runtime
-from spdfq.synth.pruning import Pruner, TokenPruning, find_layout
+from spdfq.synth.pruning import Pruner, TokenPruning, find_token_layout
 from spdfq.teacher import Teacher
 
 
 @frozen(eq=False)
-class Passes:
+class ForwardPasses:
     """Forward passes over the images of a group and their crops.
 
     Args:
         teacher: in evaluation mode.
         runtime: gives the precision.
-        count: B, how many images the group has.
-        pruner: which of their patches take part, where not all do.
+        count: B, number of images in the group.
+        pruner: which patches of the images remain; ``None`` without token pruning.
     """
 
     teacher: Teacher
@@ -30,34 +30,44 @@ class Passes:
     pruner: Pruner | None
 
     def logits(self, views: Tensor) -> Tensor:
-        """The teacher's answer, float32 ``[n, K]``, to views that are not recorded."""
+        """The teacher's logits, float32 ``[n, K]``, for views ``[n, C, h, w]``; nothing is recorded."""
         with self.runtime.autocast():
-            answer: Tensor = self.teacher.module(views).float()
-        return answer
+            logits: Tensor = self.teacher.module(views).float()
+        return logits
 
     def recorded(
         self, images: Tensor, crops: Tensor | None, needs: frozenset[str], tokens: Tensor | None
     ) -> tuple[Tensor, AttentionRecord]:
-        """The answer to images and crops, and the attention to the images, of which ``tokens`` take part."""
-        # crops are whole: beside images without some of their patches they take a pass of their own
+        """Pass images and crops through the teacher, and record its attention to the images.
+
+        Args:
+            images: ``[B, C, h, w]``.
+            crops: ``[M, C, h, w]``.
+            needs: what to record.
+            tokens: ``[B, K]`` the patch tokens of the images that remain; ``None`` means all.
+
+        Returns:
+            Logits float32 ``[B+M, K]``, and the record.
+        """
+        # crops keep all their patches, so they need a pass of their own if some patches of the images are left out
         together = [] if crops is None or tokens is not None else [crops]
         with self.recording(self.teacher.module, needs, tokens) as record:
-            answers = [self.teacher.module(torch.cat([images, *together])).float()]
+            logits = [self.teacher.module(torch.cat([images, *together])).float()]
         if crops is not None and tokens is not None:
-            answers.append(self.logits(crops))
-        return torch.cat(answers), record
+            logits.append(self.logits(crops))
+        return torch.cat(logits), record
 
     @contextmanager
     def recording(
         self, module: nn.Module, needs: frozenset[str], tokens: Tensor | None = None, network: nn.Module | None = None
     ) -> Iterator[AttentionRecord]:
-        """Inside, attention of ``module`` to the images is recorded; it sees these patch tokens of theirs alone.
+        """Inside the ``with`` block, record the attention of ``module`` to the images.
 
         Args:
-            module: the teacher's, or another whose parts, in ``network``, have the same names.
-            needs: what is recorded.
-            tokens: ``[B, K]``; all where there are none given.
-            network: ``module`` itself where it is left out.
+            module: the teacher's module, or a quantized model.
+            needs: what to record.
+            tokens: ``[B, K]`` the patch tokens that ``module`` gets to see; ``None`` means all.
+            network: the network inside ``module`` that has the teacher's module names; ``module`` itself by default.
         """
         layout = self.pruner.layout if self.pruner and tokens is not None else None
         with (
@@ -69,7 +79,7 @@ class Passes:
 
     @torch.no_grad()
     def prune(self, images: Tensor, iteration: int) -> None:
-        """Where it is time, leave out patches that the images as they are, without augmentation, do not need."""
+        """If pruning is due, leave out the patches that the images, without augmentations, need least."""
         if self.pruner is None or not self.pruner.due(iteration):
             return
         tokens = self.pruner.tokens(iteration - 1, (), (images.shape[-2], images.shape[-1]))
@@ -78,9 +88,9 @@ class Passes:
 
 
 def new_pruner(spec: TokenPruning | None, teacher: Teacher, count: int) -> Pruner | None:
-    """A pruner for ``count`` images that have all their patches."""
+    """A pruner for ``count`` images with all their patches; ``None`` without token pruning."""
     if spec is None:
         return None
-    layout = find_layout(teacher)
+    layout = find_token_layout(teacher)
     alive = torch.ones(count, layout.grid[0] * layout.grid[1], dtype=torch.bool, device=teacher.device)
     return Pruner(spec, layout, alive)

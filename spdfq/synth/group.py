@@ -1,136 +1,269 @@
-"""What is kept of a group of images between iterations: pixels, moments, automatic weights and the losses so far."""
+"""The optimisation loop of one group of images: forward passes, losses, step and clamp; resumable."""
 
+import time
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
-from attrs import define, field
 from torch import Tensor
 
-from spdfq.errors import DataError
-from spdfq.losses.base import Loss
-from spdfq.runtime.files import read_tensors, write_tensors
+from spdfq.attention import AttentionRecord
+from spdfq.errors import NonFiniteError, SpdfqError
+from spdfq.losses.base import Loss, LossInputs
+from spdfq.runtime import Advance, Runtime
+from spdfq.synth.base import SyntheticImages
+from spdfq.synth.changes import Change, Moment, apply_all, follow_all
+from spdfq.synth.crops import CropPlan
+from spdfq.synth.forward import ForwardPasses, new_pruner
+from spdfq.synth.group_state import GroupState, LossWeights
+from spdfq.synth.settings import LOOP_COLUMNS, SynthesisSettings
+from spdfq.synth.sources import noise
+from spdfq.synth.student_training import Student, StudentFactory, StudentTrainer
+from spdfq.teacher import Teacher
 
-BALANCE_ITERATIONS = 10
-_REMEDY = "delete it or use --fresh; the group then starts again"
-_MOMENTS = "optimizer."
-
-
-class Kept(Protocol):
-    """Something else of a group that must survive an interruption."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What must be stored."""
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `tensors` gave; raise DataError where it does not fit."""
-
-
-@define(eq=False)
-class Balance:
-    """Automatic loss weights: α = mean‖∇ label loss‖ / mean‖∇ loss‖ over the first iterations, then fixed.
-
-    Args:
-        losses: the losses by name.
-    """
-
-    losses: dict[str, Loss]
-    norms: Tensor = field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.norms = torch.zeros(1 + len(self.automatic), dtype=torch.float64)
-
-    @property
-    def automatic(self) -> list[str]:
-        """Names of the losses with ``weight = "auto"``."""
-        return [name for name, loss in self.losses.items() if loss.weight == "auto"]
-
-    def observe(self, terms: dict[str, Tensor], images: Tensor, iteration: int) -> None:
-        """Measure the gradients, during the first iterations only."""
-        if not self.automatic or iteration >= BALANCE_ITERATIONS:
-            return
-        labels = [terms[name] * float(loss.weight) for name, loss in self.losses.items() if loss.label_loss]
-        measured = [torch.stack(labels).sum(), *(terms[name] for name in self.automatic)]
-        for slot, term in enumerate(measured):
-            (gradient,) = torch.autograd.grad(term, images, retain_graph=True)
-            self.norms[slot] += float(gradient.norm())
-
-    def weight(self, name: str) -> float:
-        """The weight of a loss now: an automatic one is the ratio of what was measured so far."""
-        fixed = self.losses[name].weight
-        if fixed != "auto":
-            return float(fixed)
-        own = float(self.norms[1 + self.automatic.index(name)])
-        return float(self.norms[0]) / own if own > 0 else 0.0
+# interval in iterations; reading losses back makes an accelerator wait
+CHECK_EVERY = 10
+SAVE_SECONDS = 5.0
+# a student is stored with its moments: three times the size of the teacher's weights
+SAVE_SECONDS_STUDENT = 60.0
 
 
-@define(eq=False)
-class GroupState:
-    """What must be kept to take a group up again.
+class Group:
+    """The unit of work: images that share an optimizer, crops, targets, automatic weights and a state file.
+
+    Every random draw depends on the seed, the group's index, a purpose and the iteration alone. So `state` is all that
+    must be stored to resume a group.
 
     Args:
-        images: ``[B, C, H, W]``, the tensor that is optimised.
-        optimizer: its optimiser.
-        balance: its automatic weights.
-        curve: ``[iterations, columns]``.
-        iteration: the next iteration.
-        others: what else must be kept, by name.
+        spec: the settings.
+        teacher: frozen, in evaluation mode.
+        runtime: device, precision and seeds.
+        index: number of the group, counted from 0.
+        count: B, number of images.
+        student: makes the quantized student if the settings have one.
     """
 
-    images: Tensor
-    optimizer: torch.optim.Optimizer
-    balance: Balance
-    curve: Tensor
-    iteration: int = 0
-    others: dict[str, Kept | None] = field(factory=dict)
+    def __init__(
+        self,
+        spec: SynthesisSettings,
+        teacher: Teacher,
+        runtime: Runtime,
+        index: int,
+        count: int,
+        student: StudentFactory | None = None,
+    ) -> None:
+        self.spec, self.teacher, self.runtime, self.index, self.count = spec, teacher, runtime, index, count
+        self.size: tuple[int, int] = teacher.input_size[1:]
+        self.columns = (*spec.losses, *LOOP_COLUMNS)
+        self.kept: dict[Any, Any] = {}
+        self.redraws = 0
+        self.plan: CropPlan = spec.sampler.sample(count, self.size, teacher.num_classes, self.generator("sampler"))
+        self.labels: Tensor | None = None
+        self.targets: Tensor | None = None
+        if spec.target.gives_labels and not teacher.headless:
+            self.labels, self.targets = self._labels_and_targets()
+        self.view_weights = self._view_weights()
+        self.state = self._new_state()
+        self.passes = ForwardPasses(teacher, runtime, count, new_pruner(spec.pruning, teacher, count))
+        self.trainer = StudentTrainer(spec.student, _required(student)) if spec.student else None
+        self.state.others = {"pruning": self.passes.pruner, "student": self.trainer}
+        self.low, self.high = teacher.pixel_range(self.state.images)
 
-    def save(self, path: Path) -> None:
-        """Write the state so that a crash leaves either the old file or the new one."""
-        state = self.optimizer.state[self.images].items()
-        moments = {f"{_MOMENTS}{name}": value for name, value in state if isinstance(value, Tensor)}
-        kept = {name: other.tensors() for name, other in self.others.items() if other}
-        others = {f"{name}.{key}": value for name, tensors in kept.items() for key, value in tensors.items()}
-        write_tensors(path, {**self._tensors(), **moments, **others}, {"iteration": str(self.iteration)})
+    def generator(self, *purpose: str | int) -> torch.Generator:
+        """A fresh generator for a purpose of this group."""
+        return self.runtime.generator("group", self.index, *purpose)
 
-    def restore(self, path: Path) -> None:
-        """Take up what `save` wrote.
+    def run(self, advance: Advance, folder: Path | None = None) -> SyntheticImages:
+        """Run the iterations that remain, and return the result.
+
+        Args:
+            advance: reports progress.
+            folder: where the state is stored, and where an earlier one is looked for.
 
         Raises:
-            DataError: the file is damaged, or not of this group.
+            NonFiniteError: a loss or the gradient; nothing computed from it is stored.
+            DataError: the state found in ``folder`` is damaged.
         """
-        tensors, metadata = read_tensors(path, _REMEDY)
-        iteration = metadata.get("iteration", "")
-        self._refuse(path, tensors, iteration)
-        self.iteration = int(iteration)
+        state, iterations = self.state, self.spec.iterations
+        path = folder / f"group-{self.index:05d}.safetensors" if folder else None
+        if path and path.exists():
+            state.restore(path)
+            advance(state.iteration)
+        pause = SAVE_SECONDS_STUDENT if self.trainer else SAVE_SECONDS
+        checked, saved = state.iteration, time.monotonic()
+        while state.iteration < iterations:
+            self.step(state.iteration)
+            state.iteration += 1
+            to_save = state.iteration == iterations or time.monotonic() - saved >= pause
+            if to_save or state.iteration % CHECK_EVERY == 0:
+                self._check_finite(checked)
+                if to_save and path:
+                    state.save(path)
+                advance(state.iteration - checked, **self._latest())
+                checked, saved = state.iteration, time.monotonic() if to_save else saved
+        return self._result()
+
+    def step(self, iteration: int) -> None:
+        """Run one iteration. On an accelerator this queues work and does not wait for it."""
+        state = self.state
+        self.passes.prune(state.images, iteration)
+        inputs = self._forward(iteration)
+        terms = {name: _evaluated(name, loss, inputs) for name, loss in self.spec.losses.items()}
+        state.loss_weights.observe(terms, state.images, iteration)
+        total = torch.stack([term * state.loss_weights.weight(name) for name, term in terms.items()]).sum()
+        (gradient,) = torch.autograd.grad(total, state.images)
+        state.images.grad = gradient
+        state.curve[iteration] = torch.stack([*terms.values(), total, gradient.norm()]).detach()
+        if self.spec.schedule.restarts(iteration, self.spec.iterations):
+            state.optimizer.state.clear()
+        for parameters in state.optimizer.param_groups:
+            parameters["lr"] = self.spec.optimizer.lr * self.spec.schedule.factor(iteration, self.spec.iterations)
+        state.optimizer.step()
         with torch.no_grad():
-            for name, own in self._tensors().items():
-                own.copy_(tensors[name])
-        self.optimizer.state[self.images] = {
-            name: value if name == "step" else value.to(self.images.device)
-            for name, value in under(_MOMENTS, tensors).items()
-        }
-        for name, other in self.others.items():
-            try:
-                if other:
-                    other.restore(under(f"{name}.", tensors))
-            except DataError as error:
-                raise DataError(f"{path}: {error}; {_REMEDY}") from None
+            state.images.clamp_(self.low, self.high)
+        if self.trainer and self.trainer.due(iteration):
+            self._train_student(self.trainer, iteration)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {"images": self.images, "norms": self.balance.norms, "curve": self.curve}
+    def _new_state(self) -> GroupState:
+        drawn = noise(self.count, self.teacher, self.generator("noise")).to(self.runtime.device)
+        images = self.spec.optimizer.start(drawn).requires_grad_()
+        curve = torch.zeros(self.spec.iterations, len(self.columns), device=images.device)
+        return GroupState(images, self.spec.optimizer.build(images), LossWeights(self.spec.losses), curve)
 
-    def _refuse(self, path: Path, tensors: dict[str, Tensor], iteration: str) -> None:
-        """Raise where the file would not fit: `Tensor.copy_` would broadcast."""
-        if not iteration.isdecimal() or int(iteration) > len(self.curve):
-            raise DataError(
-                f"{path}: iteration {iteration!r} of {len(self.curve)} is not that of this group; {_REMEDY}"
+    def _labels_and_targets(self) -> tuple[Tensor, Tensor]:
+        """Labels and targets ``[B+M, K]`` of the images and then of the crops."""
+        classes = self.teacher.num_classes
+        whole = self.plan.label_mask(self.count, classes)
+        crops = torch.nn.functional.one_hot(self.plan.labels, classes).bool()
+        mask = torch.cat([whole, crops])
+        shown = [row.nonzero().flatten() for row in mask]
+        targets = self.spec.target.sample(shown, classes, self.generator("target"))
+        return mask.to(self.runtime.device), targets.to(self.runtime.device)
+
+    def _view_weights(self) -> Tensor:
+        crops = torch.bincount(self.plan.owners, minlength=self.count)[self.plan.owners]
+        return (torch.cat([torch.ones(self.count), 1 / crops]) / self.count).to(self.runtime.device)
+
+    def _forward(self, iteration: int) -> LossInputs:
+        """Pass the augmented images through the teacher and the student, and the crops through the teacher if due."""
+        images, changes, tokens = self._augmented(iteration)
+        self._redraw_crops(iteration)
+        crops = self.plan.views(self.state.images, self.size) if self.plan.due(iteration) else None
+        logits, record = self.passes.recorded(images, crops, self.spec.needs, tokens)
+        inputs = self._inputs(images, logits, record, iteration, changes, tokens)
+        if self.trainer:
+            student = self.trainer.ready(self.state.images, iteration)
+            inputs.student_logits, inputs.student_attention = self._student_pass(student, images, tokens)
+        return inputs
+
+    def _redraw_crops(self, iteration: int) -> None:
+        """Draw the boxes of this iteration, unless they are still those of the one before."""
+        redraws = iteration // self.plan.redraw if self.plan.redraw else 0
+        if redraws != self.redraws:
+            self.redraws = redraws
+            self.plan = self.spec.sampler.redrawn(self.plan, self.size, self.generator("sampler", redraws))
+
+    def _augmented(self, iteration: int) -> tuple[Tensor, tuple[Change, ...], Tensor | None]:
+        """The augmented images of an iteration, the changes made to them, and the patch tokens that remain."""
+        changes, pruner = self._changes(iteration), self.passes.pruner
+        tokens = pruner.tokens(iteration, changes, self.size) if pruner else None
+        return apply_all(changes, self.state.images), changes, tokens
+
+    def _student_pass(self, student: Student, images: Tensor, tokens: Tensor | None) -> tuple[Tensor, AttentionRecord]:
+        needs = self.spec.student_needs
+        with self.passes.recording(student.module, needs, tokens, student.network) as record:
+            return student.module(images).float(), record
+
+    def _train_student(self, trainer: StudentTrainer, iteration: int) -> None:
+        """One step of the student, on the images after their own step."""
+        with torch.no_grad():
+            images, _, tokens = self._augmented(iteration)
+            teacher, _ = self.passes.recorded(images, None, frozenset(), tokens)
+        trainer.step(lambda: self._student_pass(trainer.student, images, tokens)[0], teacher)
+
+    def _inputs(
+        self,
+        images: Tensor,
+        logits: Tensor,
+        record: AttentionRecord,
+        iteration: int,
+        changes: tuple[Change, ...] = (),
+        tokens: Tensor | None = None,
+    ) -> LossInputs:
+        used = len(logits)  # without the crops in iterations in which they are not forwarded
+        return LossInputs(
+            images=images,
+            logits=logits,
+            targets=None if self.targets is None else self.targets[:used],
+            labels=None if self.labels is None else self.labels[:used],
+            view_weights=self.view_weights[:used],
+            attention=record,
+            originals=self.state.images,
+            iteration=iteration,
+            iterations=self.spec.iterations,
+            forward=self.passes.logits,
+            follow=lambda maps: follow_all(changes, maps, self.size),
+            tokens=tokens,
+            generator=self.generator,
+            kept=self.kept,
+        )
+
+    def _changes(self, iteration: int) -> tuple[Change, ...]:
+        moment = Moment(
+            iteration=iteration, iterations=self.spec.iterations, count=self.count, size=self.teacher.input_size
+        )
+        return tuple(
+            augmentation.draw(self.generator("augmentation", index, iteration), moment)
+            for index, augmentation in enumerate(self.spec.augmentations)
+        )
+
+    def _check_finite(self, first: int) -> None:
+        """Stop, before anything is saved, if a loss or gradient since iteration ``first`` is not finite."""
+        wrong = (~self.state.curve[first : self.state.iteration].isfinite()).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise NonFiniteError(
+                f"synthesis: {self.columns[column]} is not finite in iteration {first + row} of group {self.index}; "
+                "try a lower synthesis.optimizer.lr, a lower weight of that loss, or runtime.precision='float32'"
             )
-        for name, own in self._tensors().items():
-            found = list(tensors[name].shape) if name in tensors else "nothing"
-            if found != list(own.shape):
-                raise DataError(f"{path}: {name} is {found}, expected {list(own.shape)}; {_REMEDY}")
+
+    def _latest(self) -> dict[str, float]:
+        """The latest losses, with the total first: a narrow terminal cuts the rest off."""
+        values = dict(zip(self.columns, self.state.curve[self.state.iteration - 1].tolist(), strict=True))
+        return {"total": values.pop("total"), **values}
+
+    def _result(self) -> SyntheticImages:
+        result = SyntheticImages(
+            images=self.state.images.detach().cpu(), curves=self.state.curve.cpu().unsqueeze(0), columns=self.columns
+        )
+        self._redraw_crops(self.spec.iterations - 1)
+        if self.labels is not None:
+            result.boxes, result.owners, result.labels = self.plan.boxes, self.plan.owners, self.plan.labels
+        shown = [name for name, loss in self.spec.losses.items() if loss.has_pictures]
+        if shown and self.index == 0:
+            self._add_pictures(result, shown[0])
+        return result
+
+    @torch.no_grad()
+    def _add_pictures(self, result: SyntheticImages, name: str) -> None:
+        """Add the attention maps of the loss of that name."""
+        loss, images = self.spec.losses[name], self.state.images
+        logits, record = self.passes.recorded(images, None, loss.needs, None)
+        pictures = loss.pictures(self._inputs(images, logits, record, self.spec.iterations - 1).scoped(name))
+        result.prior, result.reached, result.first_block = pictures.prior, pictures.reached, pictures.first_block
 
 
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is stored below a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _evaluated(name: str, loss: Loss, inputs: LossInputs) -> Tensor:
+    term = loss(inputs.scoped(name))
+    if not isinstance(term, Tensor) or term.ndim or not term.requires_grad:
+        found = f"a tensor {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+        raise SpdfqError(f"synthesis.losses.{name}: must return a scalar with a gradient to the images, not {found}")
+    return term.float()
+
+
+def _required(student: StudentFactory | None) -> StudentFactory:
+    if student is None:
+        raise SpdfqError(
+            "synthesis.student: nothing here makes a student; run the whole recipe, or give synthesize(..., student=)"
+        )
+    return student

@@ -1,4 +1,4 @@
-"""Sources without optimisation: noise, and real images as the reference."""
+"""Sources without optimisation: Gaussian noise, and real images for comparison."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ class GaussianNoise(Source):
     """Standard normal noise in the model's normalised space.
 
     Args:
-        images: how many images.
+        images: number of images.
     """
 
     def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
@@ -29,27 +29,31 @@ class GaussianNoise(Source):
 
 
 def noise(count: int, teacher: Teacher, generator: torch.Generator) -> torch.Tensor:
-    """Standard normal ``[count, C, H, W]`` on the CPU."""
+    """Standard normal noise ``[count, C, H, W]`` on the CPU, in the teacher's input size."""
     return torch.randn(count, *teacher.input_size, generator=generator)
 
 
 @sources.register("real")
 @define(kw_only=True)
 class RealImages(Source):
-    """Real images drawn at random from a labelled dataset: the row that data-free ones are compared with.
+    """Real images drawn at random from a labelled dataset, to compare data-free images with.
 
     Args:
-        images: how many images.
-        dataset: where they come from; not the images the accuracy is measured on.
+        images: number of images.
+        dataset: where they come from; must not be the images that the accuracy is measured on.
     """
 
     dataset: Any = component("dataset")
 
     def synthesize(self, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
-        """Draw the images; for one that cannot be read, the next of the draw."""
+        """Draw the images. An image that cannot be read is replaced by the next one of the draw.
+
+        Raises:
+            DataError: the dataset holds fewer readable images than ``images``.
+        """
         available = len(self.dataset)
         if available < self.images:
-            raise DataError(f"synthesis.images: {self.images} asked for, but the dataset holds {available}")
+            raise DataError(f"synthesis.images: {self.images} asked for, but the dataset holds {available}; lower it")
         order = torch.randperm(available, generator=runtime.generator("real")).tolist()
         found: list[torch.Tensor] = []
         damaged: list[str] = []
@@ -58,7 +62,7 @@ class RealImages(Source):
             if seen == available:
                 raise DataError(
                     f"synthesis.images: {self.images} asked for, but only {self.images - missing} of the dataset's "
-                    f"{available} images can be read; the first that cannot is {damaged[0]}"
+                    f"{available} images can be read (not {damaged[0]}, for example); lower it"
                 )
             for batch in self.dataset.batches(teacher, 64, order[seen : seen + missing]):
                 found.append(batch.images)

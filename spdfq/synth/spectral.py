@@ -1,13 +1,14 @@
-"""Pixels optimised in coordinates in which natural images are white: frequencies and colours apart."""
+"""Optimisation in coordinates that decorrelate natural images: by frequency and by colour."""
 
 import torch
 from attrs import field, frozen, validators
+from einops import einsum, rearrange
 from torch import Tensor
 
 from spdfq.registry import optimizers
 from spdfq.synth.optimizers import Adam
 
-# how the colours of natural photographs vary together (ImageNet, published with the paper below); rows red, green, blue
+# square root of the colour covariance of ImageNet, published with the paper below; rows are red, green and blue
 _COLORS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
@@ -16,42 +17,42 @@ _COLORS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 class SpectralAdam(Adam):
     """Adam on frequencies and decorrelated colours instead of pixels.
 
-    From feature visualization (Olah et al., Distill 2017, doi:10.23915/distill.00007); no paper of this field has it.
-    The images are ``x = M z``: M weighs each frequency f by ``1 / f**power``, as natural images do, and gives three
-    channels the colours of natural photographs; both so that white z makes x of variance 1. Adam works on z. So a step
-    moves what is smooth and grey the most, and noise hardly at all. Of natural images it knows this power law and a
-    published 3×3 matrix of ImageNet's colours, nothing else. The start is M applied to white noise. Images of other
-    than three channels have their frequencies weighed alone.
+    From feature visualization (Olah et al., Distill 2017, doi:10.23915/distill.00007); no paper on data-free
+    quantization uses it. The images are ``x = M z``. M multiplies each frequency f by ``1 / f**power``, the spectrum of
+    natural images, and mixes three channels so that their colours are those of natural photographs. White noise z gives
+    x of variance 1. Adam optimises z. A step therefore changes smooth and grey parts the most, and noise hardly at all.
+    The start is M applied to white noise. All that M knows of natural images is this power law and a published 3×3
+    matrix of ImageNet's colours. Without three channels, only frequencies are weighted.
 
     Args:
         lr: learning rate of z, in the units of normalised pixels.
         betas: decay of the first and second moment.
-        power: how fast the weight of a frequency falls; 0 leaves the frequencies alike.
+        power: how fast the weight of a frequency falls; 0 gives all frequencies the same weight.
     """
 
     power: float = field(default=1.0, validator=[validators.ge(0.0), validators.le(4.0)])
 
     def start(self, noise: Tensor) -> Tensor:
-        """``M z`` for white z of the images' shape."""
+        """``M z`` for white noise z ``[B, C, H, W]``."""
         return Coordinates(noise, self.power).pixels(noise)
 
     def build(self, images: Tensor) -> torch.optim.Optimizer:
-        """An optimiser of one tensor."""
-        return _Spectral(images, self.lr, self.betas, Coordinates(images, self.power))
+        """A torch optimizer of one tensor."""
+        return _SpectralAdam(images, self.lr, self.betas, Coordinates(images, self.power))
 
 
 class Coordinates:
     """The linear map M from white coordinates ``[B, C, H, W]`` to pixels of the same shape.
 
     Args:
-        images: of the shape, device and dtype at hand.
+        images: gives the shape, the device and the dtype.
         power: how fast the weight of a frequency falls.
     """
 
     def __init__(self, images: Tensor, power: float) -> None:
         channels, height, width = images.shape[1:]
         lowest = 1 / max(height, width)
-        rows = torch.fft.fftfreq(height, dtype=torch.float64).unsqueeze(1)
+        rows = rearrange(torch.fft.fftfreq(height, dtype=torch.float64), "h -> h 1")
         columns = torch.fft.fftfreq(width, dtype=torch.float64)
         weights = (rows.square() + columns.square()).sqrt().clamp(min=lowest) ** -power
         weights = weights / weights.square().mean().sqrt()
@@ -63,18 +64,18 @@ class Coordinates:
 
     def pixels(self, coordinates: Tensor) -> Tensor:
         """``M z``."""
-        return self._weighed(torch.einsum("ij,bjhw->bihw", self.colors, coordinates))
+        return self._filtered(einsum(self.colors, coordinates, "out c, b c h w -> b out h w"))
 
     def gradient(self, pixels: Tensor) -> Tensor:
-        """``Mᵀ g``: the gradient of the coordinates from that of the pixels."""
-        return torch.einsum("ji,bjhw->bihw", self.colors, self._weighed(pixels))
+        """``Mᵀ g``: the gradient with respect to the coordinates, from that with respect to the pixels."""
+        return einsum(self.colors, self._filtered(pixels), "c out, b c h w -> b out h w")
 
-    def _weighed(self, tensor: Tensor) -> Tensor:
+    def _filtered(self, tensor: Tensor) -> Tensor:
         return torch.fft.irfft2(torch.fft.rfft2(tensor) * self.weights, s=self.size)
 
 
-class _Spectral(torch.optim.Adam):
-    """Adam on z. M is linear: a step of z moves the images by M of it, so they are all that has to be kept."""
+class _SpectralAdam(torch.optim.Adam):
+    """Adam on z. Because M is linear, a step of z moves the images by M times the step, so z need not be stored."""
 
     def __init__(self, images: Tensor, lr: float, betas: tuple[float, float], coordinates: Coordinates) -> None:
         super().__init__([images], lr=lr, betas=betas, foreach=False)
@@ -82,7 +83,7 @@ class _Spectral(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """One step; ``images.grad`` is left as the gradient of the coordinates."""
+        """Make one step. Afterwards ``images.grad`` is the gradient with respect to the coordinates."""
         before = self.images.detach().clone()
         if self.images.grad is not None:
             self.images.grad = self.coordinates.gradient(self.images.grad)

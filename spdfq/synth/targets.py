@@ -1,7 +1,7 @@
-"""Targets: the distributions the teacher's outputs are pulled towards."""
+"""Targets: the distributions that the teacher's outputs are pulled towards."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from attrs import field, frozen, validators
@@ -11,20 +11,49 @@ from spdfq.errors import SpdfqError
 from spdfq.registry import targets
 
 Elsewhere = Literal["normal", "uniform", "zero"]
-# softmax has nothing left to tell apart beyond
+# the softmax of larger logits is one-hot in float32 anyway
 _LOGIT = (validators.ge(-1e4), validators.le(1e4))
+
+
+@frozen
+class Target:
+    """Base class of targets. A subclass defines `sample`, or sets ``gives_labels`` to false."""
+
+    gives_labels: ClassVar[bool] = True
+    """Whether images have labels at all. If not, `sample` is never called and label losses are refused."""
+
+    soft: ClassVar[bool] = False
+    """Whether classes that a view does not show get a probability too."""
+
+    def sample(self, labels: Sequence[Any], num_classes: int, generator: torch.Generator) -> Tensor:
+        """Draw a distribution for each view.
+
+        Args:
+            labels: the classes that each of B views shows: a class index, or a sequence of class indices.
+            num_classes: K.
+            generator: CPU generator. The result must depend on the arguments and on nothing else.
+
+        Returns:
+            ``[B, K]`` float32 probabilities.
+
+        Raises:
+            SpdfqError: a view shows no class, or a class outside 0 to K - 1; `label_mask` checks this.
+        """
+        raise TypeError(f"{type(self).__name__} does not define sample")
 
 
 @targets.register("soft_label", paper="arXiv:2412.16553")
 @frozen
-class SoftLabelTarget:
-    """Softlabel learning (SL): ``softmax(Z)``, Z high at the relevant classes and low elsewhere.
+class SoftLabelTarget(Target):
+    """Softlabel learning (SL): ``softmax(Z)``, where the logits Z are high at the relevant classes and low elsewhere.
 
     Args:
         low: lower end of U(low, high) at the relevant classes (5 in the paper).
         high: upper end (10 in the paper).
         elsewhere: Z at the other classes: ``normal`` N(0, 1), ``uniform`` U(0, 1) or ``zero`` (unpublished).
     """
+
+    soft: ClassVar[bool] = True
 
     low: float = field(default=5.0, validator=list(_LOGIT))
     high: float = field(default=10.0, validator=list(_LOGIT))
@@ -35,19 +64,7 @@ class SoftLabelTarget:
             raise ValueError(f"high must be at least low ({self.low}), got {self.high}")
 
     def sample(self, labels: Sequence[Any], num_classes: int, generator: torch.Generator) -> Tensor:
-        """Draw distributions.
-
-        Args:
-            labels: for each of B views the classes it shows: a class index or a sequence of them.
-            num_classes: C.
-            generator: CPU generator; it alone decides the result.
-
-        Returns:
-            ``[B, C]`` float32 probabilities.
-
-        Raises:
-            SpdfqError: a view without a class, or one that is not of 0 to C - 1.
-        """
+        """``[B, K]`` float32 probabilities; see `Target.sample`."""
         shape = (len(labels), num_classes)
         relevant = self.low + (self.high - self.low) * torch.rand(shape, generator=generator)
         draws = {"normal": torch.randn, "uniform": torch.rand}
@@ -57,30 +74,28 @@ class SoftLabelTarget:
 
 @targets.register("one_hot")
 @frozen
-class OneHotTarget:
-    """All the probability on the label; shared evenly where a view shows several classes."""
+class OneHotTarget(Target):
+    """All probability on the label, shared evenly if a view shows several classes."""
 
     def sample(self, labels: Sequence[Any], num_classes: int, generator: torch.Generator) -> Tensor:
-        """``[B, C]`` float32 probabilities; see `SoftLabelTarget.sample`."""
+        """``[B, K]`` float32 probabilities; see `Target.sample`."""
         mask = label_mask(labels, num_classes).float()
         return mask / mask.sum(-1, keepdim=True)
 
 
 @targets.register("none")
 @frozen
-class NoTarget:
-    """No labels at all: the images are not pulled to any class (as in PSAQ-ViT V2)."""
+class NoTarget(Target):
+    """No labels: the images are not pulled towards any class (as in PSAQ-ViT V2)."""
 
-    def sample(self, labels: Sequence[Any], num_classes: int, generator: torch.Generator) -> None:
-        """Nothing; see `SoftLabelTarget.sample`."""
-        return None
+    gives_labels: ClassVar[bool] = False
 
 
 def label_mask(labels: Sequence[Any], num_classes: int) -> Tensor:
-    """``[B, C]`` boolean from a class index or a sequence of them for each view.
+    """``[B, K]`` boolean: the classes that each view shows, given as a class index or a sequence of them.
 
     Raises:
-        SpdfqError: a view without a class, or one that is not of 0 to C - 1.
+        SpdfqError: a view shows no class, or a class outside 0 to K - 1.
     """
     mask = torch.zeros(len(labels), num_classes, dtype=torch.bool)
     for row, classes in enumerate(labels):

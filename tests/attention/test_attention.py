@@ -1,4 +1,4 @@
-"""The attention recorder against unfused references, its cost, its refusals, and that it leaves nothing behind."""
+"""Recorded attention against unfused references, and the cost of recording."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def unfused(model, images):
-    """Softmax outputs and what enters each projection, read by hooks from timm's own explicit path."""
+    """Softmax outputs and inputs of the projections, read by hooks from timm's explicit path."""
     probabilities, merged, hooks = [], [], []
     for name, module in model.named_modules():
         if hasattr(module, "fused_attn"):
@@ -176,7 +176,7 @@ def test_only_the_first_images_are_recorded_when_rows_are_given(name):
 
 
 class Masked(nn.Module):
-    """A class token, four patch tokens, and a mask of each image's own."""
+    """A class token, four patch tokens, and a different mask for each image."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +200,7 @@ def test_a_mask_of_each_image_goes_with_its_row(rows):
 
 
 @torch.no_grad()
-def test_each_call_starts_afresh():
+def test_each_call_replaces_the_record():
     model = build("vit")
     with record_attention(model, EVERYTHING) as record:
         model(images_for(model, seed=1))
@@ -213,7 +213,7 @@ def test_each_call_starts_afresh():
 
 
 @torch.no_grad()
-def test_a_wrapper_around_the_model_is_looked_through():
+def test_the_model_inside_a_wrapper_is_found():
     class Normalised(nn.Module):
         def __init__(self, model):
             super().__init__()
@@ -246,7 +246,7 @@ def test_without_a_class_token_register_tokens_are_left_out_on_both_sides():
 
 
 @torch.no_grad()
-def test_a_pooling_head_is_no_block():
+def test_a_pooling_head_is_not_recorded():
     model = build("vit", class_token=False, global_pool="map")
     with record_attention(model, BOTH) as record:
         model(images_for(model))
@@ -316,7 +316,7 @@ def test_recording_the_class_row_allocates_no_square_tensor_forward_or_backward(
     assert recorded == plain, "the largest tensor must be one the model makes anyway"
 
 
-def test_the_watcher_of_the_test_above_sees_square_tensors():
+def test_the_dispatch_mode_of_the_test_above_sees_square_tensors():
     model = build("vit", img_size=SIDE * 2, patch_size=2, num_heads=HEADS, depth=1)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -328,7 +328,7 @@ def test_the_watcher_of_the_test_above_sees_square_tensors():
 # the products themselves
 
 
-def test_probabilities_of_a_case_done_by_hand():
+def test_probabilities_computed_by_hand():
     query, key = torch.tensor([[[[2.0, 0.0]]]]), torch.tensor([[[[1.0, 5.0], [0.0, 7.0], [3.0, 1.0]]]])
     # scores / 2: 1, 0, 3; softmax: e^1, e^0, e^3 over their sum 23.80382
     assert attention_probabilities(query, key, None, 0.5).flatten().tolist() == pytest.approx(
@@ -343,7 +343,7 @@ def test_probabilities_of_a_case_done_by_hand():
 
 
 @pytest.mark.parametrize("mask", [None, "boolean", "additive"])
-def test_the_explicit_and_the_fused_way_agree(mask):
+def test_explicit_and_fused_attention_agree(mask):
     generator = torch.Generator().manual_seed(3)
     query, key, value = (torch.randn(2, 3, 9, 8, generator=generator) for _ in range(3))
     masks = {
@@ -371,7 +371,7 @@ def test_few_tokens_are_explicit_products_on_a_cpu_more_in_bfloat16(dtype, token
 @pytest.mark.parametrize(
     "options", [{"is_causal": True}, {"enable_gqa": True}, {"scale": 0.1}, {"is_causal": True, "scale": 2.0}]
 )
-def test_every_option_of_a_tapped_call_is_honoured(options):
+def test_every_option_of_a_intercepted_call_is_honoured(options):
     class Caller(nn.Module):
         def __init__(self):
             super().__init__()

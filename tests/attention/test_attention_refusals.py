@@ -1,4 +1,4 @@
-"""Attention that cannot be recorded, and what recording leaves behind: nothing."""
+"""Attention that cannot be recorded, and tests that recording leaves nothing behind."""
 
 import pytest
 import timm
@@ -20,7 +20,7 @@ from spdfq.errors import ModelError
 
 
 class Plain(nn.Module):
-    """A transformer block of one's own: no class token, no grid, `tokens` tokens."""
+    """A custom transformer block: no class token, no stated grid, tokens of any shape."""
 
     def __init__(self, shape):
         super().__init__()
@@ -94,7 +94,7 @@ def test_dropout_in_attention_is_refused():
         model(images_for(model))
 
 
-def test_without_a_need_nothing_is_touched():
+def test_without_needs_the_model_is_not_touched():
     model = build("vit")
     before = state(model)
     with record_attention(model, frozenset()) as record:
@@ -107,7 +107,7 @@ def test_without_a_need_nothing_is_touched():
 
 
 def state(model):
-    """All that the tap may change: flags, modes, hooks, and the stack of function modes."""
+    """Everything that recording may change: flags, modes, hooks, and the stack of function modes."""
     parts = [
         (
             getattr(module, "fused_attn", None),
@@ -122,7 +122,7 @@ def state(model):
 
 
 def mixed(name):
-    """A model whose flags and modes differ from module to module."""
+    """A model whose modules have different flags and modes."""
     model = build(name)
     flagged = [module for module in model.modules() if hasattr(module, "fused_attn")]
     flagged[0].fused_attn, flagged[1].fused_attn = True, False
@@ -146,7 +146,7 @@ def test_a_model_of_any_size_is_judged_by_the_images_it_is_given():
 
 
 @pytest.mark.parametrize(("inside", "outside", "grid"), [((32, 32), (24, 32), (4, 4)), ((32, 64), (32, 32), (4, 8))])
-def test_a_wrapper_that_resizes_to_another_shape_is_looked_through(inside, outside, grid):
+def test_the_model_inside_a_wrapper_that_resizes_is_found(inside, outside, grid):
     class Resized(nn.Module):
         def __init__(self):
             super().__init__()
@@ -188,7 +188,7 @@ WINDOWED = {
         ("sam2_hiera_tiny", 48, 64, r"blocks\.2\.attn: its windows reach beyond the 6x6 tokens"),
     ],
 )
-def test_padded_windows_are_refused_whatever_the_model_states(name, padded, whole, said):
+def test_padded_windows_are_refused_even_if_the_model_states_another_size(name, padded, whole, said):
     def run(side):
         sized = {"img_size": side} if name.startswith("swin") else {}
         model = timm.create_model(name, **sized, **WINDOWED[name]).eval()

@@ -1,4 +1,4 @@
-"""Attention that a model computes by itself, without the tapped function: recorded where it is sure what it is."""
+"""Attention that a model computes itself, without `scaled_dot_product_attention`: recorded or refused."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ def images(count=2, seed=0):
 
 
 class Attention(nn.Module):
-    """Attention by one of several ways to write it down."""
+    """Attention written in one of several ways."""
 
     def __init__(self, how):
         super().__init__()
@@ -70,7 +70,7 @@ class Model(nn.Module):
 
 
 def model(*ways):
-    """The same weights whatever the ways; attention far from uniform."""
+    """The same weights for all ways, with attention that is far from uniform."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = Model(*ways).eval()
@@ -87,7 +87,7 @@ def recorded(made, needs=BOTH, pixels=None, **options):
 
 
 @pytest.mark.parametrize("way", ["explicit", "functional"])
-def test_what_a_model_computes_by_itself_is_recorded_as_if_it_were_tapped(way):
+def test_what_a_model_computes_by_itself_is_recorded_as_if_it_were_intercepted(way):
     tapped, own = recorded(model("tapped", "tapped")), recorded(model(way, way))
     assert (own.names, own.grids, own.prefix) == (["blocks.0", "blocks.1"], [(4, 4)] * 2, 1)
     for name in ("class_attention", "attention_outputs"):
@@ -103,7 +103,7 @@ def test_both_ways_in_one_model_are_recorded_in_the_order_they_run():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_the_gradient_of_an_own_row_is_that_of_the_tapped_one():
+def test_the_gradient_of_an_own_row_is_that_of_the_intercepted_one():
     gradients = []
     for way in ("tapped", "explicit"):
         pixels = images().requires_grad_()
@@ -158,11 +158,11 @@ def refused(made, pixels=None):
 
 
 @pytest.mark.parametrize("way", ["mixed", "over_queries"])
-def test_a_softmax_that_is_no_attention_over_keys_is_refused_with_its_module(way):
+def test_a_softmax_that_is_not_attention_over_keys_is_refused_with_its_module(way):
     assert refused(model("explicit", way)).startswith(f"blocks.1: {SOFTMAX}")
 
 
-def test_own_attention_over_tokens_whose_grid_nobody_states_is_refused():
+def test_own_attention_over_tokens_without_a_stated_grid_is_refused():
     made = model("explicit")
     del made.patch_embed
     assert refused(made).startswith(f"blocks.0: {SOFTMAX}")
@@ -175,7 +175,7 @@ def test_products_without_a_softmax_are_refused_with_their_module():
     assert refused(model("unnormalised", "unnormalised")).startswith(message)
 
 
-def test_volo_is_refused_for_its_outlook_attention_and_not_for_the_layout_that_follows():
+def test_volo_is_refused_for_its_outlook_attention_and_not_for_the_token_layout_after_it():
     from timm.models.volo import VOLO
 
     volo = VOLO(
@@ -188,7 +188,7 @@ def test_volo_is_refused_for_its_outlook_attention_and_not_for_the_layout_that_f
     assert refused(volo).startswith(f"network.0.0.attn: {SOFTMAX}")
 
 
-def test_what_one_pass_left_open_is_not_held_against_the_next():
+def test_an_unmatched_softmax_of_one_pass_does_not_affect_the_next():
     made = model("explicit")
     with record_attention(made) as record:
         made.blocks[0].how = "mixed"

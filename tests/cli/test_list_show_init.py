@@ -57,7 +57,7 @@ def test_a_summary_is_the_whole_first_sentence_of_a_recipes_comment():
 
 def test_show_gives_keys_defaults_types_meaning_paper_and_place():
     shown = spdfq("show", "prior", "gaussian_mixture").output
-    assert "  max_components = 5    whole number\n      most Gaussians in one map" in shown
+    assert "  max_components = 5    whole number\n      largest number of Gaussians in one map" in shown
     assert '  combine = "sum"    "sum" or "max"\n' in shown
     assert "paper   arXiv:2412.16553\nsource  spdfq.losses.priors:" in shown
 
@@ -92,11 +92,9 @@ def small(tmp_path):
 def test_a_commented_recipe_says_what_every_key_means(small):
     text = commented(load_recipe(small))
     assert load_recipe(tomllib.loads(text)).to_dict() == load_recipe(small).to_dict()
-    assert (
-        "# images optimised together; everything batch-wide is defined over a group. (whole number)\ngroup = 32\n"
-        in text
-    )
-    assert '[synthesis.target]\ntype = "one_hot"  # or none, soft_label\n' in text
+    assert "# optimizer steps of each group. (whole number)\niterations = " in text
+    others = ", ".join(name for name in REGISTRIES["target"].names() if name != "one_hot")
+    assert f'[synthesis.target]\ntype = "one_hot"  # or {others}\n' in text
     assert (
         "# number of classes of the head, if it differs from the architecture's default; 0 removes the head.\n"
         "# (whole number)\n# num_classes =\n" in text

@@ -1,4 +1,4 @@
-"""Contracts of whatever is registered for making images: losses, draws, sources, optimisers and schedules."""
+"""Contracts of all registered components that make images: losses, samplers, sources, optimizers and more."""
 
 import attrs
 import pytest
@@ -7,21 +7,38 @@ from support.registered import RUNTIME, every, made, seeded, twice
 from support.teachers import CLASSES, SIDE, recipe, tiny_teacher
 
 from spdfq.attention import NEEDS, record_attention
+from spdfq.data import LabelledImages
 from spdfq.errors import SpdfqError
+from spdfq.losses import Loss, Prior
 from spdfq.registry import registry
 from spdfq.runtime import Runtime
-from spdfq.synth import Moment
-from spdfq.synth.group import Balance, GroupState
-from spdfq.synth.loop import Group
+from spdfq.synth import Augmentation, Moment, Optimizer, Sampler, Schedule, Source, Target
+from spdfq.synth.group import Group
+from spdfq.synth.group_state import GroupState, LossWeights
 
-CANNOT_BE_FOLLOWED = {"random_resized_crop"}
+BASES = {
+    "loss": Loss,
+    "prior": Prior,
+    "source": Source,
+    "sampler": Sampler,
+    "target": Target,
+    "augmentation": Augmentation,
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "dataset": LabelledImages,
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in BASES for name in registry(kind).names()])
+def test_a_component_derives_from_the_base_class_of_its_kind(kind, name):
+    assert issubclass(registry(kind).get(name), BASES[kind])
 
 
 # losses
 
 
 def loss_inputs(loss, images=None):
-    """What the loop hands to a loss in its first iteration: two images and their crops."""
+    """The inputs of a loss in the first iteration: two images and their crops."""
     teacher = tiny_teacher()
     with teacher.frozen():
         group = group_of(loss, teacher)
@@ -32,14 +49,14 @@ def loss_inputs(loss, images=None):
 
 
 def group_of(loss, teacher):
-    """A group of that loss alone; put in afterwards, as a recipe refuses some losses that lack company."""
+    """A group with that loss alone. It is set afterwards, because some losses are refused without others."""
     spec = recipe()
     spec.losses = {"this": loss}
     return Group(spec, teacher, RUNTIME, 0, 2)
 
 
 def with_student(inputs, needs):
-    """The same with what an adversarial synthesis adds; the student's weights are a little off the teacher's."""
+    """The same inputs with those of a student, whose weights differ a little from the teacher's."""
     student = tiny_teacher().module
     with torch.no_grad():
         for parameter in student.parameters():
@@ -81,7 +98,7 @@ def test_a_loss_depends_on_nothing_but_its_inputs(name):
 
 
 @every("loss")
-def test_a_loss_that_needs_a_student_is_refused_in_one_line_where_there_is_none(name):
+def test_a_loss_that_needs_a_student_is_refused_in_one_line_without_one(name):
     loss = made("loss", name)
     teacher = tiny_teacher()
     with teacher.frozen():
@@ -95,11 +112,25 @@ def test_a_loss_that_needs_a_student_is_refused_in_one_line_where_there_is_none(
 
 
 @every("loss")
+def test_a_loss_with_pictures_shows_maps_of_the_same_shape(name):
+    loss = made("loss", name)
+    _, inputs = loss_inputs(loss)
+    if not loss.has_pictures:
+        with pytest.raises(TypeError, match="does not define pictures"):
+            loss.pictures(inputs)
+        return
+    shown = loss.pictures(inputs)
+    assert shown.prior.shape == shown.reached.shape
+    assert (shown.prior.ndim, shown.prior.dtype) == (4, torch.float32)
+    assert shown.first_block >= 0
+
+
+@every("loss")
 def test_a_loss_needs_only_what_can_be_recorded(name):
     assert registry("loss").get(name).needs <= NEEDS
 
 
-# what is drawn
+# priors, samplers, targets and augmentations
 
 
 @every("prior")
@@ -134,8 +165,10 @@ def test_a_sampler_keeps_its_boxes_inside_and_apart(name, size):
     assert plan.views(torch.rand(9, 3, *size), (8, 10)).shape == (len(plan.boxes), 3, 8, 10)
 
 
-@pytest.mark.parametrize("name", sorted({*registry("target").names()} - {"none"}))
-def test_a_target_is_a_distribution_that_peaks_at_the_labels(name):
+@every("target")
+def test_a_target_that_gives_labels_is_a_distribution_that_peaks_at_them(name):
+    if not registry("target").get(name).gives_labels:
+        pytest.skip("gives no labels")
     labels = [0, 4, [1, 2], torch.tensor([3])]
     first, again = twice(lambda: made("target", name).sample(labels, CLASSES, seeded()))
     assert first.shape == (4, CLASSES)
@@ -167,8 +200,8 @@ def test_an_augmentation_is_decided_by_its_generator_and_keeps_shape_and_gradien
 def test_maps_go_along_with_an_augmentation_or_are_refused(name):
     marks = torch.arange(8 * 9.0).view(1, 1, 8, 9).repeat(4, 1, 1, 1)  # a token for each pixel
     change = made("augmentation", name).draw(seeded(1), Moment(count=4, size=(1, 8, 9)))
-    if name in CANNOT_BE_FOLLOWED:
-        with pytest.raises(SpdfqError, match=f"can follow {name}; leave it out"):
+    if not registry("augmentation").get(name).followable:
+        with pytest.raises(SpdfqError, match="cannot follow"):
             change.follow(marks, (8, 9))
         return
     order = change.follow(marks, (8, 9)).flatten(2).long()
@@ -185,9 +218,9 @@ def test_maps_go_along_with_an_augmentation_or_are_refused(name):
 
 @every("source")
 def test_a_source_gives_as_many_images_as_asked_decided_by_the_seed(name):
-    teacher, source = tiny_teacher(), made("source", name, images=3)
-    if name == "optimize":
-        source = attrs.evolve(source, iterations=3, group=2)
+    teacher, small = tiny_teacher(), {"images": 3, "iterations": 3, "group": 2}
+    fields = attrs.fields_dict(registry("source").get(name))
+    source = made("source", name, **{key: value for key, value in small.items() if key in fields})
     first, again = twice(lambda: source.synthesize(teacher, RUNTIME).images)
     assert first.shape == (3, 3, SIDE, SIDE)
     assert first.dtype == torch.float32
@@ -197,15 +230,15 @@ def test_a_source_gives_as_many_images_as_asked_decided_by_the_seed(name):
     assert not torch.equal(first, source.synthesize(teacher, Runtime(seed=4)).images)
 
 
-# optimisers and schedules
+# optimizers and schedules
 
 
 def optimised(optimizer, path=None):
-    """A state whose images are on their way to 1; where there is a path, stored and taken up half way."""
+    """Images optimised towards 1; with a path, the state is stored and restored half way."""
 
     def fresh():
         images = torch.zeros(2, 1, 4, 4, requires_grad=True)
-        return GroupState(images, optimizer.build(images), Balance({}), torch.zeros(1, 1))
+        return GroupState(images, optimizer.build(images), LossWeights({}), torch.zeros(1, 1))
 
     state = fresh()
     for iteration in range(40):
@@ -226,7 +259,7 @@ def test_an_optimizer_minimises_at_its_own_learning_rate(name):
 
 
 @every("optimizer")
-def test_an_optimizer_stored_and_taken_up_goes_on_to_the_bit(name, tmp_path):
+def test_an_optimizer_stored_and_taken_up_continues_bit_for_bit(name, tmp_path):
     optimizer = made("optimizer", name)
     assert torch.equal(optimised(optimizer, tmp_path / "state.safetensors"), optimised(optimizer))
 

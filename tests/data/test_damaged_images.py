@@ -1,4 +1,4 @@
-"""Images that cannot be read in a run: left out and named, or refused."""
+"""Runs with images that cannot be read: these are left out and named, or refused."""
 
 import json
 import shutil

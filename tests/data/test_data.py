@@ -1,4 +1,4 @@
-"""Labelled images as a model wants them: folders, lists, and the bundled ones."""
+"""Labelled images prepared for a model: folders and the bundled dataset."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def test_an_empty_subfolder_keeps_its_place_among_the_labels(folder):
     assert (dataset.classes, batch.labels.tolist()) == (3, [0, 2])
 
 
-def test_files_that_are_no_images_are_left_out(folder, tmp_path):
+def test_files_that_are_not_images_are_left_out(folder, tmp_path):
     dataset = folder({"a": {"1.png": RED}})
     (tmp_path / "a" / "notes.txt").write_text("x")
     (tmp_path / "list.csv").write_text("x")
@@ -68,31 +68,29 @@ def test_pixels_of_more_than_8_bits_are_named_instead_of_clipped(folder, tmp_pat
     Image.new(mode, (8, 8), 1000).save(tmp_path / "a" / "2.tif")
     ((images, _, damaged),) = dataset.batches(teacher(), 2)
     assert (len(images), damaged) == (1, ("a/2.tif",))
-    with pytest.raises(
-        DataError, match=rf"2\.tif: not a readable image \({mode} pixels, not 8 bits a channel; convert"
-    ):
+    with pytest.raises(DataError, match=rf"2\.tif: not a readable image \({mode} pixels instead of 8.*; convert"):
         list(ImageFolder(root=str(tmp_path), damaged="refuse").batches(teacher(), 2))
 
 
-def test_an_image_that_cannot_be_prepared_is_a_damaged_one(folder, monkeypatch):
+def test_an_image_that_cannot_be_preprocessed_counts_as_damaged(folder, monkeypatch):
     def full(image):
         if image.width > 8:
             raise MemoryError
         return torch.zeros(3, 8, 8)
 
     dataset = folder({"a": {"1.png": RED, "2.png": RED}})
-    Image.new("L", (2000, 1)).save(dataset.entries()[1].place)
+    Image.new("L", (2000, 1)).save(dataset.entries()[1].location)
     monkeypatch.setattr(decoded, "_transform", lambda teacher: full)
     ((images, _, damaged),) = dataset.batches(teacher(), 2)
     assert (len(images), damaged) == (1, ("a/2.png",))
 
 
-def kill(place):
-    if place.name == "2.png":
-        while not place.with_name("now").exists():  # the first image has arrived
+def kill(location):
+    if location.name == "2.png":
+        while not location.with_name("now").exists():  # the first image has arrived
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    return place
+    return location
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -148,13 +146,13 @@ def test_a_folder_that_is_missing_or_empty_is_one_clear_line(tmp_path):
         len(ImageFolder(root=""))
     Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
     expected = (
-        r"holds no images; expected a subfolder of images for each class \(a flat folder .* type = 'image_list'\)"
+        r"holds no images; expected a subfolder of images for each class \(for one folder .* type = 'image_list'\)"
     )
     with pytest.raises(DataError, match=expected):
         len(ImageFolder(root=str(tmp_path)))
 
 
-def test_a_subfolder_that_may_not_be_read_is_not_taken_for_an_empty_one(folder, monkeypatch):
+def test_a_subfolder_without_read_permission_is_not_treated_as_empty(folder, monkeypatch):
     scan = os.scandir
 
     def refuse(path):
@@ -201,7 +199,7 @@ def test_the_two_splits_share_no_image():
     assert FashionMnist().fingerprint() != FashionMnist(split="train").fingerprint()
 
 
-def test_a_model_of_28_by_28_grey_pixels_sees_the_images_as_they_are():
+def test_a_model_of_28_by_28_grey_pixels_sees_the_images_unchanged():
     owner = teacher(10, (1, 28, 28))
     images, *_ = next(FashionMnist().batches(owner, 5))
     stored = FashionMnist()._load()[0][:5]

@@ -1,4 +1,4 @@
-"""ImageNet's classes: files of labels as people have them, and folders that are synsets."""
+"""Classes of ImageNet: files of labels in common formats, and folders named by synsets."""
 
 import pytest
 from attrs import evolve
@@ -81,27 +81,36 @@ def test_names_may_have_folders_and_spaces(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("490\n361\n", r"line 1: '490' names no image \(the ground truth of ILSVRC's development kit numbers .* own\)"),
-        ("a.png 1\na.png,1\n", "line 2: 'a.png,1' is no name and class; expected 'name class' on each line, or Kaggle"),
-        ("a.png 1\nb.png cat\n", "line 2: 'cat' is no number; the classes of a file are numbers from 0 on, or all of"),
-        (f"a.png {TENCH}\nb.png 3\n", "line 2: '3' is no synset; the classes of a file are numbers from 0 on"),
-        ("a.png n00000001\n", "line 1: 'n00000001' is no class of ImageNet-1k"),
-        ("a.png -1\n", "line 1: '-1' is no synset"),
+        (
+            "490\n361\n",
+            r"line 1: '490' names no image \(the ground truth of ILSVRC's development kit .* order\)",
+        ),
+        (
+            "a.png 1\na.png,1\n",
+            "line 2: 'a.png,1' is not a name and a class; expected 'name class' on each line",
+        ),
+        (
+            "a.png 1\nb.png cat\n",
+            "line 2: 'cat' is not a number; the classes of a file must be numbers from 0 on",
+        ),
+        (f"a.png {TENCH}\nb.png 3\n", "line 2: '3' is not a synset; the classes of a file must be numbers from 0 on"),
+        ("a.png n00000001\n", "line 1: 'n00000001' is not a class of ImageNet-1k"),
+        ("a.png -1\n", "line 1: '-1' is not a synset"),
         ("a.png 1\nb.png 1\na.png 2\n", "line 3: a.png is listed twice"),
-        ("ImageId,PredictionString\nx\n", "line 2: 'x' is no image id and prediction string"),
+        ("ImageId,PredictionString\nx\n", "line 2: 'x' is not an image id and a prediction string"),
         (
             f'ImageId,PredictionString\n"a,{TENCH} 1 2\nb,{TENCH} 1 2\n',
-            "line 2: '\"a,n01440764 1 2' is no line of a",
+            "line 2: '\"a,n01440764 1 2' is not a line of a",
         ),
-        ("ImageId,PredictionString\na\0,n01440764 1\n", "line 2: holds a zero byte, so it is no text; expected"),
+        ("ImageId,PredictionString\na\0,n01440764 1\n", "line 2: holds a zero byte, so it is not text; expected"),
         ("a.png 1\nb.png 2147483648\n", "line 2: the class 2147483648 is larger than any model's; the classes of a"),
         (f"a.png {'9' * 5000}\n", "line 1: the class 99999999999999999999 is larger than any model's"),
-        ("ImageId,PredictionString\nx, \n", "line 2: 'x, ' is no image id and prediction string"),
+        ("ImageId,PredictionString\nx, \n", "line 2: 'x, ' is not an image id and a prediction string"),
         ("\n \n", "is empty; expected"),
         (b"MATLAB 5.0\xff\x00", "not a text file; expected"),
     ],
 )
-def test_any_other_file_is_refused_with_its_first_line_that_does_not_fit(listed, text, message):
+def test_any_other_file_is_refused_with_its_first_wrong_line(listed, text, message):
     dataset = listed(text)
     with pytest.raises(DataError, match=rf"^image_list: .*labels.*{message}") as raised:
         len(dataset)
@@ -110,7 +119,7 @@ def test_any_other_file_is_refused_with_its_first_line_that_does_not_fit(listed,
 
 def test_missing_files_are_named(listed, tmp_path):
     dataset = listed(f"{NAMES[0]}.JPEG 1\nx.JPEG 2\n")
-    with pytest.raises(DataError, match=r"^image_list: 1 of 2 images are not there, the first is x\.JPEG; check root"):
+    with pytest.raises(DataError, match=r"^image_list: 1 of 2 images are missing, the first is x\.JPEG; check root"):
         dataset.fingerprint()
     (tmp_path / "labels").unlink()
     with pytest.raises(DataError, match="labels: no such file; give labels = "):
@@ -148,11 +157,11 @@ def test_missing_and_strange_folders_among_them_are_named(folders, tmp_path):
     (tmp_path / "thumbnails").mkdir()
     with pytest.raises(
         DataError,
-        match=f"holds thumbnails, no class of ImageNet-1k and lacks {GOLDFISH} of",
+        match=f"holds thumbnails \\(not in ImageNet-1k\\) and lacks {GOLDFISH} of",
     ):
         dataset.check_classes(teacher(1000))
     (tmp_path / GOLDFISH).mkdir()
-    with pytest.raises(DataError, match="holds thumbnails, no class of ImageNet-1k;"):
+    with pytest.raises(DataError, match="holds thumbnails \\(not in ImageNet-1k\\);"):
         dataset.check_classes(teacher(1000))
     with pytest.raises(DataError, match="has 1001 classes, Means knows 10"):
         dataset.check_classes(teacher(10))
@@ -165,5 +174,5 @@ def test_ten_of_the_synsets_are_a_dataset_of_their_own_for_a_model_of_ten_classe
         dataset.check_classes(teacher(1000))
 
 
-def test_other_names_are_nobodys_business(folders):
+def test_folders_with_other_names_are_accepted(folders):
     folders([f"class{number}" for number in range(1000)]).check_classes(teacher(1000))

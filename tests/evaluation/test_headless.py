@@ -23,7 +23,7 @@ from spdfq.registry import losses
 from spdfq.report import write_report
 from spdfq.runs import pipeline
 from spdfq.runtime import Runtime
-from spdfq.synth import MultiSemanticSampler, WholeImageSampler
+from spdfq.synth import MultiSemanticSampler, Sampler, WholeImageSampler
 from spdfq.teacher import load_teacher
 from spdfq.teacher.zoo import data_file
 
@@ -139,18 +139,18 @@ def test_what_needs_classes_is_refused_by_name_all_at_once():
     free = ", ".join(name for name in losses.names() if not losses.get(name).label_loss)
     assert {"attention_prior", "total_variation"} <= set(free.split(", "))
     assert loss == (
-        "synthesis.losses.soft_cross_entropy: needs classes, but TinyViT has no head (num_classes = 0); take losses "
+        "synthesis.losses.soft_cross_entropy: needs classes, but TinyViT has no head (num_classes = 0); use losses "
         f"that need none ({free}), each with a number as its weight, or the model with its head"
     )
     assert sampler == (
         "synthesis.sampler: draws a class for each crop, but TinyViT has no head (num_classes = 0); set sampler = "
-        "'whole_image', or take the model with its head"
+        "'whole_image', or use the model with its head"
     )
     recipe().check(tiny_teacher())
 
 
 def test_a_sampler_that_does_not_say_is_taken_to_need_classes():
-    class Unknown:
+    class Unknown(Sampler):
         pass
 
     with pytest.raises(RecipeError, match=r"synthesis.sampler: draws a class for each crop"):

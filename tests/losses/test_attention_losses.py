@@ -1,4 +1,4 @@
-"""Losses of attention's heads and entropy against numbers worked out by hand, and the chunks that bound memory."""
+"""Losses of attention's heads and entropy against numbers computed by hand, and the chunks that bound memory."""
 
 import math
 

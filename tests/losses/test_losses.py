@@ -1,4 +1,4 @@
-"""The losses against numbers worked out by hand, and their classes on hand-made inputs."""
+"""The losses against numbers computed by hand, and their classes on hand-made inputs."""
 
 import math
 from functools import partial

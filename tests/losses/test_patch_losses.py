@@ -1,4 +1,4 @@
-"""Losses of the similarity of patches against numbers worked out by hand, on whole images and on windows."""
+"""Losses of the similarity of patches against numbers computed by hand, on whole images and on windows."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_windows_of_one_image_may_come_in_any_order_but_not_move_to_another_imag
 
 @pytest.mark.parametrize("images", [0, 4, 7])
 def test_windows_that_are_no_multiple_of_the_images_are_refused(images):
-    with pytest.raises(SpdfqError, match=f"6 windows cannot be those of {images} images"):
+    with pytest.raises(SpdfqError, match=f"6 windows cannot belong to {images} images"):
         patch_similarity_entropy(random(6, 5, 4), images)
 
 

@@ -1,4 +1,4 @@
-"""The three total variations, frequencies, and teacher against student, against numbers worked out by hand."""
+"""The three total variations, frequencies, and teacher against student, against numbers computed by hand."""
 
 import math
 
@@ -20,7 +20,6 @@ from spdfq.losses import (
     TeacherStudentDiscrepancyLoss,
     TotalVariationLoss,
 )
-from spdfq.losses.discrepancy import attention_rows
 from spdfq.losses.functional import (
     frequency_consistency,
     frequency_split,
@@ -28,6 +27,7 @@ from spdfq.losses.functional import (
     teacher_student_discrepancy,
     total_variation,
 )
+from spdfq.losses.teacher_student import attention_rows
 from spdfq.runtime import generator
 
 

@@ -106,7 +106,7 @@ def test_comments_layout_and_modules_that_are_not_imported_do_not(package):
     [
         ("spdfq.attention", True, True),
         ("spdfq.losses.priors", True, False),
-        ("spdfq.synth.loop", True, False),
+        ("spdfq.synth.group", True, False),
         ("spdfq.quantizers.observers", False, True),
         ("spdfq.backends.learning.blocks", False, True),
         ("spdfq.quantized.checkpoint", False, False),

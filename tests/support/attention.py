@@ -1,4 +1,4 @@
-"""What the tests of attention share: names of the tiny models' attention modules, and images of their size."""
+"""Names of the attention modules of the tiny models, and images of their size."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""A model whose logits can be worked out by hand, and small images for it."""
+"""A model whose logits are easy to compute by hand, and small images for it."""
 
 import io
 
@@ -33,7 +33,7 @@ def teacher(classes=2, size=(3, 8, 8), **options):
 
 
 def encoded(colour, kind="PNG"):
-    """An 8x8 image of one colour as the bytes of a file; half of one where the colour is ``None``."""
+    """The bytes of a file with an 8x8 image of one colour; half of such a file if the colour is ``None``."""
     mode, value = RED if colour is None else colour
     buffer = io.BytesIO()
     Image.new(mode, (8, 8), value).save(buffer, kind)

@@ -1,4 +1,4 @@
-"""Random numbers, and what tiny models show of small pictures, for the tests of losses."""
+"""Random numbers and records of tiny models, for the tests of losses."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def exactly(x):
 
 
 def recorded(name, images, needs):
-    """What a tiny model shows; gradients to the images."""
+    """The loss inputs from a tiny model, with gradients to the images."""
     model = build(name).requires_grad_(False)
     with record_attention(model, needs) as record:
         logits = model(images)

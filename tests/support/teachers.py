@@ -1,4 +1,4 @@
-"""A teacher small enough for many iterations in a test (any module of one's own is one), and a recipe for it."""
+"""A teacher small enough for many iterations in a test, and a recipe for it."""
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ def tiny_teacher(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25)):
 
 @define(kw_only=True)
 class Acting(Loss):
-    """Does something in a given iteration, and adds nothing to the sum."""
+    """Calls a function in a given iteration, and adds nothing to the sum."""
 
     act: object
     at: int
@@ -78,7 +78,7 @@ class Acting(Loss):
 
 
 def recipe(**changes):
-    """Everything at once: crops, soft labels, prior with its automatic weight, roll and flip."""
+    """A recipe with crops, soft labels, a prior with automatic weight, shifts and flips."""
     losses = {
         "attention_prior": AttentionPriorLoss(weight="auto"),
         "soft_cross_entropy": SoftCrossEntropyLoss(),
@@ -97,7 +97,7 @@ def recipe(**changes):
 
 
 def acting(act, at, **changes):
-    """The same with one more loss; its slot is there even when it does not act."""
+    """The same recipe with one more loss; it has a column even in runs in which it does nothing."""
     return recipe(losses={**recipe().losses, "acting": Acting(act=act, at=at)}, **changes)
 
 

@@ -1,4 +1,4 @@
-"""Augmentations: widths by stage and size, flips by group or image, colours, filters, crops; maps that go along."""
+"""Augmentations: shifts, flips, colours, filters and crops; maps that follow the images."""
 
 import math
 
@@ -12,7 +12,7 @@ from support.teachers import RUNTIME, SIDE, recipe, tiny_teacher
 from spdfq.errors import RecipeError
 from spdfq.losses import AttentionPriorLoss, CrossEntropyLoss
 from spdfq.synth import ChannelOffset, ColorJitter, Flip, HighPass, Jitter, LowPass, Moment, Move, RandomResizedCrop
-from spdfq.synth.moves import followed
+from spdfq.synth.changes import follow_all
 
 MANY = 200
 
@@ -38,26 +38,26 @@ def test_shared_axes_move_as_far_down_as_right_and_others_do_not():
     assert any(down != right for down, right in shifts(Jitter(pixels=15), at()))
 
 
-def test_offsets_reach_their_width_both_ways_and_no_further():
+def test_offsets_reach_the_largest_shift_both_ways_and_no_further():
     steps = {step for shift in shifts(Jitter(pixels=3), at()) for step in shift}
     assert steps == set(range(-3, 4))
 
 
-def test_the_width_grows_by_equal_stages_of_the_run():
+def test_the_largest_shift_changes_by_equal_stages_of_the_run():
     jitter = Jitter(pixels=(6, 13, 20, 26, 33))  # int(33.6 * stage / 5), as FDD has it
-    assert [jitter.width(at(iteration, 1000)) for iteration in (0, 199, 200, 599, 600, 800, 999)] == [
+    assert [jitter.largest_shift(at(iteration, 1000)) for iteration in (0, 199, 200, 599, 600, 800, 999)] == [
         *(6, 6, 13, 20, 26, 33, 33)
     ]
 
 
 @pytest.mark.parametrize(("side", "widths"), [(224, [15, 30]), (112, [8, 15]), (28, [2, 4]), (4, [1, 1])])
-def test_a_width_meant_for_224_pixels_is_scaled_to_the_side_of_the_images(side, widths):
+def test_a_shift_meant_for_224_pixels_is_scaled_to_the_side_of_the_images(side, widths):
     jitter = Jitter(pixels=(15, 30), for_side=224)
-    assert [jitter.width(at(iteration, 2, side=side)) for iteration in (0, 1)] == widths
+    assert [jitter.largest_shift(at(iteration, 2, side=side)) for iteration in (0, 1)] == widths
 
 
 @pytest.mark.parametrize("pixels", [0, -1, (), (2, 0), 10**20])
-def test_widths_that_move_nothing_are_refused(pixels):
+def test_shifts_that_move_nothing_are_refused(pixels):
     with pytest.raises(ValueError, match="1 to 100000 pixels"):
         Jitter(pixels=pixels)
 
@@ -65,7 +65,7 @@ def test_widths_that_move_nothing_are_refused(pixels):
 # flips
 
 
-def test_a_flip_is_of_the_whole_group_or_of_each_image():
+def test_a_flip_is_drawn_for_the_whole_group_or_for_each_image():
     assert {type(Flip().draw(seeded(seed), at()).flip) for seed in range(9)} == {bool}
     drawn = [Flip(per_image=True).draw(seeded(seed), at(count=3)).flip for seed in range(99)]
     assert set(drawn) == {(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False)}
@@ -82,8 +82,8 @@ def test_maps_with_a_token_for_each_pixel_go_exactly_where_the_images_go(chain):
     moved = images
     for move in chain:
         moved = move.apply(moved)
-    assert torch.equal(followed(chain, images, (5, 6)), moved)
-    assert torch.equal(followed(chain, images, (5, 6), nearest=True), moved)
+    assert torch.equal(follow_all(chain, images, (5, 6)), moved)
+    assert torch.equal(follow_all(chain, images, (5, 6), nearest=True), moved)
 
 
 @settings(deadline=None, max_examples=25)
@@ -168,7 +168,7 @@ def test_shares_of_the_area_are_uniform_however_large_the_boxes(smallest):
     assert (shares - uniform).abs().max() < 0.03 * (1 - smallest) + 0.002
 
 
-def test_a_prior_that_follows_refuses_a_crop_with_the_remedy_and_one_that_does_not_goes_on():
+def test_a_prior_that_follows_refuses_a_crop_and_one_that_does_not_accepts_it():
     def run(follow):
         losses = {"attention_prior": AttentionPriorLoss(follow=follow), "cross_entropy": CrossEntropyLoss()}
         spec = recipe(losses=losses, augmentations=(RandomResizedCrop(),), iterations=2)

@@ -1,4 +1,4 @@
-"""Token pruning: which patches leave, that they are really gone, that they move along, and who cannot have it."""
+"""Token pruning: which patches are left out, how they follow augmentations, and which models are refused."""
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ from spdfq.attention import record_attention
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
 from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss
 from spdfq.runs.pipeline import check
-from spdfq.synth import Flip, Move, SyntheticImages, WholeImageSampler, loop
-from spdfq.synth.loop import Group
-from spdfq.synth.pruning import TokenPruning, find_layout
+from spdfq.synth import Augmentation, Flip, Move, SyntheticImages, WholeImageSampler
+from spdfq.synth.group import Group
+from spdfq.synth.pruning import TokenPruning, find_token_layout
 from spdfq.teacher import Teacher
 
 PATCH = SIDE // GRID[0]
@@ -23,14 +23,14 @@ def pruned(**changes):
     return recipe(**{"pruning": PRUNING, **changes})
 
 
-class PatchRoll:
+class PatchRoll(Augmentation):
     """One patch down and two to the right."""
 
     def draw(self, generator, moment):
         return Move(shift=(PATCH, 2 * PATCH))
 
 
-class HalfPatchRoll:
+class HalfPatchRoll(Augmentation):
     """More than half a patch down, less than half to the right."""
 
     def draw(self, generator, moment):
@@ -53,12 +53,12 @@ def teacher_of(name):
 # which patches
 
 
-def test_a_share_of_the_remaining_patches_leaves_each_time():
+def test_a_share_of_the_remaining_patches_is_left_out_each_time():
     counts = [TokenPruning().left(196, iteration) for iteration in (0, 49, 50, 100, 200, 300, 3999)]
     assert counts == [196, 196, 138, 97, 68, 48, 48]  # 196 - 58, 138 - 41, 97 - 29, 68 - 20
 
 
-def test_patches_of_the_lowest_class_attention_in_the_last_block_leave():
+def test_patches_with_the_lowest_class_attention_in_the_last_block_are_left_out():
     teacher = tiny_teacher()
     with teacher.frozen() as module:
         group = Group(pruned(), teacher, RUNTIME, 0, 2)
@@ -75,7 +75,7 @@ def test_patches_of_the_lowest_class_attention_in_the_last_block_leave():
     assert (before | group.passes.pruner.alive).equal(before)  # none comes back
 
 
-def test_images_have_patches_of_their_own():
+def test_each_image_loses_its_own_patches():
     teacher = tiny_teacher()
     with teacher.frozen():
         group = Group(pruned(), teacher, RUNTIME, 0, 3)
@@ -83,7 +83,7 @@ def test_images_have_patches_of_their_own():
     assert len(group.passes.pruner.alive.unique(dim=0)) == 3
 
 
-# really gone
+# effect on the forward passes
 
 
 def test_patches_left_out_are_absent_from_every_later_pass_and_crops_are_whole():
@@ -105,7 +105,7 @@ def test_the_blocks_see_the_remaining_patches_with_the_positions_they_had():
     teacher = tiny_teacher()
     images = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([[0, 3, 4, 9], [1, 2, 14, 15]])
-    layout = find_layout(teacher)
+    layout = find_token_layout(teacher)
     with torch.no_grad(), layout.only(teacher.module, tokens):
         logits = teacher.module(images)
     module = teacher.module
@@ -118,7 +118,7 @@ def test_the_blocks_see_the_remaining_patches_with_the_positions_they_had():
     assert module.blocks[0]._forward_pre_hooks == {}
 
 
-def test_no_loss_of_the_model_reaches_the_pixels_of_a_patch_that_left():
+def test_no_loss_of_the_model_reaches_the_pixels_of_a_patch_that_is_left_out():
     spec = pruned(losses={"ce": SoftCrossEntropyLoss()}, sampler=WholeImageSampler(), augmentations=())
     teacher = tiny_teacher()
     with teacher.frozen():
@@ -147,7 +147,7 @@ def test_the_patches_move_along_with_the_images(augmentations, shift):
     assert (tokens.diff() > 0).all()
 
 
-def test_a_prior_covers_the_patches_that_are_left_and_sums_to_one_over_them():
+def test_a_prior_covers_the_remaining_patches_and_sums_to_one_over_them():
     losses = {"prior": AttentionPriorLoss(blocks="all"), "ce": SoftCrossEntropyLoss()}
     teacher = tiny_teacher()
     with teacher.frozen():
@@ -166,8 +166,8 @@ def test_a_prior_covers_the_patches_that_are_left_and_sums_to_one_over_them():
 
 
 @pytest.mark.parametrize("iteration", [2, 9])
-def test_a_pruned_run_resumes_to_the_bit(tmp_path, monkeypatch, iteration):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+def test_a_pruned_run_resumes_bit_for_bit(tmp_path, monkeypatch, iteration):
+    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
     teacher = tiny_teacher()
     with pytest.raises(NonFiniteError):
         acting(lambda inputs: inputs.images.sum() * float("nan"), iteration, pruning=PRUNING).synthesize(
@@ -181,7 +181,9 @@ def test_a_pruned_run_resumes_to_the_bit(tmp_path, monkeypatch, iteration):
 
 def test_the_state_of_a_run_without_pruning_is_refused(tmp_path):
     recipe().synthesize(tiny_teacher(), RUNTIME, tmp_path)
-    with pytest.raises(DataError, match=r"the patches left are nothing, expected \[2, 16\]; delete it or use --fresh"):
+    with pytest.raises(
+        DataError, match=r"the remaining patches are missing, expected \[2, 16\]; delete it or use --fresh"
+    ):
         pruned().synthesize(tiny_teacher(), RUNTIME, tmp_path)
 
 
@@ -190,7 +192,7 @@ def test_pruning_after_the_last_iteration_changes_nothing():
     assert same(pruned(pruning=late).synthesize(tiny_teacher(), RUNTIME), recipe().synthesize(tiny_teacher(), RUNTIME))
 
 
-# who cannot have it
+# models that cannot be pruned
 
 
 @pytest.mark.parametrize("name", ["vit", "deit_distilled", "dinov2_registers"])
@@ -199,7 +201,7 @@ def test_models_with_a_class_token_and_added_positions_are_pruned(name):
     losses = {"ce": SoftCrossEntropyLoss()}
     result = pruned(losses=losses, iterations=6).synthesize(teacher, RUNTIME)
     assert isinstance(result, SyntheticImages)
-    assert find_layout(teacher).grid == (4, 4)
+    assert find_token_layout(teacher).grid == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +214,10 @@ def test_models_with_a_class_token_and_added_positions_are_pruned(name):
 )
 def test_other_models_are_refused_with_the_reason(name, why):
     with pytest.raises(SpdfqError, match=rf"synthesis.pruning: \w+ .*{why}; leave \[synthesis.pruning\] out"):
-        find_layout(teacher_of(name))
+        find_token_layout(teacher_of(name))
 
 
-def test_a_model_that_cannot_have_it_is_refused_before_anything_runs():
+def test_a_model_that_cannot_be_pruned_is_refused_before_anything_runs():
     recipe = {"extends": ["quickstart"], "model": {"name": "bundled:swin_fmnist"}, "synthesis": {"pruning": {}}}
     with pytest.raises(SpdfqError, match=r"synthesis.pruning: bundled:swin_fmnist has no class token"):
         check(recipe)

@@ -1,4 +1,4 @@
-"""What stops a synthesis, before anything runs or on the way, and what is advised against."""
+"""Errors before and during a synthesis, and advice."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from spdfq.synth import NoTarget, OptimizedImages, WholeImageSampler
 from spdfq.synth.pruning import TokenPruning
 from spdfq.teacher import Teacher
 
-# on the way
+# during the run
 
 
 def a_gradient_that_is_none(inputs):
@@ -45,7 +45,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_nothing_is_writ
     ],
     ids=["no scalar", "no gradient", "no tensor"],
 )
-def test_a_loss_that_is_no_loss_is_named(act, found):
+def test_a_loss_that_returns_no_scalar_with_a_gradient_is_named(act, found):
     with pytest.raises(SpdfqError, match=f"synthesis.losses.acting: must return a scalar with a gradient.*{found}"):
         acting(act, 0).synthesize(tiny_teacher(), RUNTIME)
 
@@ -63,7 +63,10 @@ def test_a_loss_that_is_no_loss_is_named(act, found):
             {"prior": AttentionPriorLoss(weight="auto"), "sl": SoftCrossEntropyLoss(weight=0.0)},
             "add soft_cross_entropy",
         ),
-        ({"sl": SoftCrossEntropyLoss(weight="auto")}, "losses.sl: a label loss .* give it a number"),
+        (
+            {"sl": SoftCrossEntropyLoss(weight="auto")},
+            "losses.sl: a label loss cannot have weight 'auto'; give it a number",
+        ),
     ],
     ids=str,
 )
@@ -82,7 +85,9 @@ def test_a_model_whose_attention_cannot_be_recorded_is_refused_before_anything_r
 
 
 def test_a_label_loss_without_labels_is_refused():
-    with pytest.raises(ValueError, match=r"losses\.ce: needs labels, but target is 'none'; set target = 'one_hot'"):
+    with pytest.raises(
+        ValueError, match=r"losses\.ce: needs labels, but the target gives none; set target = 'one_hot'"
+    ):
         OptimizedImages(losses={"ce": CrossEntropyLoss()}, target=NoTarget())
 
 
@@ -119,7 +124,7 @@ def test_crops_without_labels_are_advised_against():
     assert "no use without labels" in spec.advice()[0]
 
 
-def test_pruning_that_comes_too_late_is_said():
+def test_pruning_after_the_last_iteration_is_advised_against():
     pruned = {"losses": {"ce": CrossEntropyLoss()}, "sampler": WholeImageSampler()}
     late = OptimizedImages(**pruned, iterations=5, pruning=TokenPruning(at=(3, 5, 9)))
     assert late.advice() == ["pruning.at: [5, 9] is never reached in 5 iterations; lower it"]

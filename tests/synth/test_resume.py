@@ -1,4 +1,4 @@
-"""Interrupted synthesis goes on to the bit; groups are what they are alone."""
+"""Resuming an interrupted synthesis bit for bit; independence of the groups."""
 
 import math
 import random
@@ -18,18 +18,18 @@ from support.teachers import ITERATIONS, RUNTIME, SIDE, acting, idle, recipe, sa
 
 from spdfq.errors import DataError, NonFiniteError
 from spdfq.runtime import Runtime
-from spdfq.synth import SyntheticImages, loop
-from spdfq.synth.loop import Group
+from spdfq.synth import SyntheticImages
+from spdfq.synth.group import Group
 
 INTERRUPTED_AT = sorted(random.Random(0).sample(range(1, ITERATIONS), 3))
 KILLED_AT = 13
 KILLED = f"""
 import os, signal, sys, torch
 from pathlib import Path
-from spdfq.synth import loop
+from spdfq.synth import group
 from support.teachers import RUNTIME, acting, tiny_teacher
 torch.set_num_threads(1)
-loop.SAVE_SECONDS = 0.0
+group.SAVE_SECONDS = 0.0
 dying = acting(lambda _: os.kill(os.getpid(), signal.SIGKILL), {KILLED_AT})
 dying.synthesize(tiny_teacher(), RUNTIME, Path(sys.argv[1]))
 """
@@ -45,21 +45,21 @@ def interrupt(inputs=None):
 
 @pytest.fixture
 def save_always(monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
 
 
 @pytest.fixture
 def a_second_per_iteration(monkeypatch):
-    """A clock that moves on by a second each time it is read."""
+    """A clock that advances by one second each time it is read."""
     ticks = count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr("spdfq.synth.group.time", SimpleNamespace(monotonic=lambda: next(ticks)))
 
 
 # resuming
 
 
 @pytest.mark.parametrize("iteration", INTERRUPTED_AT)
-def test_a_run_resumed_after_any_iteration_is_the_uninterrupted_one_to_the_bit(tmp_path, save_always, iteration):
+def test_a_run_resumed_after_any_iteration_equals_the_uninterrupted_one_bit_for_bit(tmp_path, save_always, iteration):
     teacher = tiny_teacher()
     with pytest.raises(Interrupted):
         acting(interrupt, iteration).synthesize(teacher, RUNTIME, tmp_path)
@@ -69,7 +69,7 @@ def test_a_run_resumed_after_any_iteration_is_the_uninterrupted_one_to_the_bit(t
 
 
 @pytest.mark.parametrize("iteration", INTERRUPTED_AT)
-def test_a_second_group_resumes_and_the_first_is_not_done_again(tmp_path, save_always, iteration):
+def test_a_second_group_resumes_and_the_first_is_not_repeated(tmp_path, save_always, iteration):
     teacher = tiny_teacher()
     with pytest.raises(Interrupted):
         acting(interrupt, ITERATIONS + iteration).synthesize(teacher, RUNTIME, tmp_path)
@@ -79,7 +79,7 @@ def test_a_second_group_resumes_and_the_first_is_not_done_again(tmp_path, save_a
     assert same(resumed, idle().synthesize(teacher, RUNTIME))
 
 
-def test_what_is_interrupted_from_outside_goes_on_from_the_last_checkpoint(tmp_path, a_second_per_iteration):
+def test_a_run_interrupted_from_outside_continues_from_the_last_saved_state(tmp_path, a_second_per_iteration):
     teacher = tiny_teacher()
     steps = []
 
@@ -99,7 +99,7 @@ def test_what_is_interrupted_from_outside_goes_on_from_the_last_checkpoint(tmp_p
     assert same(recipe().synthesize(teacher, RUNTIME, tmp_path), recipe().synthesize(teacher, RUNTIME))
 
 
-def test_a_killed_process_is_taken_up_where_it_stood(tmp_path):
+def test_a_killed_process_is_resumed_from_the_last_saved_state(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[1])
     assert killed.returncode == -signal.SIGKILL
     assert state_of(tmp_path / "group-00000.safetensors") == KILLED_AT
@@ -112,7 +112,7 @@ def state_of(path):
         return int(stored.metadata()["iteration"])
 
 
-def test_the_state_before_a_loss_that_is_not_finite_stays(tmp_path, save_always):
+def test_the_state_before_a_nonfinite_loss_is_kept(tmp_path, save_always):
     broken = acting(lambda inputs: inputs.images.sum() * math.nan, ITERATIONS + 7)
     with pytest.raises(NonFiniteError, match="acting is not finite in iteration 7 of group 1"):
         broken.synthesize(tiny_teacher(), RUNTIME, tmp_path)
@@ -176,7 +176,7 @@ def test_a_state_of_another_recipe_is_refused(tmp_path, change):
 # groups and seeds
 
 
-def test_groups_are_what_they_are_alone_and_the_last_one_takes_the_rest():
+def test_groups_do_not_depend_on_each_other_and_the_last_one_takes_the_rest():
     teacher, spec = tiny_teacher(), recipe(images=5)
     together = spec.synthesize(teacher, RUNTIME)
     with teacher.frozen():
@@ -198,7 +198,7 @@ def test_more_images_are_more_groups():
     assert not torch.equal(many.images[:2], many.images[2:])
 
 
-def test_the_seed_decides_and_the_global_one_does_not():
+def test_the_seed_decides_and_the_global_generator_does_not():
     torch.manual_seed(1)
     first = recipe().synthesize(tiny_teacher(), RUNTIME)
     torch.manual_seed(2)
@@ -206,7 +206,7 @@ def test_the_seed_decides_and_the_global_one_does_not():
     assert not same(first, recipe().synthesize(tiny_teacher(), Runtime(seed=8)))
 
 
-def test_the_teacher_is_left_as_it_was():
+def test_the_teacher_is_not_changed():
     teacher = tiny_teacher()
     teacher.module.train()
     before = {name: value.clone() for name, value in teacher.module.state_dict().items()}

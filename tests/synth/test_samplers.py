@@ -1,4 +1,4 @@
-"""Samplers: where the crops lie, what they look like and where their gradient goes."""
+"""Samplers: positions, pixels and gradients of the crops."""
 
 import pytest
 import torch
@@ -132,7 +132,7 @@ def test_the_gradient_of_all_crops_is_that_of_interpolating_each_slice():
     assert torch.allclose(gradient, expected, atol=1e-12)
 
 
-def test_views_follow_the_size_and_type_they_are_asked_for():
+def test_views_have_the_size_asked_for_and_the_dtype_of_the_images():
     plan = WholeImageSampler().sample(2, (8, 8), 10, seeded())
     for images, out in ((random(2, 1, 8, 8), (8, 8)), (random(2, 1, 8, 8, dtype=torch.float32), (4, 6))):
         views = plan.views(images, out)
@@ -154,7 +154,7 @@ def test_crops_are_due_every_so_many_iterations():
 
 
 @pytest.mark.parametrize("layout", ["cells", "split"])
-def test_boxes_drawn_anew_keep_the_number_of_crops_and_their_classes(layout):
+def test_boxes_redrawn_keep_the_number_of_crops_and_their_classes(layout):
     sampler = MultiSemanticSampler(layout=layout, every=2, redraw=3)
     plan = sampler.sample(8, (12, 20), 7, seeded(2))
     again, same = (sampler.redrawn(plan, (12, 20), seeded(seed)) for seed in (3, 3))

@@ -1,4 +1,4 @@
-"""Optimisers and their schedules: learning rates, rounds that begin anew, and weight decay."""
+"""Optimizers and schedules: learning rates, restarts and weight decay."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from attrs import define, evolve
 from support.teachers import RUNTIME, Acting, not_a_number, recipe, same, tiny_teacher
 
 from spdfq.errors import NonFiniteError
-from spdfq.synth import Adam, AdamW, WarmupCosine, loop
-from spdfq.synth.loop import Group
+from spdfq.synth import Adam, AdamW, WarmupCosine
+from spdfq.synth.group import Group
 
 
 def test_the_schedule_sets_the_learning_rate_of_the_optimiser():
@@ -52,8 +52,8 @@ def test_the_optimiser_starts_without_moments_in_each_round(rounds, iterations, 
 
 
 @pytest.mark.parametrize("at", [4, 5, 6])
-def test_a_restarted_optimiser_makes_the_steps_of_a_new_one_and_resumes_to_the_bit(tmp_path, monkeypatch, at):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+def test_a_restarted_optimiser_makes_the_steps_of_a_new_one_and_resumes_bit_for_bit(tmp_path, monkeypatch, at):
+    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
     spec = recipe(images=2, iterations=10, schedule=WarmupCosine(rounds=2, warmup=0.0), augmentations=())
     teacher = tiny_teacher()
     with teacher.frozen():
@@ -61,7 +61,7 @@ def test_a_restarted_optimiser_makes_the_steps_of_a_new_one_and_resumes_to_the_b
         for iteration in range(5):
             group.step(iteration)
         late.state.images.data.copy_(group.state.images.detach())
-        late.state.balance.norms.copy_(group.state.balance.norms)
+        late.state.loss_weights.norms.copy_(group.state.loss_weights.norms)
         for one in (group, late):
             one.step(5)
     assert torch.equal(group.state.images, late.state.images)

@@ -1,4 +1,4 @@
-"""What a source gives, how it is stored, and the sources without a loop."""
+"""Results of sources and how they are stored; the sources without a loop."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from spdfq.runtime import Runtime
 from spdfq.synth import GaussianNoise, RealImages, SyntheticImages
 
 
-def test_results_are_stored_and_read_back_to_the_bit(tmp_path):
+def test_results_are_stored_and_read_back_bit_for_bit(tmp_path):
     result = evolve(recipe().synthesize(tiny_teacher(), RUNTIME), columns=("a, b", "total"))
     result.save(tmp_path / "synthetic.safetensors")
     again = SyntheticImages.load(tmp_path / "synthetic.safetensors")
@@ -94,6 +94,6 @@ def test_fewer_readable_images_than_are_asked_for_are_one_clear_error():
     assert len(RealImages(images=100, dataset=Holed()).synthesize(tiny_teacher(), RUNTIME).images) == 100
     with pytest.raises(
         DataError,
-        match=r"synthesis\.images: 101 asked for, but only 100 of the dataset's 150 images can be read; the first that",
+        match=r"synthesis\.images: 101 asked for, but only 100 of the dataset's 150 images can be read",
     ):
         RealImages(images=101, dataset=Holed()).synthesize(tiny_teacher(), RUNTIME)

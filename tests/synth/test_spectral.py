@@ -1,11 +1,11 @@
-"""Adam on frequencies and colours: the map, its adjoint, and that a step is Adam's on the coordinates."""
+"""Adam on frequencies and colours: the linear map, its adjoint, and the step."""
 
 import pytest
 import torch
 from support.teachers import RUNTIME, acting, idle, same, tiny_teacher
 
 from spdfq.errors import NonFiniteError
-from spdfq.synth import SpectralAdam, WarmupCosine, loop
+from spdfq.synth import SpectralAdam, WarmupCosine
 from spdfq.synth.spectral import Coordinates
 
 SHAPES = [(2, 3, 16, 16), (2, 3, 12, 17), (2, 1, 9, 8), (1, 4, 8, 8)]
@@ -61,8 +61,8 @@ def test_steps_are_those_of_adam_on_the_coordinates(shape):
     torch.testing.assert_close(images.detach(), coordinates.pixels(z.detach()))
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
     changes = {"optimizer": SpectralAdam(lr=0.1), "schedule": WarmupCosine(rounds=2)}
     teacher = tiny_teacher()
     with pytest.raises(NonFiniteError):

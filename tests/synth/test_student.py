@@ -1,4 +1,4 @@
-"""The quantized student of an adversarial synthesis: how it is made, how it learns, what it changes, and resuming."""
+"""The quantized student of an adversarial synthesis: calibration, training, effect on the images, and resuming."""
 
 import pytest
 import torch
@@ -20,10 +20,10 @@ from spdfq.recipe import load_recipe
 from spdfq.recipe.structure import structure
 from spdfq.runs.stages import ImagesStage, Work
 from spdfq.runtime import Runtime
-from spdfq.synth import Adam, Constant, Flip, Jitter, OptimizedImages, StudentTraining, loop
-from spdfq.synth.loop import Group
+from spdfq.synth import Adam, Constant, Flip, Jitter, OptimizedImages, StudentTraining
+from spdfq.synth.group import Group
 from spdfq.synth.pruning import TokenPruning
-from spdfq.synth.student import Rival
+from spdfq.synth.student_training import StudentTrainer
 from spdfq.teacher import load_teacher
 
 RUNTIME = Runtime(seed=3)
@@ -63,7 +63,7 @@ def images_of(group):
 
 
 def stepped(recipe, own, steps, make=None):
-    """A group after so many iterations, and its columns of losses."""
+    """A group after some iterations, and its losses by name."""
     with own.frozen():
         group = Group(evolve(recipe, iterations=steps), own, RUNTIME, 0, 2, make or factory(own))
         for iteration in range(steps):
@@ -74,7 +74,7 @@ def stepped(recipe, own, steps, make=None):
 # how it is made
 
 
-def test_the_student_is_what_the_section_places_calibrated_on_the_images_of_the_group():
+def test_the_student_is_quantized_by_the_recipe_and_calibrated_on_the_images_of_the_group():
     own = teacher("vit")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     student = factory(own, "quantization.weights.bits=3")(images)
@@ -103,10 +103,10 @@ def test_a_student_with_nothing_to_learn_is_refused():
             return {}
 
     with pytest.raises(SpdfqError, match=r"^synthesis.student: \[quantization\] leaves all weights in float"):
-        Rival(StudentTraining(), lambda images: Float()).ready(torch.zeros(1, 3, 32, 32), 0)
+        StudentTrainer(StudentTraining(), lambda images: Float()).ready(torch.zeros(1, 3, 32, 32), 0)
 
 
-def test_images_do_not_depend_on_steps_that_no_student_runs():
+def test_steps_that_no_student_runs_do_not_change_the_images():
     section = back_end()
     kept = section.steps
     assert student_section(evolve(section, steps=(*kept, Never()))).steps == kept
@@ -126,12 +126,12 @@ def test_a_section_that_calibrates_nothing_is_refused():
         make(torch.zeros(1, 3, 32, 32))
 
 
-def test_without_something_that_makes_a_student_the_synthesis_says_so():
+def test_a_synthesis_without_a_student_factory_is_refused():
     with pytest.raises(SpdfqError, match="nothing here makes a student; run the whole recipe"):
         spec().synthesize(teacher("vit"), RUNTIME)
 
 
-def test_a_loss_that_compares_wants_the_section_and_the_section_a_loss_that_compares():
+def test_a_loss_that_needs_a_student_and_the_student_section_need_each_other():
     with pytest.raises(ValueError, match=r"losses.discrepancy: compares with a student; add an empty \[synthesis.stu"):
         spec(student=None)
     with pytest.raises(ValueError, match="no loss compares with it; add teacher_student_discrepancy"):
@@ -150,7 +150,7 @@ def test_the_loss_of_the_first_iteration_is_the_distance_to_the_calibrated_stude
     assert curves["discrepancy"][0].item() == pytest.approx(-expected.item(), rel=1e-5)
 
 
-def test_the_student_comes_nearer_to_the_teacher_on_images_that_stay():
+def test_the_student_gets_closer_to_the_teacher_on_images_that_do_not_change():
     still = {"optimizer": Adam(lr=1e-12), "schedule": Constant(), "augmentations": ()}
     _, curves = stepped(spec(student=StudentTraining(lr=1e-3, recalibrate=999), **still), teacher("vit"), 30)
     distance = -curves["discrepancy"]
@@ -164,22 +164,22 @@ def test_the_images_move_away_from_a_student_that_does_not_learn():
     assert distance[-5:].mean() > 1.2 * distance[:5].mean()
 
 
-def test_the_student_takes_its_turn_after_the_images_every_so_often():
+def test_the_student_is_trained_once_in_so_many_iterations():
     own = teacher("vit")
     recipe = spec(student=StudentTraining(lr=1e-3, every=3, recalibrate=999))
     with own.frozen():
         group = Group(recipe, own, RUNTIME, 0, 2, factory(own))
         changed = []
         for iteration in range(7):
-            weights = group.rival.ready(group.state.images, 0).weights()
+            weights = group.trainer.ready(group.state.images, 0).weights()
             before = {name: weight.detach().clone() for name, weight in weights.items()}
             group.step(iteration)
-            after = group.rival.student.weights()
+            after = group.trainer.student.weights()
             changed.append(any(not torch.equal(before[name], after[name]) for name in before))
     assert changed == [False, False, True, False, False, True, False]
 
 
-def test_one_turn_is_one_step_of_adam_against_the_distance_of_the_logits():
+def test_one_step_of_the_student_is_one_step_of_adam_against_the_distance_of_the_logits():
     own = teacher("vit")
     group, _ = stepped(spec(augmentations=(), student=StudentTraining(lr=1e-3)), own, 1)
     images = torch.randn(2, 3, 32, 32, generator=RUNTIME.generator("group", 0, "noise"))
@@ -191,7 +191,7 @@ def test_one_turn_is_one_step_of_adam_against_the_distance_of_the_logits():
         target = own.module(images_of(group))
     gap = (target - expected.module(images_of(group))).abs().mean()
     gradients = torch.autograd.grad(gap, list(weights.values()))
-    learned = group.rival.student.weights()
+    learned = group.trainer.student.weights()
     for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
         moved = learned[name].detach() - weight.detach()
         # Adam's first step is the learning rate against the sign, up to its epsilon
@@ -199,7 +199,7 @@ def test_one_turn_is_one_step_of_adam_against_the_distance_of_the_logits():
         assert torch.allclose(moved[clear], -1e-3 * gradient[clear].sign(), rtol=2e-2)
 
 
-def test_ranges_are_chosen_anew_on_the_images_as_they_are():
+def test_ranges_are_chosen_again_on_the_images_as_they_are():
     own, seen = teacher("vit"), []
 
     def watched(images):
@@ -223,7 +223,7 @@ class Watched:
         self.step.run(model, calibration)
 
 
-def test_the_teacher_is_left_as_it_was():
+def test_the_teacher_is_not_changed():
     own = teacher("vit")
     before = {name: value.clone() for name, value in own.module.state_dict().items()}
     spec().synthesize(own, RUNTIME, student=factory(own))
@@ -274,8 +274,8 @@ def test_patches_that_are_left_out_are_left_out_of_the_student_too():
 
 
 @pytest.mark.parametrize("iteration", [3])
-def test_an_adversarial_run_resumes_to_the_bit(tmp_path, monkeypatch, iteration):
-    monkeypatch.setattr(loop, "SAVE_SECONDS_STUDENT", 0.0)
+def test_an_adversarial_run_resumes_bit_for_bit(tmp_path, monkeypatch, iteration):
+    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS_STUDENT", 0.0)
     own = teacher("vit")
     broken = acting(lambda inputs: inputs.images.sum() * float("nan"), iteration)
     whole = acting(None, -1)
@@ -296,7 +296,7 @@ def test_a_finished_group_is_read_back_without_making_a_student(tmp_path):
 
 
 def test_a_student_of_another_back_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_SECONDS_STUDENT", 0.0)
+    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS_STUDENT", 0.0)
     own = teacher("vit")
     with pytest.raises(NonFiniteError):
         acting(lambda inputs: inputs.images.sum() * float("nan"), 4).synthesize(
@@ -307,7 +307,7 @@ def test_a_student_of_another_back_end_is_refused(tmp_path, monkeypatch):
         acting(None, -1).synthesize(own, RUNTIME, tmp_path, student=other)
 
 
-def test_images_depend_on_the_back_end_only_where_a_student_helps():
+def test_images_depend_on_the_back_end_only_with_a_student():
     own = load_teacher("bundled:vit_fmnist")
 
     def key(images, bits):

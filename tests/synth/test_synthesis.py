@@ -1,4 +1,4 @@
-"""The synthesis loop: pixels in range, weights balanced, moves followed, and what comes of it."""
+"""The synthesis loop: range of the pixels, automatic weights, augmentations, and results."""
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ from spdfq.losses import (
     SoftCrossEntropyLoss,
     TotalVariationLoss,
 )
+from spdfq.losses.attention_maps import tile
 from spdfq.losses.functional import attention_prior_loss, soft_cross_entropy
 from spdfq.synth import (
     Adam,
+    Augmentation,
     Constant,
     Flip,
     Jitter,
@@ -29,9 +31,8 @@ from spdfq.synth import (
     SoftLabelTarget,
     WholeImageSampler,
 )
-from spdfq.synth.group import BALANCE_ITERATIONS
-from spdfq.synth.loop import Group
-from spdfq.synth.pictures import tile
+from spdfq.synth.group import Group
+from spdfq.synth.group_state import BALANCE_ITERATIONS
 from spdfq.teacher import Teacher
 
 # what an iteration does
@@ -71,7 +72,7 @@ def test_an_automatic_weight_is_the_ratio_of_mean_gradient_norms_and_fixed_after
                     prior_norm + gradients[1].norm().item(),
                 )
             group.step(iteration)
-            weights.append(group.state.balance.weight("prior"))
+            weights.append(group.state.loss_weights.weight("prior"))
             assert weights[-1] == pytest.approx(label_norm / prior_norm, rel=1e-4)
             combined = gradients[0] + weights[-1] * gradients[1]
             values = torch.stack([prior, label / 2, label + weights[-1] * prior, combined.norm()])
@@ -99,10 +100,10 @@ def test_each_automatic_loss_is_balanced_by_itself_against_all_label_losses():
     label = (gradient["soft"] + 0.5 * gradient["hard"]).norm().item()
     for name in ("near", "smooth"):
         expected = pytest.approx(label / gradient[name].norm().item(), rel=1e-4)
-        assert group.state.balance.weight(name) == expected
+        assert group.state.loss_weights.weight(name) == expected
 
 
-def test_losses_see_the_images_as_they_were_moved_and_maps_that_went_along():
+def test_losses_see_the_moved_images_and_maps_that_moved_along():
     seen = []
     spec = recipe(losses={**recipe().losses, "spy": Acting(act=seen.append, at=0)})
     teacher = tiny_teacher()
@@ -146,7 +147,7 @@ def test_crops_that_are_not_due_are_not_forwarded():
     assert sizes == [2 + len(group.plan.boxes), 2] * 2
 
 
-def test_crops_are_drawn_anew_every_so_many_iterations_whatever_came_before():
+def test_crops_are_redrawn_every_so_many_iterations_independently_of_earlier_draws():
     spec = recipe(sampler=MultiSemanticSampler(redraw=2))
     group = Group(spec, tiny_teacher(), RUNTIME, 0, 4)
     boxes = []
@@ -193,7 +194,7 @@ def test_the_prior_follows_roll_and_flip():
     assert stayed != pytest.approx(values[0], rel=1e-2)
 
 
-class PatchRoll:
+class PatchRoll(Augmentation):
     """One patch down and two to the right."""
 
     def draw(self, generator, moment):
@@ -201,7 +202,7 @@ class PatchRoll:
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators that run, and types of the tensors whose value is read."""
+    """Names of the operators that run, and dtypes of the tensors whose value is read."""
 
     def __init__(self):
         super().__init__()
@@ -215,9 +216,7 @@ class Operators(TorchDispatchMode):
 
 
 class GradientDescent(Optimizer):
-    """Unlike Adam it keeps no step counter, which is a number it reads in every step."""
-
-    lr = 0.1
+    """Unlike Adam, it has no step counter that is read in every step."""
 
     def build(self, images):
         return torch.optim.SGD([images], lr=self.lr, foreach=False)
@@ -258,7 +257,7 @@ def test_a_windowed_model_has_a_prior_for_each_window():
 # without labels
 
 
-def test_images_without_a_target_have_no_labels_and_are_given_none():
+def test_images_without_a_target_have_no_labels():
     seen = []
     losses = {"total_variation": TotalVariationLoss(weight=0.05), "spy": Acting(act=seen.append, at=0)}
     spec = recipe(losses=losses, target=NoTarget(), sampler=WholeImageSampler(), group=3, iterations=2)
@@ -271,7 +270,7 @@ def test_images_without_a_target_have_no_labels_and_are_given_none():
 # results
 
 
-def test_the_first_loss_falls_and_attention_nears_its_prior():
+def test_the_first_loss_falls_and_attention_gets_closer_to_its_prior():
     result = recipe(iterations=60, augmentations=()).synthesize(tiny_teacher(), RUNTIME)
     named = dict(zip(result.columns, result.curves.mean(0).T, strict=True))
     for name in ("attention_prior", "soft_cross_entropy", "total_variation"):

@@ -16,7 +16,7 @@ from spdfq.quantized import QuantizedModel
 from spdfq.quantized.checkpoint import load_quantized, save_quantized
 from spdfq.quantized.model import find_sites
 from spdfq.recipe import load_recipe
-from spdfq.synth.loop import Group
+from spdfq.synth.group import Group
 from spdfq.teacher import Teacher
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -1,9 +1,10 @@
-"""Teacher against student: where their outputs differ (PSAQ-ViT V2), and their attention (MaskAQ)."""
+"""Losses that compare the teacher with a quantized student: outputs (PSAQ-ViT V2) and attention (MaskAQ)."""
 
 from typing import Any, ClassVar
 
 import torch
 from attrs import define, field, validators
+from einops import rearrange
 from torch import Tensor
 
 from spdfq.attention import QUERIES_AND_KEYS, AttentionRecord
@@ -17,7 +18,7 @@ def teacher_student_discrepancy(teacher: Tensor, student: Tensor) -> Tensor:
 
     Args:
         teacher: ``[B, K]``.
-        student: likewise.
+        student: ``[B, K]``.
 
     Returns:
         A scalar.
@@ -30,7 +31,7 @@ def masked_attention_distance(teacher: Tensor, student: Tensor, mask: Tensor) ->
 
     Args:
         teacher: ``[B, K]``.
-        student: likewise.
+        student: ``[B, K]``.
         mask: ``[B, K]`` of zeros and ones.
 
     Returns:
@@ -43,9 +44,9 @@ def masked_attention_distance(teacher: Tensor, student: Tensor, mask: Tensor) ->
 @losses.register("teacher_student_discrepancy", paper="arXiv:2209.05687")
 @define(kw_only=True)
 class TeacherStudentDiscrepancyLoss(Loss):
-    """Negative mean absolute difference of the teacher's and the student's logits: images that tell the two apart.
+    """Negative mean absolute difference of the teacher's and the student's logits: images on which they differ.
 
-    For an adversarial synthesis, whose student lowers the same difference.
+    Adversarial synthesis needs it: the images raise the difference that the student lowers.
 
     Args:
         weight: factor of this loss (unpublished).
@@ -57,12 +58,12 @@ class TeacherStudentDiscrepancyLoss(Loss):
         """The loss of a group."""
         student = inputs.student_logits
         if student is None or inputs.logits is None:
-            raise SpdfqError(_alone("teacher_student_discrepancy"))
+            raise SpdfqError(_no_student("teacher_student_discrepancy"))
         return -teacher_student_discrepancy(inputs.logits[: len(student)], student)
 
 
-def _alone(name: str) -> str:
-    return f"{name}: there is no quantized student here; only an adversarial synthesis has one, leave the loss out"
+def _no_student(name: str) -> str:
+    return f"{name}: there is no quantized student here; only an adversarial synthesis has one, so leave the loss out"
 
 
 def _shares(_: Any, __: Any, value: tuple[float, float]) -> None:
@@ -73,16 +74,16 @@ def _shares(_: Any, __: Any, value: tuple[float, float]) -> None:
 @losses.register("masked_attention_alignment", paper="arXiv:2606.04373")
 @define(kw_only=True)
 class MaskedAttentionAlignmentLoss(Loss):
-    """Difference of the teacher's and the student's attention where the teacher looks: images on which they agree.
+    """Difference of the teacher's and the student's attention to important patches: images on which they agree.
 
-    Compared are raw scores of the class query (of all queries where there is no class token) over patch tokens, mean
-    over heads, block by block. The mask holds the patches of largest score, mean over blocks, less some at random; of
-    windowed attention each block and window has its own.
+    It compares, block by block, the raw scores of the class query over patch tokens, mean over heads; without a class
+    token, the mean over all queries. The mask holds the patches with the largest scores, mean over blocks, except for
+    some that are dropped at random. In windowed attention each block and each window has its own mask.
 
     Args:
         weight: factor of this loss (0.1 in MaskAQ).
-        share: of the patches in the mask in the first and in the last iteration, linear in between.
-        dropped: share of the mask that is left out at random in each iteration.
+        share: share of the patches in the mask in the first and in the last iteration, linear in between.
+        dropped: share of the mask that is dropped at random in each iteration.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({QUERIES_AND_KEYS})
@@ -94,20 +95,20 @@ class MaskedAttentionAlignmentLoss(Loss):
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
         if inputs.student_attention is None:
-            raise SpdfqError(_alone("masked_attention_alignment"))
+            raise SpdfqError(_no_student("masked_attention_alignment"))
         teacher, student = attention_rows(inputs.attention), attention_rows(inputs.student_attention)
         masks = self._masks([row.detach() for row in teacher], inputs)
         terms = [masked_attention_distance(*block) for block in zip(teacher, student, masks, strict=True)]
         return torch.stack(terms).mean()
 
     def _masks(self, rows: list[Tensor], inputs: LossInputs) -> list[Tensor]:
-        """One mask for all blocks, or, where a block has windows or tokens of its own, one for each."""
+        """One mask for all blocks; one for each block if blocks have windows or differ in their tokens."""
         if all(row.shape == (len(inputs.images), rows[0].shape[1]) for row in rows):
             return [self._mask(torch.stack(rows).mean(0), inputs, 0)] * len(rows)
         return [self._mask(row, inputs, block) for block, row in enumerate(rows)]
 
     def _mask(self, scores: Tensor, inputs: LossInputs, block: int) -> Tensor:
-        """``[B, K]``: ones at some of the largest scores."""
+        """``[B, K]``: ones at the largest scores, without those dropped."""
         first, last = self.share
         share = first + (last - first) * inputs.iteration / max(1, inputs.iterations - 1)
         inside = max(1, int(share * scores.shape[1] + 1e-6))
@@ -118,9 +119,13 @@ class MaskedAttentionAlignmentLoss(Loss):
 
 
 def attention_rows(record: AttentionRecord) -> list[Tensor]:
-    """Raw scores over patch tokens ``[B, K]``, mean over heads: the class query's, or the mean over all queries."""
+    """For each block, raw scores ``[B, K]`` over patch tokens, mean over heads.
+
+    They are those of the class query; without a class token, the mean over all queries.
+    """
     rows = []
     for query, key in zip(record.queries, record.keys, strict=True):
         one = query[:, :, 0] if record.has_class else query[:, :, record.prefix :].mean(-2)
-        rows.append((one.float().unsqueeze(-2) @ key[:, :, record.prefix :].float().mT).squeeze(-2).mean(1))
+        scores = rearrange(one.float(), "b heads d -> b heads 1 d") @ key[:, :, record.prefix :].float().mT
+        rows.append(rearrange(scores, "b heads 1 k -> b heads k").mean(1))
     return rows

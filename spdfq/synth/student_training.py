@@ -1,4 +1,4 @@
-"""A quantized student beside the images: they look for what tells it from the teacher, it learns to do without."""
+"""Training of a quantized student along with the images: the images raise its error, and it learns to lower it."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -8,24 +8,25 @@ from attrs import define, field, frozen, validators
 from torch import Tensor, nn
 
 from spdfq.errors import DataError, SpdfqError
-from spdfq.losses.discrepancy import teacher_student_discrepancy
-from spdfq.synth.group import under
+from spdfq.losses.teacher_student import teacher_student_discrepancy
+from spdfq.synth.group_state import strip_prefix
 
 _WEIGHTS, _MOMENTS = "state.", "optimizer."
 
 
 @frozen(kw_only=True)
 class StudentTraining:
-    """How the quantized student of an adversarial synthesis learns (PSAQ-ViT V2, arXiv 2209.05687).
+    """How the quantized student of an adversarial synthesis is trained (PSAQ-ViT V2, arXiv 2209.05687).
 
-    It is what the recipe's ``[quantization]`` places, calibrated by its steps up to the one after which every quantizer
-    has its range; later steps are left for the real model. After each step of the images the student's quantized
-    weights make a step of Adam against the mean absolute difference of the logits. None of these numbers is published.
+    The recipe's ``[quantization]`` decides which tensors of the student are quantized. Its steps run until every
+    quantizer has a range; later steps are left for the final model. After each step of the images, Adam makes one step
+    on the student's quantized weights, which lowers the mean absolute difference of the logits. None of these numbers
+    is published.
 
     Args:
         lr: learning rate of the student's weights.
-        every: the student learns after every so many steps of the images.
-        recalibrate: its ranges are chosen anew, on the images as they are, every so many iterations.
+        every: interval, in steps of the images, at which the student is trained.
+        recalibrate: interval, in iterations, at which its ranges are chosen again on the current images.
     """
 
     lr: float = field(default=4e-5, validator=[validators.gt(0.0), validators.lt(1.0)])
@@ -34,31 +35,31 @@ class StudentTraining:
 
 
 class Student(Protocol):
-    """A quantized copy of the teacher, as a back-end makes it.
+    """A quantized copy of the teacher, made by a back-end.
 
-    ``module`` takes images and gives logits; ``network`` inside it has the teacher's module names.
+    ``module`` takes images and returns logits. ``network``, inside it, has the teacher's module names.
     """
 
     module: nn.Module
     network: nn.Module
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """What may be learned, by name."""
+        """The parameters that may be trained, by name."""
 
     def calibrate(self, images: Tensor) -> None:
-        """Choose the ranges anew."""
+        """Choose all ranges again, on images ``[B, C, h, w]``."""
 
 
 StudentFactory = Callable[[Tensor], Student]
-"""Makes a student that is calibrated on the images it is given, ``[B, C, h, w]``."""
+"""Makes a student that is calibrated on images ``[B, C, h, w]``."""
 
 
 @define(eq=False)
-class Rival:
-    """The student of one group; it is made when it is first needed.
+class StudentTrainer:
+    """The student of one group and its optimizer. The student is made when it is first needed.
 
     Args:
-        spec: how it learns.
+        spec: how it is trained.
         make: makes it.
     """
 
@@ -70,17 +71,22 @@ class Rival:
 
     @property
     def student(self) -> Student:
-        """The student, once it is `ready`."""
+        """The student. Call `ready` before."""
         assert self._student is not None
         return self._student
 
     def ready(self, images: Tensor, iteration: int) -> Student:
-        """The student at the beginning of an iteration, calibrated on the images where it is time."""
+        """The student at the beginning of an iteration, made or recalibrated on the images if it is time.
+
+        Raises:
+            SpdfqError: the student has no quantized weights, so there is nothing to train.
+            DataError: the stored student belongs to another back-end.
+        """
         images = images.detach()
         if self._student is None:
             self._student = self._made(images)
             self._optimizer = torch.optim.Adam(self._student.weights().values(), lr=self.spec.lr)
-            self._take_up(self._student, self._optimizer)
+            self._load_stored(self._student, self._optimizer)
         if iteration and iteration % self.spec.recalibrate == 0:
             self._student.calibrate(images)
         return self._student
@@ -89,22 +95,28 @@ class Rival:
         student = self.make(images)
         if not student.weights():
             raise SpdfqError(
-                "synthesis.student: [quantization] leaves all weights in float, so it has nothing to learn"
+                "synthesis.student: [quantization] leaves all weights in float, so the student has nothing to learn; "
+                "quantize some weights"
             )
         return student
 
     def due(self, iteration: int) -> bool:
-        """Whether the student learns in this iteration."""
+        """Whether the student is trained in this iteration."""
         return iteration % self.spec.every == self.spec.every - 1
 
-    def learn(self, answer: Callable[[], Tensor], teacher: Tensor) -> None:
-        """One step of the student towards the teacher's logits ``[B, K]``; ``answer()`` gives its own."""
+    def step(self, logits: Callable[[], Tensor], teacher: Tensor) -> None:
+        """Make one step that brings the student's logits closer to the teacher's.
+
+        Args:
+            logits: runs the student and returns its logits ``[B, K]``.
+            teacher: the teacher's logits ``[B, K]``.
+        """
         assert self._optimizer is not None
         weights = list(self.student.weights().values())
         for weight in weights:
             weight.requires_grad_(True)
         try:
-            loss = teacher_student_discrepancy(teacher, answer())
+            loss = teacher_student_discrepancy(teacher, logits())
             gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         finally:
             for weight in weights:
@@ -116,10 +128,10 @@ class Rival:
             weight.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What must be stored: everything of the student, and its optimiser's moments."""
+        """What must be stored: the student's state, and the moments of its optimizer."""
         if self._student is None or self._optimizer is None:
             return self._stored
-        # cloned: what a network ties together would be refused as one storage under two names
+        # cloned, because tied parameters share one storage, which a file refuses to store under two names
         state = {f"{_WEIGHTS}{name}": value.clone() for name, value in self._student.network.state_dict().items()}
         moments = {
             f"{_MOMENTS}{name}.{key}": value
@@ -129,29 +141,29 @@ class Rival:
         return state | moments
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `tensors` gave, when the student is next needed.
+        """Keep what `tensors` returned until the student is made.
 
         Raises:
-            DataError: there is nothing of a student.
+            DataError: no student was stored.
         """
         if not tensors:
             raise DataError("there is no student in it")
         self._stored = dict(tensors)
 
-    def _take_up(self, student: Student, optimizer: torch.optim.Optimizer) -> None:
+    def _load_stored(self, student: Student, optimizer: torch.optim.Optimizer) -> None:
         if not self._stored:
             return
-        state = under(_WEIGHTS, self._stored)
+        stored = strip_prefix(_WEIGHTS, self._stored)
         own = student.network.state_dict()
-        wrong = [name for name in own.keys() | state.keys() if _shape(own, name) != _shape(state, name)]
+        wrong = [name for name in own.keys() | stored.keys() if _shape(own, name) != _shape(stored, name)]
         if wrong:
             raise DataError(f"the student of an interrupted run has another {min(wrong)}; use --fresh")
-        student.network.load_state_dict(state)
-        moments = under(_MOMENTS, self._stored)
+        student.network.load_state_dict(stored)
+        moments = strip_prefix(_MOMENTS, self._stored)
         for name, weight in student.weights().items():
-            own_moments = under(f"{name}.", moments)
             optimizer.state[weight] = {
-                key: value if key == "step" else value.to(weight.device) for key, value in own_moments.items()
+                key: value if key == "step" else value.to(weight.device)
+                for key, value in strip_prefix(f"{name}.", moments).items()
             }
         self._stored = {}
 

@@ -7,7 +7,7 @@ from attrs import field, frozen, validators
 
 from spdfq.registry import augmentations
 from spdfq.synth.augmentations import Augmentation
-from spdfq.synth.moves import Affine, Change, Frequencies, Moment
+from spdfq.synth.changes import Affine, Change, Frequencies, Moment
 
 _NOT_NEGATIVE = (validators.ge(0.0), validators.lt(10.0))
 
@@ -15,7 +15,7 @@ _NOT_NEGATIVE = (validators.ge(0.0), validators.lt(10.0))
 @augmentations.register("channel_offset", paper="arXiv:2407.20021")
 @frozen(kw_only=True)
 class ChannelOffset(Augmentation):
-    """Add a normal offset to each channel of each image, ever less until the end of the run (as MimiQ does).
+    """Add a normal offset to each channel of each image; it shrinks towards the end of the run (as in MimiQ).
 
     Args:
         std: standard deviation at the beginning, in normalised pixel units; it falls linearly to 0.
@@ -33,40 +33,40 @@ class ChannelOffset(Augmentation):
 @augmentations.register("color_jitter", paper="arXiv:2407.20021")
 @frozen(kw_only=True)
 class ColorJitter(Augmentation):
-    """Shift and scale each channel of each image: ``x ← (x − m) / exp(s)`` with m and s uniform (as MimiQ does).
+    """Shift and scale each channel of each image: ``x ← (x − m) / exp(s)`` with uniform m and s (as in MimiQ).
 
     Args:
-        mean: m lies within plus and minus this, in normalised pixel units.
-        std: s lies within plus and minus this.
+        mean: m lies between minus and plus this number, in normalised pixel units.
+        std: s lies between minus and plus this number.
     """
 
     mean: float = field(default=1.0, validator=list(_NOT_NEGATIVE))
     std: float = field(default=1.0, validator=list(_NOT_NEGATIVE))
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Affine:
-        """The changes of one iteration."""
+        """The shifts and scales of one iteration."""
         m, s = 2 * torch.rand(2, moment.count, moment.size[0], generator=generator) - 1
         scale = (-self.std * s).exp()
         return Affine(scale=scale, offset=-self.mean * m * scale)
 
 
 @frozen(kw_only=True)
-class _Pass(Augmentation):
+class _FrequencyFilter(Augmentation):
     keep: ClassVar[Literal["low", "high"]]
 
     radius: float = field(default=0.5, validator=[validators.gt(0.0), validators.lt(1.0)])
     probability: float = field(default=0.5, validator=[validators.ge(0.0), validators.le(1.0)])
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Change:
-        """The filter, or nothing."""
-        acts = bool(torch.rand((), generator=generator) < self.probability)
-        return Frequencies(radius=self.radius, keep=self.keep) if acts else Change()
+        """The filter, or a change that does nothing."""
+        filters = bool(torch.rand((), generator=generator) < self.probability)
+        return Frequencies(radius=self.radius, keep=self.keep) if filters else Change()
 
 
 @augmentations.register("low_pass")
 @frozen(kw_only=True)
-class LowPass(_Pass):
-    """Take away the frequencies beyond a radius.
+class LowPass(_FrequencyFilter):
+    """Remove the frequencies above a radius.
 
     Args:
         radius: the limit, as a share of the highest frequency along an axis.
@@ -78,8 +78,8 @@ class LowPass(_Pass):
 
 @augmentations.register("high_pass")
 @frozen(kw_only=True)
-class HighPass(_Pass):
-    """Take away the frequencies within a radius; the mean of each channel stays.
+class HighPass(_FrequencyFilter):
+    """Remove the frequencies below a radius; the mean of each channel stays.
 
     Args:
         radius: the limit, as a share of the highest frequency along an axis.

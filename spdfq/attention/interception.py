@@ -1,0 +1,90 @@
+"""Interception of attention during a forward pass.
+
+Nearly every transformer calls `scaled_dot_product_attention`, so one function mode sees the attention of all of them.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from spdfq.errors import ModelError
+
+SOFTMAX_FUNCTIONS = frozenset({torch.softmax, Tensor.softmax, F.softmax})
+PRODUCT_FUNCTIONS = frozenset(
+    {torch.matmul, torch.linalg.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum}
+)
+
+
+class AttentionMode(TorchFunctionMode):
+    """Passes each call of `scaled_dot_product_attention` to `attend`, and every other torch function to `other`."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Compute the attention output ``[..., q, d]`` from its operands."""
+        raise TypeError(f"{type(self).__name__} does not define attend")
+
+    def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Compute any other function."""
+        return func(*args, **kwargs)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return self.other(func, args, kwargs or {})
+        return self.attend(*_operands(*args, **(kwargs or {})))
+
+
+def _operands(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """The operands of a `scaled_dot_product_attention` call, with an explicit mask and scale."""
+    if dropout_p:
+        raise ModelError("attention with dropout cannot be intercepted; put the model into evaluation mode")
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    return query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale
+
+
+@contextmanager
+def fused_attention(model: nn.Module) -> Iterator[None]:
+    """Set timm's ``fused_attn`` flags, so that attention goes through one function; restore them on exit."""
+    flagged: list[tuple[Any, Any]] = [
+        (module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")
+    ]
+    try:
+        for module, _ in flagged:
+            module.fused_attn = True
+        yield
+    finally:
+        for module, flag in flagged:
+            module.fused_attn = flag
+
+
+@contextmanager
+def module_names(model: nn.Module) -> Iterator[list[str]]:
+    """A stack with the names of the modules whose ``forward`` is running, innermost last; without leaf modules."""
+    stack: list[str] = []
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if next(module.children(), None) is not None:
+                enter = module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
+                hooks.callback(enter.remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield stack
