@@ -11,9 +11,8 @@ from pathlib import Path
 
 import click
 from api_page import api_block
+from readme_table import readme_block
 from spdfq_cli.main import main as cli
-
-# readme import
 from time_page import time_block
 
 from spdfq.recipe import shipped
@@ -72,7 +71,7 @@ BLOCKS = {
     "api.md": ("api", api_block),
     "cli.md": ("cli", cli_block),
     "time-and-memory.md": ("time", time_block),
-    # README
+    "../README.md": ("results", readme_block),
 }
 
 
