@@ -1,6 +1,6 @@
 """Compare explicit attention products with the fused kernel, forward and backward, for several numbers of tokens.
 
-The rule in `spdfq.attention.tap.attend` (explicit products for few tokens on a CPU) follows from these numbers. The
+The rule in `spdfq.attention.attend` (explicit products for few tokens on a CPU) follows from these numbers. The
 two ways take turns, so that other work on the machine slows both. The ratio is that of their fastest repetitions.
 """
 
