@@ -5,6 +5,8 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
+from pygments.lexers.special import TextLexer
+
 ROOT = Path(__file__).parents[1]
 # pages that only link to a file outside this folder; Sphinx shows the file itself
 OUTSIDE = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
@@ -44,3 +46,4 @@ def read(app: Any, page: str, source: list[str]) -> None:
 def setup(app: Any) -> None:
     """Sphinx calls this once."""
     app.connect("source-read", read)
+    app.add_lexer("mermaid", TextLexer)  # a code forge draws these diagrams; here their text is shown
