@@ -270,7 +270,7 @@ def test_a_run_tells_the_comparison_and_keeps_it(store, tmp_path):
     assert kept["line"].startswith("not published")
     assert [line for line in said if line.startswith("full precision: known 91.00 %, here ")]
     assert kept["line"] in (result.folder / "report.html").read_text(encoding="utf-8")
-    assert f"published  {kept['line']}" in summary(record, result.folder)
+    assert f"published  {kept['line']}" in summary(record, result.folder, "quickstart")
     config = json.loads((result.folder / "quantized/config.json").read_text())
     assert "published" not in config["recipe"]
 

@@ -30,7 +30,8 @@ from spdfq.quantizers import UniformQuantizer
 from spdfq.recipe import load_recipe
 from spdfq.recipe.describe import describe
 from spdfq.registry import placements, registry
-from spdfq.runs.pipeline import _backend, check
+from spdfq.runs.pipeline import check
+from spdfq.runs.record import _backend
 from spdfq.teacher import load_teacher
 
 EVERY = [*FUSED, *EXPLICIT]
@@ -273,9 +274,9 @@ def test_gelu_outputs_can_have_a_quantizer_of_their_own():
 def test_bits_that_differ_from_the_label_are_told():
     recipe = {"extends": ["models/vit_fmnist", "images/gaussian_noise", "backends/adalog", "bits/w3a3"]}
     (line,) = load_recipe(recipe).warnings()
-    assert line.startswith("quantization.gelu: 4 bits, but activations have 3; set gelu.bits = 3")
+    assert line.startswith("quantization.gelu: 4 bits, but activations have 3; for W3A3 set gelu.bits = 3")
     (line,) = load_recipe(recipe, ["quantization.gelu.bits=3", "quantization.softmax.bits=8"]).warnings()
-    assert line.startswith("quantization.softmax: 8 bits, but activations have 3; set softmax.bits = 3")
+    assert line.startswith("quantization.softmax: 8 bits, but activations have 3; for W3A3 set softmax.bits = 3")
     assert not load_recipe(recipe, ["quantization.gelu.bits=3"]).warnings()
     unplaced = ["quantization.placement='weights_only'", "quantization.gelu.bits=3", "quantization.softmax.bits=8"]
     assert not load_recipe(recipe, unplaced).warnings()

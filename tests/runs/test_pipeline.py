@@ -258,7 +258,7 @@ def test_a_failed_run_leaves_no_empty_folder(recipe, tmp_path):
 def test_a_part_and_a_bench_file_are_no_recipes(tmp_path):
     with pytest.raises(RecipeError) as refused:
         check("images/spdfq")
-    assert refused.value.problems[0].startswith("images/spdfq: is a part of recipes and no whole one; name it under")
+    assert refused.value.problems[0].startswith("images/spdfq: is only a part of a recipe; name it under")
     (tmp_path / "bench.toml").write_text("seeds = [1]\n[parents]\nimages = ['images/spdfq']")
     with pytest.raises(RecipeError, match="this is a bench file, not a recipe; 'spdfq bench' runs it"):
         check(tmp_path / "bench.toml")
