@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spdfq.errors import SpdfqError
 from spdfq.quantized.products import BRANCH, INPUT, POINTS, Visit, Watch, ignore, maker, products
 from spdfq.quantizers import Quantizer
-from spdfq.quantizers.uniform import AffineQuantizer
+from spdfq.quantizers.affine import AffineQuantizer
 
 
 @frozen

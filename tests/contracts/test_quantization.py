@@ -57,7 +57,7 @@ def test_a_quantizer_passes_a_gradient(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_large_tensor_gives_what_its_parts_give(name, dtype, threads, monkeypatch):
-    """Each value is quantized by itself, so that tables may be used (lookup.py)."""
+    """Each value is quantized by itself, so that tables may be used (cpu_tables.py)."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     quantizer = made("quantizer", name, bits=4)
     frozen(quantizer, values(quantizer))

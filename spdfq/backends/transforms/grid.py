@@ -4,7 +4,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from spdfq.quantizers.uniform import AffineQuantizer
+from spdfq.quantizers.affine import AffineQuantizer
 
 
 @frozen(eq=False)

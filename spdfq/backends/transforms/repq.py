@@ -15,7 +15,7 @@ from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.products import WEIGHT
 from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, UniformQuantizer
-from spdfq.quantizers.observers import Statistics
+from spdfq.quantizers.statistics import Statistics
 from spdfq.recipe.structure import component
 from spdfq.registry import steps
 
@@ -153,7 +153,7 @@ def _channel_ranges(
     statistics: Statistics, median: Tensor, observer: Observer, channels: UniformQuantizer
 ) -> dict[str, Tensor]:
     """Scale and zero point of each channel, moved by its median."""
-    fitted = channels.fitted(*observer.range_of(statistics.moved(median), channels))
+    fitted = channels.fitted(*observer.range_of(statistics.shifted(median), channels))
     dead = statistics.low == statistics.high
     if bool(dead.any()) and not bool(dead.all()):
         # a constant channel is zero by now, whatever its scale; a scale of 1 would distort the mean
