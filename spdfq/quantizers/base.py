@@ -267,7 +267,9 @@ class Quantizer(nn.Module, ABC):
                 "check the images, or run the model in float32 precision"
             )
         if not self.signed and bool((low < 0).any()):
-            raise DataError(f"{self} accepts no negative values, but observed {float(low.min()):g}; use another quantizer")
+            raise DataError(
+                f"{self} accepts no negative values, but observed {float(low.min()):g}; use another quantizer"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
         # keeps the dtypes: with the scale in bfloat16 after model.bfloat16(), the codes would silently change

@@ -22,14 +22,14 @@ from torch import nn
 
 from spdfq.backends import quantize
 from spdfq.quantized import QuantizedModel
-from spdfq.quantized.model import find_sites
+from spdfq.quantized.visiting import find_sites
 
 EVERY = [*FUSED, *EXPLICIT]
 QUERY_KEY_VALUE_SOFTMAX = ["query", "key", "softmax", "value"]
 
 
 class Unusual(nn.Module):
-    """Products that have no quantizer: by a bare parameter, of three operands, and by a weight made on the way."""
+    """Products that have no quantizer: by a bare parameter, of three operands, and by a computed weight."""
 
     def __init__(self):
         super().__init__()

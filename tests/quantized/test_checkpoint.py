@@ -290,7 +290,7 @@ def test_another_architecture_is_refused(saved, name, changes, stray):
 
 
 def test_a_module_of_ones_own_has_to_be_given(saved, tmp_path):
-    message = r"VisionTransformer is a module of one's own; give the architecture: load_quantized\(folder, module\)"
+    message = r"VisionTransformer is not a model that a recipe names; give its module: load_quantized\(folder, module\)"
     with pytest.raises(ModelError, match=message):
         load_quantized(saved[0])
     chosen = teacher("vit")

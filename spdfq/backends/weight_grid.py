@@ -1,4 +1,4 @@
-"""The evenly spaced values that each number of a weight can have."""
+"""The evenly spaced values that each number of a weight can have after quantization."""
 
 import torch
 from attrs import frozen
@@ -8,12 +8,12 @@ from spdfq.quantizers.affine import AffineQuantizer
 
 
 @frozen(eq=False)
-class Grid:
-    """Values ``low + code * step`` for codes 0 .. last.
+class WeightGrid:
+    """The values ``low + code * step`` of each number of a weight, for codes 0 .. last.
 
     Args:
-        low: float32, shaped as the weight.
-        step: float32, shaped as the weight, above 0.
+        low: float32, shaped like the weight.
+        step: float32, shaped like the weight, above 0.
         last: the largest code.
     """
 
@@ -22,15 +22,15 @@ class Grid:
     last: int
 
     @classmethod
-    def of(cls, quantizer: AffineQuantizer, weight: Tensor) -> "Grid":
-        """That of a frozen quantizer of the weight."""
+    def of(cls, quantizer: AffineQuantizer, weight: Tensor) -> "WeightGrid":
+        """The values that a frozen quantizer gives a weight."""
         first = torch.zeros_like(weight, dtype=torch.uint8)
         low = quantizer.decode(first)
         return cls(low, quantizer.decode(first + 1) - low, quantizer.levels - 1)
 
-    def columns(self, chosen: slice) -> "Grid":
-        """Of some columns of a weight ``[k, d]``."""
-        return Grid(self.low[:, chosen], self.step[:, chosen], self.last)
+    def columns(self, chosen: slice) -> "WeightGrid":
+        """The grid of some columns of a weight ``[k, d]``."""
+        return WeightGrid(self.low[:, chosen], self.step[:, chosen], self.last)
 
     def positions(self, weight: Tensor) -> Tensor:
         """Codes that are neither rounded nor clamped."""
