@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from support.quantizers import OBSERVERS, allowed, bitwise_equal, data, frozen_on, squares, tensor
+from support.registered import made
 
 from spdfq.quantizers import (
     AdaptiveLogQuantizer,
@@ -250,7 +251,7 @@ def test_a_product_is_forgotten_after_freezing():
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_observers_take_dead_channels(observer):
     x = torch.zeros(50, 2)
-    quantizer = frozen_on(x, UniformQuantizer(granularity="channel", axis=1), OBSERVERS[observer]())
+    quantizer = frozen_on(x, UniformQuantizer(granularity="channel", axis=1), made("observer", observer))
     assert quantizer.scale.tolist() == [1.0, 1.0]
 
 
