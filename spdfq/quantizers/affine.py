@@ -64,10 +64,13 @@ class _FakeQuantizeAffine(torch.autograd.Function):
         rounded = (x / scale).round_().add_(zero_point)
         codes = rounded.clamp(0, levels - 1)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(rounded != codes)
+            ctx.levels = levels
+            ctx.save_for_backward(rounded)  # a mask would be smaller, but making and using it takes longer
         return codes.sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (clamped,) = ctx.saved_tensors
-        return gradients[0].masked_fill(clamped, 0.0), None, None, None
+        (rounded,) = ctx.saved_tensors
+        # passes the gradient strictly between the two bounds: where the rounded value is a code
+        passed = torch.ops.aten.hardtanh_backward(gradients[0], rounded, -0.5, ctx.levels - 0.5)
+        return passed, None, None, None
