@@ -1,4 +1,4 @@
-"""Placements, the points between products that they can quantize, and quantizers chosen by what made a tensor."""
+"""Placements, the points between products that they can quantize, and quantizers chosen by the function that computed a tensor."""
 
 import copy
 
@@ -238,7 +238,7 @@ def test_points_work_when_a_block_is_called_alone():
     assert len(tensors({"residual", "branch"}, {name: model.sites[name] for name in used})) == 4
 
 
-def test_nothing_of_the_points_stays_behind_when_the_network_raises():
+def test_no_hook_remains_when_the_network_raises():
     module = Head(nn.Identity)
     with pytest.raises(RuntimeError), visit_sites(module, unchanged, points=POINTS):
         module(torch.zeros(1, 5, 32, 32))
@@ -246,7 +246,7 @@ def test_nothing_of_the_points_stays_behind_when_the_network_raises():
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_a_checkpoint_with_points_reloads_to_the_bit(tmp_path):
+def test_a_checkpoint_with_points_reloads_bit_for_bit(tmp_path):
     chosen = teacher("vit")
     model = quantized(chosen, PSAQ)
     save_quantized(model, tmp_path, chosen)
@@ -255,7 +255,7 @@ def test_a_checkpoint_with_points_reloads_to_the_bit(tmp_path):
     assert again.site_table() == model.site_table()
 
 
-# quantizers by what made a tensor
+# quantizers chosen by the function that computed a tensor
 
 
 def test_gelu_outputs_can_have_a_quantizer_of_their_own():
@@ -299,7 +299,7 @@ def test_a_last_layer_whose_input_is_quantized_before_it_is_noted():
     assert placed("swin_fmnist") == []
 
 
-# every registered quantizer where it can stand, and its checkpoint
+# every registered quantizer at the sites that it fits, and its checkpoint
 
 
 STANDING = [

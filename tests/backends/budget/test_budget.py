@@ -1,4 +1,4 @@
-"""Mixed precision: the exact choice, what is counted and measured, and the model that comes of it."""
+"""Mixed precision: the exact choice, what is counted and measured, and the resulting model."""
 
 from contextlib import contextmanager
 from itertools import product
@@ -132,7 +132,7 @@ def test_every_product_of_two_quantized_sites_is_counted(name):
     assert sorted(found) == sorted(model.quantizers)
 
 
-# what comes of it
+# the resulting bits
 
 
 def test_the_mean_stays_within_the_budget_and_the_bits_among_the_choices():

@@ -1,4 +1,4 @@
-"""The repair's closed forms: ridge regression, and rounding that makes good its own errors."""
+"""Closed forms: ridge regression, and rounding that compensates its own errors."""
 
 from itertools import pairwise, product
 

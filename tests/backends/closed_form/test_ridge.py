@@ -1,4 +1,4 @@
-"""Repair by ridge regression: what it does to a model, what it refuses, and how it goes on."""
+"""Correction by ridge regression: what it changes in a model, what it refuses, and how it resumes."""
 
 from contextlib import contextmanager
 
@@ -163,7 +163,7 @@ def test_two_grids_of_one_weight_are_kept_apart():
     assert (output(model) - output(chosen.module)).norm() < before
 
 
-def test_layers_behind_points_quantized_elsewhere_are_repaired_too():
+def test_layers_whose_input_is_quantized_at_an_earlier_site_are_corrected_too():
     chosen = teacher("vit")
     model = quantized(chosen, "quantization.placement='psaq'")
     assert "blocks.0.mlp.fc1.input" not in model.sites  # the LayerNorm's output is
@@ -245,7 +245,7 @@ def test_images_that_are_not_finite_are_refused_with_the_layers_name():
 
 
 @pytest.mark.parametrize("finished", [5])
-def test_an_interrupted_repair_goes_on_to_the_bit(tmp_path, monkeypatch, finished):
+def test_an_interrupted_repair_goes_on_bit_for_bit(tmp_path, monkeypatch, finished):
     chosen, solve, done = teacher("vit"), Ridge._correct, []
     expected = repair(quantized(chosen), chosen)
 

@@ -206,7 +206,7 @@ def test_the_importance_is_the_squared_gradient_of_the_divergence():
     model(images(COUNT))
     handle.remove()
     output = seen["output"].detach().requires_grad_()
-    logits = model.network.head(model.network.norm(output)[:, 0])  # float behind the block
+    logits = model.network.head(model.network.norm(output)[:, 0])  # float after the block
     wanted = chosen.module(images(COUNT)).log_softmax(-1).detach()
     loss = F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="sum")
     expected = torch.autograd.grad(loss, output)[0].square()
@@ -282,7 +282,7 @@ def test_the_three_stages_run_one_after_the_other():
 
 
 @pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=8, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
-def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch, spec):
+def test_an_interrupted_reconstruction_goes_on_bit_for_bit(tmp_path, monkeypatch, spec):
     chosen, optimise = teacher("vit"), BlockReconstruction.optimise
     spec = evolve(spec, drop=0.5, scale_lr=1e-3, fisher=True)
     expected = reconstruct(quantized(chosen, UNIFORM), chosen, spec)
@@ -306,7 +306,7 @@ def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=40, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
-def test_a_reconstruction_killed_within_a_block_goes_on_to_the_bit(tmp_path, monkeypatch, spec):
+def test_a_reconstruction_killed_within_a_block_goes_on_bit_for_bit(tmp_path, monkeypatch, spec):
     chosen = teacher("vit")
     spec = evolve(spec, iterations=40, drop=0.5, scale_lr=1e-3)
     expected = reconstruct(quantized(chosen, UNIFORM), chosen, spec)

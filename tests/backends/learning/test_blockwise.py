@@ -1,4 +1,4 @@
-"""Block-wise reconstruction, and the images on their way from block to block."""
+"""Block-wise reconstruction, and the propagation of images from block to block."""
 
 from contextlib import contextmanager
 
@@ -70,7 +70,7 @@ def watched(monkeypatch):
     return seen
 
 
-# the streams
+# propagation
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -337,7 +337,7 @@ def test_an_error_that_is_not_finite_names_the_block():
 
 
 @pytest.mark.parametrize(("finished", "inputs"), [(1, "quantized"), (3, "quantized"), (2, "teacher")])
-def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch, finished, inputs):
+def test_an_interrupted_reconstruction_goes_on_bit_for_bit(tmp_path, monkeypatch, finished, inputs):
     chosen, step = teacher("swin"), evolve(STEP, inputs=inputs, biases=True)
     expected = reconstruct(quantized(chosen), chosen, step)
     done, optimise = [], BlockReconstruction.optimise

@@ -228,7 +228,7 @@ def a_second_per_look(monkeypatch):
     monkeypatch.setattr(distill, "SAVE_SECONDS", 1.0)
 
 
-def test_an_interrupted_training_goes_on_to_the_bit(tmp_path, monkeypatch, a_second_per_look):
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, monkeypatch, a_second_per_look):
     chosen, step = teacher("vit"), evolve(FULL, iterations=14)
     expected = train(quantized(chosen, UNIFORM), chosen, step)
     steps, take = [], distill.take_step

@@ -1,4 +1,4 @@
-"""RepQ's transform: what it changes in a model, and that in float it changes nothing."""
+"""RepQ's transform: what it changes in a model, and that the float model computes the same."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def output(module, count=5, seed=0):
     return module(images(count, seed))
 
 
-# which LayerNorm feeds what
+# which layers take the output of a LayerNorm
 
 
 def test_a_vits_norms_feed_qkv_and_fc1():
@@ -223,7 +223,7 @@ def test_notes_are_in_the_site_table():
     assert "notes" not in quantized("vit").site_table()
 
 
-# what is done to the model
+# what changes in the model
 
 
 @pytest.mark.parametrize("name", [*FUSED, *EXPLICIT])
