@@ -1,4 +1,4 @@
-"""Placements, the points between products that they can quantize, and quantizers chosen by the function that computed a tensor."""
+"""Placements, the points between products that they quantize, and quantizers for the outputs of softmax and GELU."""
 
 import copy
 
