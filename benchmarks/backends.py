@@ -23,10 +23,10 @@ import torch
 from machine import about
 
 from spdfq.backends import Blockwise, Calibration
-from spdfq.backends.learning.blocks import block_calls, block_names
-from spdfq.backends.learning.reconstruction import Job
-from spdfq.backends.learning.stream import Stream
-from spdfq.backends.learning.training import learning
+from spdfq.backends.blocks import block_calls, block_names
+from spdfq.backends.learning.reconstruction import BlockData, BlockReconstruction
+from spdfq.backends.learning.training import trainable
+from spdfq.backends.propagation import Propagation
 from spdfq.quantized import place
 from spdfq.recipe import ModelSpec, load_recipe
 from spdfq.recipe.structure import unstructure
@@ -74,15 +74,15 @@ def blockwise(teacher: Teacher, rounds: int, precision: Precision) -> dict[str, 
     spec.steps[0].run(model, calibration)
     with teacher.frozen() as network:
         call = block_calls(network, block_names(model), images[:1])[0]
-        stream = Stream(network, images, IMAGES)
-        hidden = stream.enter(call)
-        target = stream.leave(call, hidden)
-        job = Job(Blockwise(iterations=ITERATIONS), call, model, calibration, lambda *_, **__: None)
+        stream = Propagation(network, images, IMAGES)
+        hidden = stream.inputs_of(call)
+        target = stream.through(call, hidden)
+        job = BlockReconstruction(Blockwise(iterations=ITERATIONS), call, model, calibration, lambda *_, **__: None)
         weights = [network.get_parameter(name) for name in job.learner.changes]
 
         def learn() -> None:
-            with model.visiting(job._operand):
-                job._optimise(hidden, hidden, target, None)
+            with model.visiting(job.visit):
+                job.optimise(BlockData(hidden, hidden, target))
 
         def bare() -> None:
             for _ in range(ITERATIONS):
@@ -90,7 +90,7 @@ def blockwise(teacher: Teacher, rounds: int, precision: Precision) -> dict[str, 
                     output = call.run(network, hidden)[0]
                 torch.autograd.grad((output.float() - target[0]).norm(), weights)
 
-        with learning([*job.learner.parameters, *weights]), torch.enable_grad():
+        with trainable([*job.learner.parameters, *weights]), torch.enable_grad():
             quantized, plain = [], []
             for _ in range(1 + rounds):
                 quantized.append(seconds(learn) / ITERATIONS)

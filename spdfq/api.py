@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from spdfq.backends import quantize as run_backend
-from spdfq.backends.learning.student import student_factory
+from spdfq.backends.quantized_student import student_factory
 from spdfq.quantized.model import QuantizedModel
 from spdfq.recipe import Recipe, load_recipe
 from spdfq.runtime import Runtime, make_runtime, own_threads

@@ -27,7 +27,7 @@ from spdfq.backends import quantize
 from spdfq.errors import SpdfqError
 from spdfq.quantized import QuantizedModel
 from spdfq.quantized.checkpoint import load_quantized, save_quantized
-from spdfq.quantized.model import find_sites
+from spdfq.quantized.visiting import find_sites
 from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
 from spdfq.synth.group import Group

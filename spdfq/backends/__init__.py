@@ -1,4 +1,9 @@
-"""Back-ends: where quantizers are placed, and the steps that calibrate and repair a quantized model."""
+"""Back-ends: steps that calibrate a quantized model and reduce its quantization error.
+
+The files here are shared by all steps. The folders hold the steps themselves, and files that only they use:
+``transforms`` (the network computes the same in float), ``closed_form`` (least squares), ``learning`` (gradients);
+``budget`` chooses bit-widths. To add a step, write a new file with a registered class and add one import line here.
+"""
 
 from spdfq.backends.base import Calibration as Calibration
 from spdfq.backends.base import Step as Step

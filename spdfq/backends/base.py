@@ -1,4 +1,4 @@
-"""What every step of a back-end is, and what it is given."""
+"""The base class of back-end steps, and the inputs of a step."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,21 +8,21 @@ from torch import Tensor
 
 from spdfq.errors import SpdfqError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.products import WEIGHT
+from spdfq.quantized.sites import WEIGHT
 from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher
 
 
 @frozen(eq=False, kw_only=True)
 class Calibration:
-    """What a step works with.
+    """The inputs of a step, besides the quantized model.
 
     Args:
         teacher: the float model.
-        images: ``[n, C, H, W]``, normalised, on the teacher's device.
+        images: calibration images ``[n, C, H, W]``, normalised, on the teacher's device.
         runtime: precision, seed streams and progress.
-        folder: where a long step keeps its state, so that a killed run goes on; ``None`` keeps nothing.
-        index: position of the step in the recipe, part of its seed stream and file names.
+        folder: where a long step stores its state, so that a killed run can continue; ``None`` stores nothing.
+        index: position of the step in the recipe; seeds and file names depend on it.
     """
 
     teacher: Teacher
@@ -32,7 +32,7 @@ class Calibration:
     index: int = 0
 
     def state_file(self, name: str) -> Path | None:
-        """The file a step keeps its state in."""
+        """The file for the state of a step; ``None`` without a folder."""
         return self.folder / f"step-{self.index}-{name}.safetensors" if self.folder else None
 
 
@@ -41,35 +41,35 @@ BOTH, NEITHER = frozenset({"weights", "activations"}), frozenset[str]()
 
 @define(kw_only=True)
 class Step:
-    """Base class of back-end steps.
+    """Base class of back-end steps: a step changes a quantized model in place.
 
-    A child says in ``calibrates`` whose ranges it chooses, all of ``weights`` or all of ``activations``: before a step
-    that works with them, and at the end of a recipe, none may be missing.
+    A child defines `run`. It says in ``calibrates`` which ranges it chooses, those of all ``weights`` or of all
+    ``activations``. Every range must be chosen before a step that needs it, and at the end of a recipe.
     """
 
     @property
     def calibrates(self) -> frozenset[str]:
-        """What has a range afterwards: ``weights``, ``activations``, both or neither."""
+        """What has a range after the step: ``weights``, ``activations``, both or neither."""
         return BOTH
 
     def check(self, model: QuantizedModel, before: Sequence["Step"]) -> None:
-        """Refuse what is seen to fail before anything is computed.
+        """Refuses a model or an order of steps on which the step would fail, before anything is computed.
 
         Args:
             model: placed, not calibrated.
             before: the steps that come first.
 
         Raises:
-            SpdfqError: the step cannot work on this model, or needs another one before it.
+            SpdfqError: the step cannot work on this model, or needs another step before it.
         """
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
-        """Change the quantized model in place."""
+        """Changes the quantized model in place."""
         raise TypeError(f"{type(self).__name__} does not define run")
 
 
 def check_calibrated_by(steps: Sequence[Step], model: QuantizedModel) -> None:
-    """Raises SpdfqError where quantizers of the model have no range after these steps."""
+    """Raises SpdfqError if quantizers of the model have no range after these steps."""
     needed = {"weights" if model.sites[name].kind == WEIGHT else "activations" for name in model.quantizers}
     if missing := needed.difference(*(step.calibrates for step in steps)):
         what = " and ".join(sorted(missing))

@@ -1,4 +1,4 @@
-"""Calibration: choose every quantizer's range from one pass over the images."""
+"""Calibration: chooses every quantizer's range from one pass over the images."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -10,7 +10,8 @@ from torch import Tensor
 from spdfq.backends.base import BOTH, Calibration, Step
 from spdfq.errors import DataError, ModelError, NonFiniteError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.products import WEIGHT
+from spdfq.quantized.sites import WEIGHT
+from spdfq.quantized.visiting import unchanged
 from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, Product
 from spdfq.recipe.structure import component
 from spdfq.registry import steps
@@ -19,19 +20,20 @@ from spdfq.registry import steps
 @steps.register("calibrate")
 @define(kw_only=True)
 class Calibrate(Step):
-    """Choose the ranges: of weights by their values, of activations by one float pass over the images.
+    """Choose the ranges: of weights from their values, of activations from one float pass over the images.
 
-    Observers that try several ranges judge them by the error of the values, or by that of the output of the layer or
-    attention product they go into (AdaLog, arXiv:2407.12951): in float, for the first few images, and once more per
-    candidate, so it costs much more. What goes into no product is judged by its values all the same.
+    Observers that try several ranges compare them by the error of the values, or by the error of the output of the
+    layer or attention product that the values go into (AdaLog, arXiv:2407.12951). The output is computed in float, for
+    the first few images and again for each candidate, so it takes much longer. Values that go into no product are
+    always judged by themselves.
 
     Args:
         sites: which ranges are chosen: those of ``all`` sites, of ``weights`` alone or of ``activations`` alone.
         observer: chooses the ranges of activations.
         weight_observer: chooses the ranges of weights.
         batch: images per forward pass.
-        judged_by: what candidates are judged by, the error of the ``values`` or of the product's ``output``.
-        judged_images: how many images the output is computed for.
+        judged_by: how candidates are compared, by the error of the ``values`` or of the product's ``output``.
+        judged_images: number of images that the output is computed for.
     """
 
     sites: Literal["all", "weights", "activations"] = "all"
@@ -48,56 +50,56 @@ class Calibrate(Step):
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
-        """Observe and freeze every quantizer of the model.
+        """Observes values and freezes the quantizers of the model.
 
         Raises:
-            ModelError: a site the images never reach.
+            ModelError: no image reaches a site.
             NonFiniteError: a site saw NaN or infinity; the message names it.
-            DataError: a site saw values that its quantizer does not take.
+            DataError: a site saw values that its quantizer does not accept.
         """
         weights = [] if self.sites == "activations" else model.weight_names()
         if self.judged_by == "values":
             fit_weights(model, self.weight_observer, weights)
             weights = []
-        left = dict.fromkeys(weights)
+        unfrozen = dict.fromkeys(weights)
         if self.sites != "weights":
             activations = [name for name in model.quantizers if model.sites[name].kind != WEIGHT]
             observe_activations(model, calibration, activations, self.batch)
-            left |= dict.fromkeys(activations)
+            unfrozen |= dict.fromkeys(activations)
         if self.judged_by == "output":
-            self._judge(model, calibration, left)
-        for name in left:
+            self._freeze_by_output(model, calibration, unfrozen)
+        for name in unfrozen:
             self._freeze(model, name)
 
     def _freeze(self, model: QuantizedModel, name: str, product: Product | None = None) -> None:
-        weight = model.sites[name].kind == WEIGHT
-        if weight:
+        is_weight = model.sites[name].kind == WEIGHT
+        if is_weight:
             _observe(model, name, model.weight(name))
-        model.quantizers[name].freeze(self.weight_observer if weight else self.observer, product)
+        model.quantizers[name].freeze(self.weight_observer if is_weight else self.observer, product)
 
-    def _judge(self, model: QuantizedModel, calibration: Calibration, left: dict[str, None]) -> None:
-        """Freeze what goes into a product, the first time it does, and take it off what is left."""
+    def _freeze_by_output(self, model: QuantizedModel, calibration: Calibration, unfrozen: dict[str, None]) -> None:
+        """Freezes the quantizer of each operand at its first product, and removes it from ``unfrozen``."""
 
-        def watch(name: str, product: Product) -> None:
-            if name in left:
+        def on_product(name: str, product: Product) -> None:
+            if name in unfrozen:
                 self._freeze(model, name, product)
-                del left[name]
+                del unfrozen[name]
                 advance(1)
 
         with (
-            calibration.runtime.progress("judging ranges by their output", len(left)) as advance,
-            model.visiting(lambda _, __, tensor: tensor, watch),
+            calibration.runtime.progress("judging ranges by their output", len(unfrozen)) as advance,
+            model.visiting(unchanged, on_product),
         ):
             model.network(calibration.images[: self.judged_images])
 
 
 def observe_activations(model: QuantizedModel, calibration: Calibration, names: Iterable[str], batch: int) -> None:
-    """Have the quantizers of these sites observe one float pass over the images.
+    """Shows the quantizers of these sites the values of one float pass over the images.
 
     Raises:
-        ModelError: a site the images never reach.
+        ModelError: no image reaches a site.
         NonFiniteError: a site saw NaN or infinity; the message names it.
-        DataError: a site saw values that its quantizer does not take.
+        DataError: a site saw values that its quantizer does not accept.
     """
     missing = dict.fromkeys(names)
     wanted = set(missing)
@@ -120,7 +122,7 @@ def observe_activations(model: QuantizedModel, calibration: Calibration, names: 
 
 
 def fit_weights(model: QuantizedModel, observer: Observer, names: Iterable[str]) -> None:
-    """Choose the ranges of these weights by their values."""
+    """Chooses the ranges of these weights from their values."""
     for name in names:
         _observe(model, name, model.weight(name))
         model.quantizers[name].freeze(observer)

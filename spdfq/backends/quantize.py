@@ -1,4 +1,4 @@
-"""The back-end as one function: place quantizers, then run the recipe's steps; and what can be checked before."""
+"""The back-end as one function: places quantizers, then runs the recipe's steps. And a check without images."""
 
 from pathlib import Path
 
@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from spdfq.backends.base import Calibration, check_calibrated_by
-from spdfq.backends.budget.budget import check_budget
-from spdfq.backends.budget.sensitivity import bits_within
+from spdfq.backends.budget.allocation import bits_within, check_budget
 from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.place import beside_the_label, overridden, place
+from spdfq.quantized.place import label_warnings, override_bits, place
 from spdfq.recipe import Quantization
 from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher
@@ -19,19 +18,19 @@ from spdfq.teacher import Teacher
 def quantize(
     teacher: Teacher, images: Tensor, spec: Quantization, runtime: Runtime, folder: Path | None = None
 ) -> QuantizedModel:
-    """A fake-quantized copy of the teacher's network; the teacher is not touched.
+    """A fake-quantized copy of the teacher's network; the teacher is not changed.
 
     Args:
         teacher: the float model.
         images: ``[n, C, H, W]``, normalised for the teacher.
         spec: the recipe's quantization section.
         runtime: device, precision and seed streams.
-        folder: where long steps keep their state, so that a killed call can be taken up again.
+        folder: where long steps store their state, so that a killed call can continue.
 
     Raises:
-        DataError: there are no images, or they do not fit the teacher or are no normalised ones.
+        DataError: there are no images, they do not fit the teacher, or they are not normalised.
         RecipeError: an override matches no site, or the budget cannot be reached.
-        SpdfqError: what a step raises.
+        SpdfqError: a step fails.
     """
     if images.ndim != 4 or len(images) == 0 or tuple(images.shape[1:]) != teacher.input_size:
         wanted = "x".join(map(str, teacher.input_size))
@@ -52,20 +51,20 @@ def quantize(
 
 
 def check_quantization(teacher: Teacher, spec: Quantization) -> list[str]:
-    """Check everything in a quantization section that can be checked without images, and return the warnings.
+    """Checks everything in a quantization section that can be checked without images, and returns warnings.
 
     Args:
         teacher: the float model; its weights do not matter.
         spec: the recipe's quantization section.
 
     Raises:
-        RecipeError: an override that matches no site, a budget that cannot be reached, or steps that cannot run on this
-            model or in this order.
+        RecipeError: an override matches no site, the budget cannot be reached, or steps cannot run on this model or in
+            this order.
     """
     model = place(teacher, spec)
     if spec.budget:
         example = torch.zeros(1, *teacher.input_size, device=teacher.device)
-        check_budget(model, spec.budget, overridden(teacher, spec, model.sites), example)
+        check_budget(model, spec.budget, override_bits(teacher, spec, model.sites), example)
     problems = []
     for index, step in enumerate(spec.steps):
         try:
@@ -78,4 +77,4 @@ def check_quantization(teacher: Teacher, spec: Quantization) -> list[str]:
         check_calibrated_by(spec.steps, model)
     except SpdfqError as error:
         raise RecipeError([f"quantization.steps: {error}"]) from None
-    return beside_the_label(model, spec)
+    return label_warnings(model, spec)

@@ -1,4 +1,4 @@
-"""A quantized model as one safetensors file of packed integers and a config.json that says how to rebuild it."""
+"""Saves a quantized model as a safetensors file of packed integers and a config.json that says how to rebuild it."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spdfq.errors import DataError, ModelError, SpdfqError
-from spdfq.quantized.model import QuantizedModel, Site
-from spdfq.quantized.products import WEIGHT
+from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.sites import WEIGHT, Site
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.packing import pack, unpack
 from spdfq.recipe import ModelSpec, digest
@@ -26,15 +26,15 @@ TENSORS, CONFIG = "model.safetensors", "config.json"
 def save_quantized(
     model: QuantizedModel, folder: str | Path, teacher: Teacher, recipe: dict[str, Any] | None = None
 ) -> None:
-    """Write a calibrated model into a folder.
+    """Writes a calibrated model into a folder.
 
-    Weights are stored as integers packed at their bit-width, everything that stays in float as it is.
+    Quantized weights are stored as integers packed at their bit-width, everything else in float32.
 
     Args:
         model: in float32, with every quantizer frozen.
-        folder: is made if need be.
-        teacher: whose name and input description the file keeps.
-        recipe: the resolved recipe, kept for the reader; its ``model`` says how to build the network.
+        folder: created if it does not exist.
+        teacher: its name and input description are stored.
+        recipe: the resolved recipe, stored as information; its ``model`` section says how to build the network.
 
     Raises:
         DataError: the model is in another precision, or has a weight that is NaN.
@@ -61,27 +61,27 @@ _TEACHER_FIELDS = ("name", "mean", "std", "num_classes", "input_size", "crop_pct
 
 
 def load_quantized(folder: str | Path, module: nn.Module | None = None) -> QuantizedModel:
-    """Rebuild what `save_quantized` wrote; its logits are the saved model's to the bit.
+    """Rebuilds what `save_quantized` wrote. Its logits are bit for bit those of the saved model.
 
     Args:
         folder: holds ``model.safetensors`` and ``config.json``.
-        module: the float architecture, where the teacher was a module of one's own.
+        module: the float architecture, needed if the teacher was your own module.
 
     Raises:
-        DataError: a missing, truncated, edited or newer file.
+        DataError: a file is missing, truncated, edited or of another format version.
         ModelError: the architecture cannot be built, or does not fit.
     """
     return load_checkpoint(folder, module)[0]
 
 
 def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tuple[QuantizedModel, Teacher, dict]:
-    """The quantized model, its teacher without the teacher's weights, and the recipe it was made by."""
+    """The quantized model, its teacher (without the trained weights) and the recipe."""
     config = verified(folder)
     tensors = read_tensors(Path(folder) / TENSORS, "copy it again")[0]
     teacher = _architecture(config, module)
     sites = {name: Site(name, kind, tuple(shape), *maker) for name, (kind, shape, *maker) in config["sites"].items()}
-    restored = {name: _quantizer(name, table, folder) for name, table in config["quantizers"].items()}
-    biases = config.get("biases", [])  # files older than the first step that adds one lack it
+    restored = {name: _built_quantizer(name, table, folder) for name, table in config["quantizers"].items()}
+    biases = config.get("biases", [])  # missing in files that are older than the first step that adds biases
     _check_fit(teacher.module, [sites[name] for name in restored], biases, folder)
     model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases)
     _fill(model, tensors, folder)
@@ -119,7 +119,7 @@ def _packed(model: QuantizedModel) -> dict[str, Tensor]:
 
 
 def _float_buffers(model: QuantizedModel) -> set[str]:
-    """Names of the buffers that a state dict keeps and that belong to no quantizer."""
+    """Names of the buffers in the state dict that do not belong to a quantizer."""
     own = {id(module) for module in model.quantizers.values()}
     return {
         f"{prefix}.{name}" if prefix else name
@@ -131,10 +131,10 @@ def _float_buffers(model: QuantizedModel) -> set[str]:
 
 
 def verified(folder: str | Path) -> dict[str, Any]:
-    """What ``config.json`` says of a saved model, if both files are whole and belong together.
+    """The content of ``config.json``, after a check that both files are complete and belong together.
 
     Raises:
-        DataError: a missing, truncated, edited or newer file.
+        DataError: a file is missing, truncated, edited or of another format version.
     """
     folder = Path(folder)
     for name in (CONFIG, TENSORS):
@@ -170,7 +170,7 @@ def _architecture(config: dict[str, Any], module: nn.Module | None) -> Teacher:
         return Teacher(module, **described)
     name, table = described["name"], config["recipe"].get("model", {})
     if table.get("name") != name:
-        raise ModelError(f"{name} is a module of one's own; give the architecture: load_quantized(folder, module)")
+        raise ModelError(f"{name} is not a model that a recipe names; give its module: load_quantized(folder, module)")
     problems: list[str] = []
     spec: ModelSpec = structure(ModelSpec, table, "model", problems)
     if problems:
@@ -178,7 +178,7 @@ def _architecture(config: dict[str, Any], module: nn.Module | None) -> Teacher:
     return Teacher(load_teacher(spec, weights=False).module, **described)
 
 
-def _quantizer(name: str, table: dict[str, Any], folder: str | Path) -> Quantizer:
+def _built_quantizer(name: str, table: dict[str, Any], folder: str | Path) -> Quantizer:
     options = {key: value for key, value in table.items() if key != "type"}
     try:
         cls = quantizers.get(table["type"])
@@ -192,7 +192,7 @@ def _quantizer(name: str, table: dict[str, Any], folder: str | Path) -> Quantize
 
 
 def _fill(model: QuantizedModel, tensors: dict[str, Tensor], folder: str | Path) -> None:
-    """Put the stored tensors into a freshly built model; every one of them must be used."""
+    """Puts the stored tensors into a newly built model; all of them must be used."""
     left = dict(tensors)
     try:
         for name, quantizer in model.quantizers.items():

@@ -1,4 +1,4 @@
-"""From a recipe's quantization section to a quantized model that is not yet calibrated."""
+"""Places quantizers: from a recipe's quantization section to a quantized model that is not yet calibrated."""
 
 from fnmatch import fnmatchcase
 from typing import Any
@@ -7,8 +7,9 @@ import attrs
 import torch
 
 from spdfq.errors import RecipeError
-from spdfq.quantized.model import QuantizedModel, Site, find_sites
-from spdfq.quantized.products import GELU, INPUT, POINTS, SOFTMAX, WEIGHT, input_site
+from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.sites import GELU, INPUT, POINTS, SOFTMAX, WEIGHT, Site, input_site
+from spdfq.quantized.visiting import find_sites
 from spdfq.quantizers import Quantizer
 from spdfq.recipe import Override, Quantization
 from spdfq.recipe.structure import unstructure
@@ -23,27 +24,27 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
     Args:
         teacher: the float model.
         spec: the recipe's quantization section.
-        bits: by site, where they are not those of the section's quantizers; overrides come first.
+        bits: bit-widths by site that replace those of the section's quantizers, but not those of its overrides.
 
     Raises:
-        RecipeError: an override that matches no quantized site; all such at once. Or a quantizer of activations whose
-            channels are the images or on an axis that is not there, or one of weights that takes no negative values.
+        RecipeError: overrides match no quantized site (all of them are named), the channel axis of an activation
+            quantizer does not exist or is that of the images, or a weight quantizer accepts no negative values.
     """
     _check_templates(spec)
     example = torch.zeros(1, *teacher.input_size, device=teacher.device)
     with teacher.frozen() as network:
         sites, leftovers = find_sites(network, example, spec.placement.kinds & POINTS)
-    bits = {**(bits or {}), **overridden(teacher, spec, sites)}
+    bits = {**(bits or {}), **override_bits(teacher, spec, sites)}
     quantizers = {
         name: quantizer
         for name, site in sites.items()
-        if site.kind in spec.placement.kinds and (quantizer := _fresh(spec, site, bits.get(name))) is not None
+        if site.kind in spec.placement.kinds and (quantizer := _new_quantizer(spec, site, bits.get(name))) is not None
     }
-    _check_sites(spec, sites, quantizers)
+    _check_quantizers(spec, sites, quantizers)
     model = QuantizedModel(teacher.module, sites, quantizers, leftovers).to(teacher.device)
     if spec.gelu is not None and not any(sites[name].maker == GELU for name in quantizers):
-        model.note("gelu", ["no quantized site takes what a GELU puts out"])
-    model.note("overrides", _fed_elsewhere(teacher, spec, model))
+        model.note("gelu", ["no quantized site has the output of a GELU"])
+    model.note("overrides", _inputs_quantized_earlier(teacher, spec, model))
     return model
 
 
@@ -59,10 +60,10 @@ def _check_templates(spec: Quantization) -> None:
         raise RecipeError(problems)
 
 
-def _check_sites(spec: Quantization, sites: dict[str, Site], quantizers: dict[str, Quantizer]) -> None:
-    """Refuse what calibration would, after the images were made."""
+def _check_quantizers(spec: Quantization, sites: dict[str, Site], quantizers: dict[str, Quantizer]) -> None:
+    """Refuses now what calibration would refuse only after the images were made."""
     for name, quantizer in quantizers.items():
-        site, where = sites[name], f"quantization.{_key(spec, sites[name])}"
+        site, where = sites[name], f"quantization.{_section_key(spec, sites[name])}"
         if site.kind == WEIGHT and not quantizer.signed:
             kind = unstructure(quantizer, "quantizer")["type"]
             raise RecipeError([f"{where}: {kind!r} takes no negative values; weights need one that does ('uniform')"])
@@ -75,24 +76,25 @@ def _check_sites(spec: Quantization, sites: dict[str, Site], quantizers: dict[st
                 raise RecipeError([f"{where}: axis {axis} is that of the images; the features are on axis -1"])
 
 
-def _key(spec: Quantization, site: Site) -> str:
-    """Which of the section's quantizers a site gets."""
+def _section_key(spec: Quantization, site: Site) -> str:
+    """The key of the quantizer in the section that a site gets a copy of."""
     rest = "gelu" if spec.gelu is not None and site.maker == GELU else "activations"
     return {WEIGHT: "weights", SOFTMAX: "softmax"}.get(site.kind, rest)
 
 
-def _fresh(spec: Quantization, site: Site, bits: int | None) -> Quantizer | None:
+def _new_quantizer(spec: Quantization, site: Site, bits: int | None) -> Quantizer | None:
+    """A quantizer for a site, with the section's bits or others; ``None`` for 0 bits."""
     if bits == 0:
         return None
-    template = getattr(spec, _key(spec, site))
+    template = getattr(spec, _section_key(spec, site))
     return attrs.evolve(template) if bits is None else attrs.evolve(template, bits=bits)
 
 
-def overridden(teacher: Teacher, spec: Quantization, sites: dict[str, Site]) -> dict[str, int]:
-    """Bits of the sites that the section's overrides name.
+def override_bits(teacher: Teacher, spec: Quantization, sites: dict[str, Site]) -> dict[str, int]:
+    """The bits of all sites that the section's overrides name.
 
     Raises:
-        RecipeError: an override that matches no quantized site; all such at once.
+        RecipeError: overrides match no quantized site; all of them are named.
     """
     sites = {name: site for name, site in sites.items() if site.kind in spec.placement.kinds}
     bits: dict[str, int] = {}
@@ -110,10 +112,11 @@ def overridden(teacher: Teacher, spec: Quantization, sites: dict[str, Site]) -> 
 
 
 def _patterns(teacher: Teacher, override: Override, path: str, problems: list[str]) -> list[tuple[str, str]]:
+    """The patterns of an override over site names, each with its place in the recipe."""
     found = [(pattern, f"{path}.sites") for pattern in override.sites]
     for role in override.roles:
         if role == "last" and teacher.headless:
-            continue  # the role is the head's, which is not there
+            continue  # the last layer is the head, and there is none
         modules = _modules_of(teacher.module, role)
         if not modules:
             problems.append(
@@ -123,8 +126,8 @@ def _patterns(teacher: Teacher, override: Override, path: str, problems: list[st
     return found
 
 
-def beside_the_label(model: QuantizedModel, spec: Quantization) -> list[str]:
-    """A warning for each number of the label, W4A4, that overrides left no site with."""
+def label_warnings(model: QuantizedModel, spec: Quantization) -> list[str]:
+    """A warning for each number of the label (W4A4) that no site has, because of overrides."""
     if spec.budget:
         return []
     found: dict[str, set[int]] = {"weights": set(), "activations": set()}
@@ -132,20 +135,20 @@ def beside_the_label(model: QuantizedModel, spec: Quantization) -> list[str]:
         found["weights" if model.sites[name].kind == WEIGHT else "activations"].add(quantizer.bits)
     wanted = {"weights": spec.weights.bits, "activations": spec.activations.bits}
     return [
-        f"quantization.overrides: leave no {what} the {wanted[what]} bits of the label {spec.label}, but "
+        f"quantization.overrides: no {what} have the {wanted[what]} bits of the label {spec.label}; they have "
         f"{', '.join(map(str, sorted(bits)))}"
         for what, bits in found.items()
         if bits and wanted[what] not in bits
     ]
 
 
-def _fed_elsewhere(teacher: Teacher, spec: Quantization, model: QuantizedModel) -> list[str]:
-    """A line for each layer of a role whose weight has the override's bits and whose input has no site of its own."""
+def _inputs_quantized_earlier(teacher: Teacher, spec: Quantization, model: QuantizedModel) -> list[str]:
+    """A line for each layer of a role whose weight has the override's bits and whose input has no own site."""
     if INPUT not in spec.placement.kinds:
         return []
     modules = [name for each in spec.overrides for role in each.roles for name in _modules_of(teacher.module, role)]
     return [
-        f"{name} takes what was quantized at a point before it, whose bits are not the override's"
+        f"the input of {name} was quantized at an earlier site, whose bits are not the override's"
         for name in modules
         if f"{name}.weight" in model.quantizers and input_site(f"{name}.weight") not in model.sites
     ]

@@ -1,16 +1,16 @@
-"""Placements: which kinds of tensors are quantized."""
+"""Placements: which kinds of sites are quantized."""
 
 from typing import ClassVar
 
 from attrs import frozen
 
-from spdfq.quantized.products import (
+from spdfq.quantized.sites import (
     BRANCH,
     INPUT,
     KEY,
-    KINDS,
     LAYER_NORM,
     LOGITS,
+    OPERANDS,
     PRODUCT,
     QUERY,
     RESIDUAL,
@@ -26,17 +26,17 @@ from spdfq.registry import placements
 class MatmulInputs:
     """Both operands of every product: inputs and weights of linear and convolution layers, q, k, v, softmax output."""
 
-    kinds: ClassVar[frozenset[str]] = frozenset(KINDS)
+    kinds: ClassVar[frozenset[str]] = frozenset(OPERANDS)
 
 
 @placements.register("psaq", paper="arXiv:2203.02250")
 @frozen(kw_only=True)
 class Psaq:
-    """PSAQ-ViT's points: layer inputs, q, k, v, scores before the softmax, LayerNorm outputs, residual sums, logits.
+    """PSAQ-ViT's sites: layer inputs, q, k, v, scores before the softmax, LayerNorm outputs, residual sums, logits.
 
-    Both the sum and the branch that is added are quantized; the softmax output is not. A LayerNorm output or residual
-    sum that enters a linear layer is quantized once. The paper's code quantizes q, k and v as one tensor, and the sum
-    of patch embedding and position too.
+    Both the residual sum and the branch that is added to it are quantized; the softmax output is not. A LayerNorm
+    output or residual sum that enters a linear layer is quantized once. The paper's code quantizes q, k and v as one
+    tensor, and also the sum of patch embedding and position.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset(

@@ -1,46 +1,47 @@
-"""What every quantizer shares: observing, freezing, its integers and its stored tensors."""
+"""The base class of quantizers: observe values, freeze a range, map tensors to codes and back."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from attrs import Attribute, define, field
+from attrs import define, field
+from einops import rearrange
 from torch import Tensor, nn
 
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
-from spdfq.quantizers.lookup import looked_up, pays_in_two_bytes
-from spdfq.quantizers.observers import MinMaxObserver, Observer, Product, Statistics
+from spdfq.quantizers.cpu_tables import two_byte_results, two_byte_table_pays
+from spdfq.quantizers.observers import MinMaxObserver, Observer
+from spdfq.quantizers.option_checks import check_bits
+from spdfq.quantizers.product import Product
+from spdfq.quantizers.statistics import Statistics
 
 Parameters = dict[str, Tensor]
+"""The tensors that a frozen quantizer consists of, by the names in `Quantizer.stores`."""
 
 
 def straight_through(smooth: Tensor, rounded: Tensor) -> Tensor:
-    """The values of ``rounded`` (to the bit) with the gradient of ``smooth``."""
-    # the bracket is exactly 0 for finite values, so no rounding error can move a code off its integer
+    """The values of ``rounded``, bit for bit, with the gradient of ``smooth``."""
+    # the bracket is exactly 0 for finite values, so a code stays an integer
     return rounded.detach() + (smooth - smooth.detach())
 
 
 def bounded(x: Tensor, low: float, high: float) -> Tensor:
     """``x`` clamped, with gradient 1 from ``low`` to ``high`` inclusive and 0 outside."""
-    # Tensor.clamp passes no gradient at the bounds themselves since torch 2.15, and the end codes lie on them
+    # since torch 2.15 Tensor.clamp passes no gradient at the bounds themselves, which are the first and the last code
     return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
-
-
-def check_bits(_: Any, attribute: "Attribute[int]", value: int) -> None:
-    """Attrs validator: a code fits one byte and there are values on both sides of zero."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 8:
-        raise ValueError(f"{attribute.name} must be a whole number from 2 to 8, not {value!r}")
 
 
 @define(eq=False, slots=False, kw_only=True)
 class Quantizer(nn.Module, ABC):
-    """Maps a tensor to one of ``2**bits`` values, with a straight-through gradient on the rounding alone.
+    """Base class: maps each element of a tensor to one of ``2**bits`` values; only the rounding is straight-through.
 
-    `observe` data, `freeze` the range, then call it. A child says in ``stores`` what a frozen one consists of, in
-    ``largest`` where a stored byte may not exceed another number than the last code, in ``integers`` whether an integer
-    runtime can run it (``yes`` or ``with tables``), and gives three pure functions: `fitted`, `encode`, `reconstruct`.
-    The latter two treat each element by itself.
+    `observe` data, `freeze` the range, then call it. A child class defines three pure functions, `fitted`, `encode` and
+    `reconstruct`, of which the last two work element by element, and these class variables:
+
+    * ``stores``: names and dtypes of the tensors that a frozen quantizer consists of.
+    * ``largest``: the largest valid number of a stored uint8 tensor, where that is not the last code.
+    * ``integers``: whether an integer runtime can run it, ``yes`` or ``with tables``.
 
     Args:
         bits: width of a code in bits, 2 to 8.
@@ -61,11 +62,11 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def fitted(self, low: Tensor, high: Tensor) -> Parameters:
-        """The parameters for a range: ``low``, ``high`` float32 ``[C]`` -> the tensors of ``stores``, ``[C]`` each."""
+        """The parameters for the ranges ``low``, ``high`` float32 ``[C]``: the tensors of ``stores``, ``[C]`` each."""
 
     @abstractmethod
     def encode(self, x: Tensor, parameters: Parameters) -> Tensor:
-        """Codes 0 .. levels - 1 as float32, with gradient; ``parameters`` broadcast against float32 ``x``."""
+        """Codes 0 .. levels - 1 of float32 ``x``, float32 with a gradient; ``parameters`` broadcast against ``x``."""
 
     @abstractmethod
     def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
@@ -78,42 +79,42 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def signed(self) -> bool:
-        """Whether it takes negative values."""
+        """Whether it accepts negative values."""
         return True
 
     @property
     def one_ended(self) -> bool:
-        """Whether a range is one number to it: its upper end, or the end of larger magnitude."""
+        """Whether only one end of a range matters: the upper end, or the end of larger magnitude."""
         return False
 
     @property
     def channel_axis(self) -> int | None:
-        """The axis along which each index has its own range; None where the whole tensor shares one."""
+        """The axis whose indices each have their own range; ``None`` if the whole tensor shares one."""
         return None
 
     def axis_of(self, name: str) -> int | None:
-        """The axis along which each index has its own value of a stored tensor; None where all share one."""
+        """The axis whose indices each have their own value of a stored tensor; ``None`` if all share one."""
         return self.channel_axis
 
     @property
     def frozen(self) -> bool:
-        """Whether the range is fixed, so that the quantizer can be called."""
+        """Whether the range is fixed. Only then can the quantizer be called."""
         return all(self._buffers[name] is not None for name in self.stores)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Collects extremes and a bounded sample of ``x``; call it once for each batch.
 
-        Once frozen, it collects anew and the old range stays in use until the next `freeze`.
+        A frozen quantizer starts a new collection and keeps its old range until the next `freeze`.
 
         Raises:
             NonFiniteError: ``x`` holds NaN or infinity (as float32).
-            DataError: ``x`` is empty, lacks the channel axis or changes its length, or has negative values that this
-                quantizer does not take.
+            DataError: ``x`` is empty, has no channel axis, has another number of channels than before, or has negative
+                values that this quantizer does not accept.
         """
         rows = self._rows(x.detach().float())
         low, high = rows.aminmax(dim=1)
-        self._refuse(rows, low, high)
+        self._check_values(rows, low, high)
         if self._statistics is None:
             images = 1 if x.ndim == 0 or self.channel_axis in (0, -x.ndim) else len(x)
             self._statistics = Statistics(rows, rows.shape[1] // images)
@@ -121,11 +122,11 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def freeze(self, observer: Observer | None = None, product: Product | None = None) -> None:
-        """Fixes the parameters by the range that ``observer`` (default: `MinMaxObserver`) chooses; drops the samples.
+        """Fixes the parameters for the range that the observer chooses, and drops the samples.
 
         Args:
-            observer: chooses the range.
-            product: judges candidates by the error of its output instead of that of the values.
+            observer: chooses the range; `MinMaxObserver` by default.
+            product: if given, candidates are judged by the error of its output instead of the error of the values.
 
         Raises:
             SpdfqError: nothing was observed since the last `freeze`.
@@ -138,22 +139,22 @@ class Quantizer(nn.Module, ABC):
             parameters = self.fit(seen, observer or MinMaxObserver())
         finally:
             self._product = None
-        self._fix({name: p if self.axis_of(name) is not None else p[0] for name, p in parameters.items()})
+        self._store({name: p if self.axis_of(name) is not None else p[0] for name, p in parameters.items()})
         self._statistics = None
 
     def fit(self, seen: Statistics, observer: Observer) -> Parameters:
-        """The parameters for what was observed, ``[C]`` each (``[1]`` where all share one)."""
+        """The parameters for everything that was observed, ``[C]`` each (``[1]`` if all channels share one)."""
         return self.fitted(*observer.range_of(seen, self))
 
     def error(self, samples: Tensor, parameters: Parameters) -> Tensor:
-        """How far `fitted` parameters ``[C]`` are off, ``[C]``: what observers and `fit` minimise.
+        """The error ``[C]`` of parameters ``[C]`` that `fitted` gave; observers and `fit` minimise it.
 
-        The mean squared error of ``samples`` float32 ``[C, n]``, or of the output of the product that `freeze` was
-        given.
+        It is the mean squared error of ``samples`` float32 ``[C, n]``, or of the output of the product that `freeze`
+        was given.
         """
         if self._product is None:
             return (self.quantize_with(samples, parameters) - samples).square().mean(dim=1)
-        quantized = self.dequantized(self._product.operand.float(), self._laid(self._product.operand, parameters))
+        quantized = self.dequantized(self._product.operand.float(), self._broadcast(self._product.operand, parameters))
         return self._product.error(quantized, len(samples) if self.channel_axis == 0 else None).expand(len(samples))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,42 +163,50 @@ class Quantizer(nn.Module, ABC):
         Raises:
             SpdfqError: the quantizer is not frozen.
         """
-        parameters = self._laid(x, self.tensors())
+        parameters = self._broadcast(x, self.tensors())
         learned = any(parameter.requires_grad for parameter in (*parameters.values(), *self.parameters()))
-        if pays_in_two_bytes(x) and not learned and not any(parameter.dim() for parameter in parameters.values()):
-            return looked_up(lambda every: self.dequantized(every, parameters), x)
+        if two_byte_table_pays(x) and not learned and not any(parameter.dim() for parameter in parameters.values()):
+            return two_byte_results(lambda every: self.dequantized(every, parameters), x)
         return self.dequantized(x.float(), parameters).to(x.dtype)
 
     def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
-        """``reconstruct(encode(x))`` with its gradient; a child may do the same in fewer passes over memory."""
+        """``reconstruct(encode(x))`` with its gradient; a child may compute the same in fewer passes over memory."""
         return self.reconstruct(self.encode(x, parameters), parameters)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The integers of ``x``: uint8 of its shape, 0 .. levels - 1; NaN raises NonFiniteError."""
+        """The codes of ``x``, 0 .. levels - 1: uint8 of the same shape.
+
+        Raises:
+            NonFiniteError: ``x`` holds NaN.
+        """
         if missing := int(x.isnan().sum()):
             raise NonFiniteError(f"{missing} of {x.numel()} values are NaN and have no code; check the weights")
-        return self.encode(x.float(), self._laid(x, self.tensors())).to(torch.uint8)
+        return self.encode(x.float(), self._broadcast(x, self.tensors())).to(torch.uint8)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """The float32 values of integer ``codes``, bitwise those `forward` gives."""
-        return self.reconstruct(codes.float(), self._laid(codes, self.tensors()))
+        """The float32 values of integer ``codes``, bit for bit those that `forward` gives."""
+        return self.reconstruct(codes.float(), self._broadcast(codes, self.tensors()))
 
     def quantize_with(self, values: Tensor, parameters: Parameters) -> Tensor:
-        """Dequantized ``values`` float32 ``[C, n]`` under `fitted` parameters ``[C]``, frozen or not."""
+        """Dequantizes ``values`` float32 ``[C, n]`` with parameters ``[C]`` from `fitted`, frozen or not."""
         columns = {name: parameter[:, None] for name, parameter in parameters.items()}
         return self.dequantized(values, columns)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What must be stored to rebuild this frozen quantizer: the tensors of ``stores``, ``[n]`` or ``[]`` each."""
+        """The tensors of ``stores`` that rebuild this frozen quantizer, ``[n]`` or ``[]`` each."""
         fixed = {name: tensor for name in self.stores if (tensor := self._buffers[name]) is not None}
         if len(fixed) < len(self.stores):
             raise SpdfqError(f"{self} is not frozen: call observe(x) and freeze(), or restore(tensors), first")
         return fixed
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Freezes this quantizer with what `tensors` gave; anything else raises DataError."""
+        """Freezes this quantizer with tensors that `tensors` gave.
+
+        Raises:
+            DataError: names, dtypes, shapes or values of the tensors do not fit.
+        """
         if set(tensors) != set(self.stores):
             raise DataError(f"{self} is stored as {sorted(self.stores)}, not {sorted(tensors)}")
         for name, tensor in tensors.items():
@@ -205,7 +214,7 @@ class Quantizer(nn.Module, ABC):
         shapes = {(self.axis_of(name), tensor.shape) for name, tensor in tensors.items()}
         if len(shapes) > len({axis for axis, _ in shapes}):
             raise DataError(f"{sorted(tensors)} differ in length; the file is damaged or of another quantizer")
-        self._fix(tensors)
+        self._store(tensors)
         self._statistics = None
 
     def _check_stored(self, name: str, tensor: Tensor) -> None:
@@ -220,24 +229,24 @@ class Quantizer(nn.Module, ABC):
         if tensor.dtype == torch.uint8 and bool((tensor > largest).any()):
             raise DataError(f"stored {name} exceeds {largest}, the most there is at {self.bits} bits")
 
-    def _fix(self, parameters: Parameters) -> None:
-        # not `self.scale = ...`: the __setattr__ that attrs writes bypasses nn.Module's
+    def _store(self, parameters: Parameters) -> None:
+        # not `self.scale = ...`, because attrs replaces the __setattr__ of nn.Module
         for name, tensor in parameters.items():
             self.register_buffer(name, tensor.detach().clone())
 
     def _rows(self, x: Tensor) -> Tensor:
+        """``x`` as one row for each channel, ``[C, n]``; ``[1, n]`` if the whole tensor shares one range."""
         if x.numel() == 0:
             raise DataError(f"cannot observe an empty tensor of shape {tuple(x.shape)}")
         if self.channel_axis is None:
             return x.reshape(1, -1)
-        axis = self._axis(x, self.channel_axis)
-        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+        return rearrange(x.movedim(self._axis(x, self.channel_axis), 0), "channels ... -> channels (...)")
 
-    def _laid(self, x: Tensor, parameters: Parameters) -> Parameters:
-        """Stored or `fitted` parameters in a shape that broadcasts against ``x``."""
-        return {name: self._spread(parameter, x, self.axis_of(name)) for name, parameter in parameters.items()}
+    def _broadcast(self, x: Tensor, parameters: Parameters) -> Parameters:
+        """Stored parameters in shapes that broadcast against ``x``."""
+        return {name: self._along_axis(parameter, x, self.axis_of(name)) for name, parameter in parameters.items()}
 
-    def _spread(self, parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    def _along_axis(self, parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
         if axis is None:
             return parameter.reshape(())
         axis = self._axis(x, axis)
@@ -250,7 +259,7 @@ class Quantizer(nn.Module, ABC):
             raise DataError(f"{self} has its channels on an axis that shape {tuple(x.shape)} lacks; set another axis")
         return axis % x.dim()
 
-    def _refuse(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
+    def _check_values(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         if not bool((low.isfinite() & high.isfinite()).all()):
             count = int((~rows.isfinite()).sum())
             raise NonFiniteError(
@@ -258,10 +267,12 @@ class Quantizer(nn.Module, ABC):
                 "check the images, or run the model in float32 precision"
             )
         if not self.signed and bool((low < 0).any()):
-            raise DataError(f"{self} takes values from 0 up, but observed {float(low.min()):g}; use another quantizer")
+            raise DataError(
+                f"{self} accepts no negative values, but observed {float(low.min()):g}; use another quantizer"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
-        # model.bfloat16() must not coarsen the scale: the codes would change without a word
+        # keeps the dtypes: with the scale in bfloat16 after model.bfloat16(), the codes would silently change
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():

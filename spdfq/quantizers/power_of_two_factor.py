@@ -1,4 +1,4 @@
-"""One scale for all channels, and a power of two for each."""
+"""Evenly spaced values with one scale for all channels, and a power of two for each channel."""
 
 from typing import ClassVar
 
@@ -6,25 +6,28 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from spdfq.quantizers.affine import LARGEST, AffineQuantizer, usable_scale
 from spdfq.quantizers.base import Parameters
-from spdfq.quantizers.observers import Observer, Product, Statistics
-from spdfq.quantizers.uniform import LARGEST, AffineQuantizer, check_axis, usable
+from spdfq.quantizers.observers import Observer
+from spdfq.quantizers.option_checks import check_axis
+from spdfq.quantizers.product import Product
+from spdfq.quantizers.statistics import Statistics
 from spdfq.registry import quantizers
 
-EXPONENTS = range(4)
+_EXPONENTS = range(4)
 
 
 @quantizers.register("power_of_two_factor", paper="arXiv:2111.13824")
 @define(eq=False, slots=False, kw_only=True)
 class PowerOfTwoFactorQuantizer(AffineQuantizer):
-    """Evenly spaced values, each channel's step 1, 2, 4 or 8 times the same one: for activations around LayerNorms.
+    """Evenly spaced values, with 1, 2, 4 or 8 times one step for each channel: for activations around LayerNorms.
 
     The step of channel c is ``2**a_c * s``. s and the zero point are those of ``uniform`` for the range of all
-    channels, with ``8 * s`` for a step; a_c is the exponent of least error, so a channel of small values has a finer
-    step. An integer runtime shifts by a_c. All of it is judged by values, never by a product's output.
+    channels, with ``8 * s`` as the step. a_c is the exponent of least error, so a channel of small values has a finer
+    step. An integer runtime shifts by a_c. Everything is chosen by the error of the values, never by that of a product.
 
     Stores ``scale`` (s, float32 ``[]``), ``zero_point`` (uint8 ``[]``) and ``exponent`` (a, uint8 ``[C]``). Zero is
-    always a value. A range too small for a normal float32 step counts as zero and gets scale 1.
+    always one of the values. A range too small for a normal float32 step counts as zero and gets scale 1.
 
     Paper: FQ-ViT, arXiv:2111.13824, section 3.2.
 
@@ -38,7 +41,7 @@ class PowerOfTwoFactorQuantizer(AffineQuantizer):
         "zero_point": torch.uint8,
         "exponent": torch.uint8,
     }
-    largest: ClassVar[dict[str, int]] = {"exponent": EXPONENTS[-1]}
+    largest: ClassVar[dict[str, int]] = {"exponent": _EXPONENTS[-1]}
 
     axis: int = field(default=-1, validator=check_axis)
 
@@ -48,19 +51,19 @@ class PowerOfTwoFactorQuantizer(AffineQuantizer):
         return self.axis
 
     def axis_of(self, name: str) -> int | None:
-        """Only the exponent belongs to a channel."""
+        """The channel axis for the exponent; all channels share everything else."""
         return self.axis if name == "exponent" else None
 
     def fitted(self, low: Tensor, high: Tensor) -> Parameters:
-        """Each channel as if it were all: parameters for ranges ``low``, ``high`` ``[C]``, extended to contain zero."""
+        """Parameters for the ranges ``low``, ``high`` ``[C]``, with zero included; each as if for the whole tensor."""
         low, high = low.clamp(-LARGEST, 0.0), high.clamp(0.0, LARGEST)
-        exponent = torch.full_like(low, EXPONENTS[-1], dtype=torch.uint8)
-        scale = usable((high - low) / (self.levels - 1) / 2 ** EXPONENTS[-1])
-        zero_point = (-low / (scale * 2 ** EXPONENTS[-1])).round().clamp(0, self.levels - 1)
+        exponent = torch.full_like(low, _EXPONENTS[-1], dtype=torch.uint8)
+        scale = usable_scale((high - low) / (self.levels - 1) / 2 ** _EXPONENTS[-1])
+        zero_point = (-low / (scale * 2 ** _EXPONENTS[-1])).round().clamp(0, self.levels - 1)
         return {"scale": scale, "zero_point": zero_point.to(torch.uint8), "exponent": exponent}
 
     def freeze(self, observer: Observer | None = None, product: Product | None = None) -> None:
-        """Fixes the range and the exponents as `Quantizer.freeze` does; ``product`` plays no part."""
+        """Fixes the range and the exponents like `Quantizer.freeze`; ``product`` is not used."""
         super().freeze(observer)
 
     def fit(self, seen: Statistics, observer: Observer) -> Parameters:
@@ -68,7 +71,7 @@ class PowerOfTwoFactorQuantizer(AffineQuantizer):
         low, high = observer.range_of(seen, self)
         shared = self.fitted(low.min()[None], high.max()[None])
         channels = {name: parameter.expand(len(low)) for name, parameter in shared.items()}
-        candidates = [channels | {"exponent": torch.full_like(channels["exponent"], a)} for a in EXPONENTS]
+        candidates = [channels | {"exponent": torch.full_like(channels["exponent"], a)} for a in _EXPONENTS]
         errors = [self.error(seen.samples, each) for each in candidates]
         return shared | {"exponent": torch.stack(errors).argmin(dim=0).to(torch.uint8)}
 

@@ -1,4 +1,4 @@
-"""Quantizers with one more number to choose than the range."""
+"""The base class of quantizers that choose one more number than the range, such as a base or a shift."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -8,17 +8,20 @@ from attrs import define
 from torch import Tensor
 
 from spdfq.quantizers.base import Parameters, Quantizer
-from spdfq.quantizers.observers import Observer, Statistics
+from spdfq.quantizers.observers import Observer
+from spdfq.quantizers.statistics import Statistics
 
-_JUDGED = 2**17
-_APART, _KEPT = 6, 3
+_JUDGED_VALUES = 2**17
+# a long list of candidates is searched from coarse to fine: every sixth one, then the neighbours of the best three
+_COARSE_STEP, _KEPT = 6, 3
 
 
 @define(eq=False, slots=False, kw_only=True)
 class SearchedQuantizer(Quantizer):
-    """Base class: besides the range, a number (a base, a shift) is chosen by least error.
+    """Base class: chooses a number (a base, a shift) by least error, besides the range.
 
-    The number is chosen for the whole observed range, then the range for it, then the number again for that range.
+    The number is chosen for the whole observed range, then the range for that number, then the number again for that
+    range.
 
     Args:
         bits: width of a code in bits, 2 to 8.
@@ -31,42 +34,41 @@ class SearchedQuantizer(Quantizer):
     @property
     @abstractmethod
     def choices(self) -> Sequence[float]:
-        """What the number can be."""
+        """The candidates for the number, in order."""
 
     @property
     @abstractmethod
-    def usual(self) -> float:
-        """What the number is before it was chosen."""
+    def default_choice(self) -> float:
+        """The number to use before one was chosen."""
 
     @abstractmethod
-    def chosen(self, low: Tensor, high: Tensor, choice: float) -> Parameters:
-        """The parameters for ranges ``low``, ``high`` ``[C]`` and a number."""
+    def fitted_with(self, choice: float, low: Tensor, high: Tensor) -> Parameters:
+        """The parameters for a number and the ranges ``low``, ``high`` ``[C]``."""
 
     def fitted(self, low: Tensor, high: Tensor) -> Parameters:
-        """The parameters for ranges ``low``, ``high`` float32 ``[C]``."""
-        return self.chosen(low, high, self.usual if self._choice is None else self._choice)
+        """The parameters for the ranges ``low``, ``high`` float32 ``[C]`` and the number chosen so far."""
+        return self.fitted_with(self.default_choice if self._choice is None else self._choice, low, high)
 
     def fit(self, seen: Statistics, observer: Observer) -> Parameters:
-        """The parameters for what was observed: number, range and number again, in turn."""
-        samples = seen.thinned(max(_JUDGED // len(seen.samples), 1))
+        """The parameters for everything that was observed."""
+        samples = seen.thinned(max(_JUDGED_VALUES // len(seen.samples), 1))
         try:
             self._choice = self._best(samples, seen.low, seen.high)
             low, high = observer.range_of(seen, self)
-            return self.chosen(low, high, self._best(samples, low, high))
+            return self.fitted_with(self._best(samples, low, high), low, high)
         finally:
             self._choice = None
 
     def _best(self, samples: Tensor, low: Tensor, high: Tensor) -> float:
-        """The best of all numbers; where there are many, of those around the best of a few."""
-        few = _KEPT * _APART
-        if len(self.choices) <= few:
+        """The number of least error for these ranges."""
+        if len(self.choices) <= _KEPT * _COARSE_STEP:
             return self._ordered(self.choices, samples, low, high)[0]
-        first = self._ordered(self.choices[::_APART], samples, low, high)[:_KEPT]
-        around = [self.choices.index(choice) for choice in first]
-        near = [n for n in range(len(self.choices)) if any(abs(n - index) < _APART for index in around)]
+        coarse = self._ordered(self.choices[::_COARSE_STEP], samples, low, high)[:_KEPT]
+        centres = [self.choices.index(choice) for choice in coarse]
+        near = [n for n in range(len(self.choices)) if any(abs(n - centre) < _COARSE_STEP for centre in centres)]
         return self._ordered([self.choices[n] for n in near], samples, low, high)[0]
 
     def _ordered(self, choices: Sequence[float], samples: Tensor, low: Tensor, high: Tensor) -> list[float]:
-        """Numbers from the least error to the largest."""
-        errors = [self.error(samples, self.chosen(low, high, choice)).sum() for choice in choices]
+        """The numbers, from the least error to the largest."""
+        errors = [self.error(samples, self.fitted_with(choice, low, high)).sum() for choice in choices]
         return [choices[index] for index in torch.stack(errors).argsort(stable=True).tolist()]

@@ -1,4 +1,4 @@
-"""Powers of two, shifted so that small values share codes."""
+"""Powers of two of a shifted value, so that small values share codes."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -8,11 +8,12 @@ from attrs import define
 from torch import Tensor
 
 from spdfq.quantizers.base import Parameters
-from spdfq.quantizers.logarithm import Grid, LogarithmicQuantizer
+from spdfq.quantizers.log_grid import LogGrid
+from spdfq.quantizers.logarithmic import LogarithmicQuantizer
 from spdfq.quantizers.searched import SearchedQuantizer
 from spdfq.registry import quantizers
 
-SHIFTS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)
+_SHIFTS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @quantizers.register("shift_uniform_log2", paper="arXiv:2311.10126")
@@ -20,14 +21,16 @@ SHIFTS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)
 class ShiftUniformLog2Quantizer(SearchedQuantizer, LogarithmicQuantizer):
     """A uniform grid on the logarithm of the shifted value, rounded to powers of two: for softmax outputs.
 
-    With ``n = 2**bits``, the scale d = the top of the range and the shift e, ``y = log2(x / d + e)`` has the codes 0 ..
-    n - 1 of the uniform grid from ``log2(1 + e)`` down to ``log2(e)``; code q is ``d * (2**round(y_q) - e)``. Code n -
-    1, which is that of 0, is exactly zero (in the paper ``d * (2**round(log2(e)) - e)``), and so is what would be
-    closer to it than half a step. e is the one of 0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5 and 1 with
-    the least error. The paper has no scale (d = 1, as a softmax output may be), and the range of what was observed.
+    With ``n = 2**bits``, the scale d = the upper end of the range and the shift e, ``y = log2(x / d + e)`` has the
+    codes 0 .. n - 1 of the uniform grid from ``log2(1 + e)`` down to ``log2(e)``. Code q is
+    ``d * (2**round(y_q) - e)``. Code n - 1, the code of 0, is exactly zero (in the paper ``d * (2**round(log2(e)) -
+    e)``), and so is every value closer to it than half a step. e is the one of 0.001, 0.005, 0.01, 0.02, 0.03, 0.04,
+    0.05, 0.1, 0.2, 0.5 and 1 with the least error. The paper has no scale (d = 1, the largest possible softmax output)
+    and takes the range of the observed values.
 
-    Stores ``scale`` (d) and ``shift`` (e), float32 ``[]`` each. A negative value given later is zero, one above the
-    range is clamped. The gradient to x is ``(value + d * e) / (x + d * e)``, and 0 where clamped or zero.
+    Stores ``scale`` (d) and ``shift`` (e), float32 ``[]`` each. After calibration a negative value becomes zero, and a
+    value above the range is clamped. The gradient to x is ``(value + d * e) / (x + d * e)``, and 0 where clamped or
+    zero.
 
     Paper: I&S-ViT, arXiv:2311.10126, section 3.2.
 
@@ -40,20 +43,20 @@ class ShiftUniformLog2Quantizer(SearchedQuantizer, LogarithmicQuantizer):
 
     @property
     def choices(self) -> Sequence[float]:
-        """What the shift can be."""
-        return SHIFTS
+        """The candidates for the shift."""
+        return _SHIFTS
 
     @property
-    def usual(self) -> float:
+    def default_choice(self) -> float:
         """A shift in the middle."""
         return 0.04
 
-    def chosen(self, low: Tensor, high: Tensor, choice: float) -> Parameters:
+    def fitted_with(self, choice: float, low: Tensor, high: Tensor) -> Parameters:
         """Scale and shift for ranges that end at ``high`` ``[C]``."""
         scale = LogarithmicQuantizer.fitted(self, low, high)["scale"]
         return {"scale": scale, "shift": torch.full_like(scale, choice)}
 
-    def grid(self, parameters: Parameters) -> Grid:
+    def grid(self, parameters: Parameters) -> LogGrid:
         """Shifted powers of two, and zero."""
         shift = parameters["shift"]
         top, last = torch.log2(1 + shift), self.levels - 1
@@ -62,4 +65,4 @@ class ShiftUniformLog2Quantizer(SearchedQuantizer, LogarithmicQuantizer):
         edges = (torch.exp2(top - (codes + 0.5) * step) - shift).clamp(min=0)
         values = torch.exp2((top - codes * step).round()) - shift
         values = torch.where(values > edges[-1], values, 0.0)
-        return Grid(torch.nn.functional.pad(values, (0, 1)), edges, step, shift)
+        return LogGrid(torch.nn.functional.pad(values, (0, 1)), edges, step, shift)

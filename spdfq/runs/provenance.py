@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 import torch
 
-from spdfq.backends.learning.student import student_section
+from spdfq.backends.quantized_student import student_section
 from spdfq.recipe import Recipe
 
 # these modules register names, read recipes and write files; no number depends on them
@@ -110,7 +110,7 @@ def code_digests(recipe: Recipe) -> dict[str, str]:
     """
     images: Any = recipe.synthesis
     if images.needs_student:
-        images_code = source_digest([images, student_section(recipe.quantization)], "spdfq.backends.learning.student")
+        images_code = source_digest([images, student_section(recipe.quantization)], "spdfq.backends.quantized_student")
     else:
         images_code = source_digest(images)
     # the evaluation has a bank exactly if the model has no head

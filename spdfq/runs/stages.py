@@ -10,7 +10,7 @@ from attrs import define, evolve, field
 
 from spdfq.api import make_images
 from spdfq.backends import quantize
-from spdfq.backends.learning.student import student_section
+from spdfq.backends.quantized_student import student_section
 from spdfq.evaluation.evaluator import Evaluator, evaluator_for
 from spdfq.quantized.checkpoint import load_checkpoint, save_quantized, verified
 from spdfq.recipe import Recipe, digest

@@ -22,14 +22,14 @@ from torch import nn
 
 from spdfq.backends import quantize
 from spdfq.quantized import QuantizedModel
-from spdfq.quantized.model import find_sites
+from spdfq.quantized.visiting import find_sites
 
 EVERY = [*FUSED, *EXPLICIT]
 QUERY_KEY_VALUE_SOFTMAX = ["query", "key", "softmax", "value"]
 
 
 class Unusual(nn.Module):
-    """Products that have no quantizer: by a bare parameter, of three operands, and by a weight made on the way."""
+    """Products that have no quantizer: by a bare parameter, of three operands, and by a computed weight."""
 
     def __init__(self):
         super().__init__()
@@ -258,7 +258,7 @@ def test_more_bits_come_closer_to_the_teacher():
     assert error[8] < 0.05 < error[4] < error[2]
 
 
-# the teacher and what is left behind
+# the teacher, and hooks that must be gone
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "cait"])
@@ -275,7 +275,7 @@ def test_the_teacher_is_untouched(name):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in chosen.module.parameters())
 
 
-def test_nothing_is_left_behind_after_a_forward_pass_and_after_one_that_raised():
+def test_no_hook_remains_after_a_forward_pass_and_after_one_that_raised():
     model = quantized("swin")
     hooks, flags, modes = hooks_of(model), flags_of(model), modes_active()
     expected = model(images())

@@ -253,7 +253,7 @@ def test_results_of_code_that_was_edited_since_are_not_kept(write, ran, tmp_path
 def test_a_row_depends_on_the_student_that_helped_to_make_its_images(name, kept, monkeypatch):
     recipe = load_recipe(name)
     before, normalised = bench.result_key(recipe), provenance._normalised
-    student = "spdfq.backends.learning.student"
+    student = "spdfq.backends.quantized_student"
     monkeypatch.setattr(provenance, "_normalised", lambda name: normalised(name) + " edited" * (name == student))
     assert (bench.result_key(recipe) == before) == kept
 

@@ -6,7 +6,9 @@ import torch
 from support import backends as tiny_backend
 from support.registered import RUNTIME, every, made, seeded
 
-from spdfq.backends import Calibration
+from spdfq.backends import Calibrate, Calibration
+from spdfq.errors import SpdfqError
+from spdfq.quantized import place
 from spdfq.quantized.checkpoint import load_quantized, save_quantized
 from spdfq.registry import registry
 
@@ -57,7 +59,7 @@ def test_a_quantizer_passes_a_gradient(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_large_tensor_gives_what_its_parts_give(name, dtype, threads, monkeypatch):
-    """Each value is quantized by itself, so that tables may be used (lookup.py)."""
+    """Each value is quantized by itself, so that tables may be used (cpu_tables.py)."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     quantizer = made("quantizer", name, bits=4)
     frozen(quantizer, values(quantizer))
@@ -133,11 +135,22 @@ def test_an_observer_chooses_a_range_within_what_was_seen(name, quantizer_name):
 # steps of the back-end
 
 
+def accepted(step, chosen):
+    """A calibrated model of the first placement that a step accepts."""
+    for placement in ("matmul_inputs", *registry("placement").names()):
+        override = f"quantization.placement='{placement}'"
+        try:
+            step.check(place(chosen, tiny_backend.back_end(override)), [Calibrate()])
+        except SpdfqError:
+            continue
+        return tiny_backend.quantized(chosen, override)
+    raise AssertionError(f"{step} accepts no placement of a ViT after calibrate")
+
+
 def stepped(name, runtime=RUNTIME, seed=0):
     """A calibrated model after a step with its defaults, shortened where it iterates, and its teacher."""
-    chosen = tiny_backend.teacher("vit")
-    placement = "quantization.placement='psaq'" if name == "ptf" else "quantization.placement='matmul_inputs'"
-    model, step = tiny_backend.quantized(chosen, placement), made("step", name)
+    chosen, step = tiny_backend.teacher("vit"), made("step", name)
+    model = accepted(step, chosen)
     if "iterations" in attrs.fields_dict(type(step)):
         step = attrs.evolve(step, iterations=3)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A saved quantized model comes back to the bit, is as small as its bits, and is never half believed."""
+"""A saved quantized model reloads bit for bit, is as small as its bits say, and a damaged one is refused."""
 
 import json
 import pickle
@@ -80,7 +80,7 @@ def other(name, **changes):
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "beit", "deit_distilled", "cait"])
-def test_reloaded_logits_are_the_saved_models_to_the_bit(tmp_path, name):
+def test_reloaded_logits_are_the_saved_models_bit_for_bit(tmp_path, name):
     chosen, patterns = teacher(name), MIXED.replace("'*.query'", "'*.attn.*'").replace("'*.value'", "'*.proj.input'")
     patterns = patterns.replace("'*.softmax'", "'*.proj.weight'")
     learning = CALIBRATE.replace("}]", "}, {type='blockwise', iterations=2, lr=1e-3}]")
@@ -290,7 +290,7 @@ def test_another_architecture_is_refused(saved, name, changes, stray):
 
 
 def test_a_module_of_ones_own_has_to_be_given(saved, tmp_path):
-    message = r"VisionTransformer is a module of one's own; give the architecture: load_quantized\(folder, module\)"
+    message = r"VisionTransformer is not a model that a recipe names; give its module: load_quantized\(folder, module\)"
     with pytest.raises(ModelError, match=message):
         load_quantized(saved[0])
     chosen = teacher("vit")

@@ -1,4 +1,4 @@
-"""Placements, the points between products that they can quantize, and quantizers chosen by what made a tensor."""
+"""Placements, the points between products that they quantize, and quantizers for the outputs of softmax and GELU."""
 
 import copy
 
@@ -19,16 +19,16 @@ from support.backends import (
     teacher,
     teacher_of,
 )
+from support.registered import made
 from torch import nn
 
 from spdfq.backends import quantize
 from spdfq.quantized import QuantizedModel, place
 from spdfq.quantized.checkpoint import load_quantized, save_quantized
-from spdfq.quantized.model import find_sites
-from spdfq.quantized.products import KINDS, POINTS, products
+from spdfq.quantized.sites import OPERANDS, POINTS
+from spdfq.quantized.visiting import find_sites, unchanged, visit_sites
 from spdfq.quantizers import UniformQuantizer
 from spdfq.recipe import load_recipe
-from spdfq.recipe.describe import describe
 from spdfq.registry import placements, registry
 from spdfq.runs.pipeline import check
 from spdfq.runs.record import _backend
@@ -64,12 +64,11 @@ def body_sites(body):
 
 
 def test_a_placement_is_a_table_of_kinds():
-    tables = {name: placements.get(name)().kinds for name in placements.names()}
-    assert tables["matmul_inputs"] == set(KINDS)
+    tables = {name: made("placement", name).kinds for name in placements.names()}
+    assert tables["matmul_inputs"] == set(OPERANDS)
     assert tables["weights_only"] == {"weight"}
-    assert tables["psaq"] == (set(KINDS) | POINTS) - {"softmax"}
-    assert all(kinds <= set(KINDS) | POINTS for kinds in tables.values())
-    assert all(describe(placements.get(name)) == [] for name in tables)
+    assert tables["psaq"] == (set(OPERANDS) | POINTS) - {"softmax"}
+    assert all(kinds <= set(OPERANDS) | POINTS for kinds in tables.values())
 
 
 def test_psaq_on_a_vit_of_one_block_quantizes_these_sites():
@@ -115,7 +114,7 @@ def test_watching_every_point_changes_no_logit(name):
     module = network(name)
     with torch.no_grad():
         expected = module(images())
-        with products(module, lambda _, __, tensor: tensor, points=POINTS):
+        with visit_sites(module, unchanged, points=POINTS):
             found = module(images())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -240,15 +239,15 @@ def test_points_work_when_a_block_is_called_alone():
     assert len(tensors({"residual", "branch"}, {name: model.sites[name] for name in used})) == 4
 
 
-def test_nothing_of_the_points_stays_behind_when_the_network_raises():
+def test_no_hook_remains_when_the_network_raises():
     module = Head(nn.Identity)
-    with pytest.raises(RuntimeError), products(module, lambda _, __, tensor: tensor, points=POINTS):
+    with pytest.raises(RuntimeError), visit_sites(module, unchanged, points=POINTS):
         module(torch.zeros(1, 5, 32, 32))
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.modules())
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_a_checkpoint_with_points_reloads_to_the_bit(tmp_path):
+def test_a_checkpoint_with_points_reloads_bit_for_bit(tmp_path):
     chosen = teacher("vit")
     model = quantized(chosen, PSAQ)
     save_quantized(model, tmp_path, chosen)
@@ -257,7 +256,7 @@ def test_a_checkpoint_with_points_reloads_to_the_bit(tmp_path):
     assert again.site_table() == model.site_table()
 
 
-# quantizers by what made a tensor
+# quantizers chosen by the function that computed a tensor
 
 
 def test_gelu_outputs_can_have_a_quantizer_of_their_own():
@@ -268,7 +267,7 @@ def test_gelu_outputs_can_have_a_quantizer_of_their_own():
     assert model.sites["blocks.1.mlp.fc2.input"].maker == "gelu"
     gated = place(teacher("eva02"), back_end("quantization.gelu={type='adaptive_log'}"))  # SwiGLU: no GELU
     assert {row["quantizer"] for row in gated.site_table()["quantized"]} == {"uniform", "log2"}
-    assert gated.site_table()["notes"] == ["gelu: no quantized site takes what a GELU puts out"]
+    assert gated.site_table()["notes"] == ["gelu: no quantized site has the output of a GELU"]
 
 
 def test_bits_that_differ_from_the_label_are_told():
@@ -285,8 +284,8 @@ def test_bits_that_differ_from_the_label_are_told():
 def test_overrides_that_leave_nothing_of_the_label_are_told():
     recipe = {"extends": ["models/vit_fmnist", "images/gaussian_noise", "backends/blockwise"]}
     assert check(recipe, overrides=["quantization.overrides=[{sites=['*'], bits=8}]"]) == [
-        "quantization.overrides: leave no weights the 4 bits of the label W4A4, but 8",
-        "quantization.overrides: leave no activations the 4 bits of the label W4A4, but 8",
+        "quantization.overrides: no weights have the 4 bits of the label W4A4; they have 8",
+        "quantization.overrides: no activations have the 4 bits of the label W4A4; they have 8",
     ]
     assert check(recipe, overrides=["quantization.overrides=[{sites=['blocks.*.weight'], bits=8}]"]) == []
 
@@ -296,12 +295,12 @@ def test_a_last_layer_whose_input_is_quantized_before_it_is_noted():
         recipe = load_recipe({"extends": [f"models/{model}", "images/gaussian_noise", "backends/minmax"]})
         return place(load_teacher(recipe.model, weights=False), recipe.quantization).notes
 
-    note = "overrides: head takes what was quantized at a point before it, whose bits are not the override's"
+    note = "overrides: the input of head was quantized at an earlier site, whose bits are not the override's"
     assert placed("vit_fmnist") == [note]
     assert placed("swin_fmnist") == []
 
 
-# every registered quantizer where it can stand, and its checkpoint
+# every registered quantizer at the sites that it fits, and its checkpoint
 
 
 STANDING = [
@@ -346,11 +345,11 @@ def output_error(module, model, site):
     """The mean squared error of the product that one site goes into, with only that site quantized."""
     seen = {}
 
-    def watch(name, product):
+    def on_product(name, product):
         if name == site:
             seen["error"] = product.error(model.quantizers[site](product.operand), None)
 
-    with torch.no_grad(), products(module, lambda _, __, tensor: tensor, watch=watch):
+    with torch.no_grad(), visit_sites(module, unchanged, on_product=on_product):
         module(images())
     return float(seen["error"])
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from support.quantizers import OBSERVERS, allowed, bitwise_equal, data, frozen_on, squares, tensor
+from support.registered import made
 
 from spdfq.quantizers import (
     AdaptiveLogQuantizer,
@@ -19,7 +20,8 @@ from spdfq.quantizers import (
     UniformQuantizer,
     searched,
 )
-from spdfq.quantizers.observers import Statistics, least_error
+from spdfq.quantizers.observers import least_error
+from spdfq.quantizers.statistics import Statistics
 
 # observers
 
@@ -162,7 +164,7 @@ def test_a_base_is_judged_by_all_features(monkeypatch):
     x *= torch.where(torch.arange(768) % 2 == 0, 0.1, 1.5)
     x = torch.nn.functional.gelu(x)
     by_a_part = squares(x, frozen_on(x, AdaptiveLogQuantizer(shift=0.17)))
-    monkeypatch.setattr(searched, "_JUDGED", 2**30)
+    monkeypatch.setattr(searched, "_JUDGED_VALUES", 2**30)
     assert by_a_part < 1.01 * squares(x, frozen_on(x, AdaptiveLogQuantizer(shift=0.17)))
 
 
@@ -249,7 +251,7 @@ def test_a_product_is_forgotten_after_freezing():
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_observers_take_dead_channels(observer):
     x = torch.zeros(50, 2)
-    quantizer = frozen_on(x, UniformQuantizer(granularity="channel", axis=1), OBSERVERS[observer]())
+    quantizer = frozen_on(x, UniformQuantizer(granularity="channel", axis=1), made("observer", observer))
     assert quantizer.scale.tolist() == [1.0, 1.0]
 
 

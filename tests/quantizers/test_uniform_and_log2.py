@@ -210,5 +210,5 @@ def test_log2_gradient_is_that_of_the_formula_without_the_rounding():
 
 
 def test_log2_refuses_negative_values():
-    with pytest.raises(DataError, match=r"from 0 up, but observed -0\.5"):
+    with pytest.raises(DataError, match=r"accepts no negative values, but observed -0\.5"):
         Log2Quantizer().observe(tensor([0.1, -0.5]))

@@ -108,7 +108,7 @@ def test_comments_layout_and_modules_that_are_not_imported_do_not(package):
         ("spdfq.losses.priors", True, False),
         ("spdfq.synth.group", True, False),
         ("spdfq.quantizers.observers", False, True),
-        ("spdfq.backends.learning.blocks", False, True),
+        ("spdfq.backends.blocks", False, True),
         ("spdfq.quantized.checkpoint", False, False),
     ],
 )
@@ -121,8 +121,8 @@ def test_imports_are_followed_through_this_library(module, of_images, of_model):
 @pytest.mark.parametrize(
     ("name", "module", "stages"),
     [
-        ("quickstart", "spdfq.backends.learning.student", set()),
-        ("psaq_vit_v2", "spdfq.backends.learning.student", {"images"}),
+        ("quickstart", "spdfq.backends.quantized_student", set()),
+        ("psaq_vit_v2", "spdfq.backends.quantized_student", {"images"}),
         ("psaq_vit_v2", "spdfq.quantizers.log2", {"images", "quantize"}),
         ("quickstart", "spdfq.losses.total_variation", {"images"}),
         ("quickstart", "spdfq.quantized.checkpoint", {"quantize"}),

@@ -1,4 +1,4 @@
-"""A network whose products are not those of a linear layer alone."""
+"""A network with products that are not those of linear layers."""
 
 import torch
 import torch.nn.functional as F

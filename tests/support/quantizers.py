@@ -6,10 +6,11 @@ import torch
 
 from spdfq.quantizers import DualUniformQuantizer, TwinUniformQuantizer, UniformQuantizer
 from spdfq.registry import observers, quantizers
+from support.registered import made
 
 QUANTIZERS = {name: quantizers.get(name) for name in quantizers.names()}
 OBSERVERS = {name: observers.get(name) for name in observers.names()}
-VARIANTS = {name: [kind(bits=b) for b in (2, 4, 8)] for name, kind in QUANTIZERS.items()}
+VARIANTS = {name: [made("quantizer", name, bits=b) for b in (2, 4, 8)] for name in QUANTIZERS}
 VARIANTS["uniform"] += [UniformQuantizer(symmetric=True), UniformQuantizer(granularity="channel", axis=-1)]
 VARIANTS["twin_uniform"] += [TwinUniformQuantizer(split="sign", bits=b) for b in (2, 4, 8)]
 VARIANTS["dual_uniform"] += [DualUniformQuantizer(share=0.4), DualUniformQuantizer(share=0.4, symmetric=True)]
@@ -28,10 +29,10 @@ every_kind = pytest.mark.parametrize(
 every_observed_quantizer = pytest.mark.parametrize(
     ("fresh", "observer"),
     [
-        pytest.param(quantizer, kind(), id=f"{quantizer}-{name}")
+        pytest.param(quantizer, made("observer", name), id=f"{quantizer}-{name}")
         for variants in VARIANTS.values()
         for quantizer in variants
-        for name, kind in OBSERVERS.items()
+        for name in OBSERVERS
         if quantizer.bits == 4 or name == "minmax"
     ],
 )

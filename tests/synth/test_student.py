@@ -7,7 +7,7 @@ from support.backends import CALIBRATE, NO_OVERRIDES, back_end, teacher
 from support.teachers import Acting, same
 
 from spdfq.backends import Step, quantize
-from spdfq.backends.learning.student import student_factory, student_section
+from spdfq.backends.quantized_student import student_factory, student_section
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
 from spdfq.losses import (
     CrossEntropyLoss,

@@ -14,7 +14,7 @@ from spdfq.attention import record_attention
 from spdfq.errors import ModelError
 from spdfq.quantized import QuantizedModel
 from spdfq.quantized.checkpoint import load_quantized, save_quantized
-from spdfq.quantized.model import find_sites
+from spdfq.quantized.visiting import find_sites
 from spdfq.recipe import load_recipe
 from spdfq.synth.group import Group
 from spdfq.teacher import Teacher

@@ -1,4 +1,8 @@
-"""One choice for each item, of least loss within a budget: solved exactly."""
+"""The exact solution of a small multiple-choice knapsack: one choice for each item, of least loss within a budget.
+
+No dependency offers this: NumPy and PyTorch have no integer programming, and a package that has it (SciPy, OR-Tools)
+would be one more to install for the forty lines below.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +13,11 @@ from attrs import frozen
 
 @frozen
 class Choice:
-    """What an item may be.
+    """One of the choices of an item.
 
     Args:
         cost: a whole number above 0.
-        loss: what is to be kept small; losses of items add up.
+        loss: number to be minimised; the losses of all items add up.
     """
 
     cost: int
@@ -21,18 +25,20 @@ class Choice:
 
 
 def least_loss(items: Sequence[Sequence[Choice]], budget: int) -> list[int] | None:
-    """The position of the choice of each item, of least total loss among those that cost ``budget`` at most.
+    """The index of the choice of each item, of least total loss among those whose total cost is at most ``budget``.
 
-    Dynamic programming over the pairs of cost and loss that no other pair beats in both: exact, and no slower than the
-    number of different costs within the budget times that of all choices. Among equals the cheaper one is taken.
+    Dynamic programming: item by item, it keeps the pairs of total cost and total loss that no other pair beats in both.
+    The result is exact. The time is at most proportional to the number of different costs within the budget times the
+    number of all choices. Among equal losses the cheaper one is taken.
 
     Returns:
-        ``None`` where even the cheapest choices exceed the budget.
+        ``None`` if even the cheapest choices exceed the budget.
     """
     cheapest = [min(choice.cost for choice in item) for item in items]
     left = budget - sum(cheapest)
     if left < 0:
         return None
+    # costs above the cheapest choices, in multiples of their greatest common divisor
     costs, losses = np.zeros(1, dtype=np.int64), np.zeros(1)
     unit = math.gcd(*(choice.cost - base for item, base in zip(items, cheapest, strict=True) for choice in item)) or 1
     steps = []
@@ -43,11 +49,11 @@ def least_loss(items: Sequence[Sequence[Choice]], budget: int) -> list[int] | No
         kept = _unbeaten(total, loss, left // unit)
         steps.append((kept // len(item), kept % len(item)))
         costs, losses = total[kept], loss[kept]
-    return _traced(steps, len(costs) - 1)
+    return _traced_back(steps, len(costs) - 1)
 
 
 def _unbeaten(cost: np.ndarray, loss: np.ndarray, budget: int) -> np.ndarray:
-    """Positions, by rising cost, of the pairs within the budget that no cheaper or equal one beats."""
+    """Indices, by rising cost, of the pairs within the budget whose loss is below that of all cheaper or equal ones."""
     order = np.lexsort((loss, cost))
     order = order[cost[order] <= budget]
     best = np.minimum.accumulate(loss[order])
@@ -56,7 +62,8 @@ def _unbeaten(cost: np.ndarray, loss: np.ndarray, budget: int) -> np.ndarray:
     return order[first]
 
 
-def _traced(steps: list[tuple[np.ndarray, np.ndarray]], last: int) -> list[int]:
+def _traced_back(steps: list[tuple[np.ndarray, np.ndarray]], last: int) -> list[int]:
+    """The choices that led to pair ``last`` of the last item; a step holds each pair's parent and its choice."""
     chosen = []
     for parents, choices in reversed(steps):
         chosen.append(int(choices[last]))

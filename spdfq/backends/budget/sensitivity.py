@@ -1,6 +1,6 @@
-"""Bits for every site within a budget: what quantizing one site alone does to the output, measured on the images."""
+"""Measures how much the output changes when a single site is quantized, for each site and bit-width."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -8,59 +8,51 @@ from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from spdfq.backends.base import Calibration
-from spdfq.backends.budget.budget import Sensitivity, allocated, check_budget
 from spdfq.backends.calibrate import Calibrate
-from spdfq.backends.learning.divergence import divergence
+from spdfq.backends.divergence import divergence
 from spdfq.errors import NonFiniteError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.place import overridden, place
+from spdfq.quantized.place import place
 from spdfq.recipe import Budget, Quantization
-from spdfq.runtime import Runtime
 from spdfq.runtime.files import read_tensors, write_tensors
-from spdfq.teacher import Teacher
+
+Sensitivity = dict[tuple[str, int], float]
+"""The change of the output when one site alone is quantized, by site and bits."""
 
 
 @torch.no_grad()
-def bits_within(
-    budget: Budget, teacher: Teacher, images: Tensor, spec: Quantization, runtime: Runtime, folder: Path | None = None
-) -> dict[str, int]:
-    """The bits of every site that has a choice, of least total sensitivity within the budget.
-
-    The sensitivity of a site is the `divergence` from the teacher's output when it alone is quantized. Those of all
-    sites are taken to add up.
+def measured_sensitivity(
+    sites: Sequence[str], spec: Quantization, budget: Budget, calibration: Calibration, folder: Path | None
+) -> Sensitivity:
+    """The mean `divergence` from the teacher's output when one site alone is quantized, for all choices of bits.
 
     Args:
-        budget: the recipe's.
-        teacher: the float model.
-        images: ``[n, C, H, W]``, normalised.
+        sites: names of the sites.
         spec: the recipe's quantization section; its first ``calibrate`` step says how ranges are chosen.
-        runtime: progress.
-        folder: where what was measured is kept, so that a killed run goes on.
+        budget: the recipe's, with the choices of bits and the number of images.
+        calibration: teacher, images and runtime.
+        folder: where measurements are stored, so that a killed run can continue.
 
     Raises:
-        RecipeError: the budget cannot be reached.
         NonFiniteError: the output is not finite.
     """
-    plain = place(teacher, spec)
-    fixed = overridden(teacher, spec, plain.sites)
-    found = check_budget(plain, budget, fixed, images[:1])
-    sites = [site for item in found for site in item.sites if site not in fixed]
     measured = _Measured(folder / "sensitivity.safetensors" if folder else None)
-    calibration = Calibration(teacher=teacher, images=images, runtime=runtime)
-    with runtime.progress("measuring sensitivity", len(sites) * len(budget.choices)) as advance:
+    total = len(sites) * len(budget.choices)
+    with calibration.runtime.progress("measuring sensitivity", total) as advance:
         for bits in budget.choices:
             missing = [site for site in sites if (site, bits) not in measured.found]
             advance(len(sites) - len(missing))
             if missing:
-                model = place(teacher, spec, dict.fromkeys(sites, bits))
-                _calibrated(spec, budget).run(model, calibration)
+                model = place(calibration.teacher, spec, dict.fromkeys(sites, bits))
+                _calibrate_step(spec, budget).run(model, calibration)
                 for site, value in _divergences(model, missing, calibration, budget.images):
                     measured.add(site, bits, value)
                     advance()
-    return allocated(found, budget, fixed, measured.found)
+    return measured.found
 
 
-def _calibrated(spec: Quantization, budget: Budget) -> Calibrate:
+def _calibrate_step(spec: Quantization, budget: Budget) -> Calibrate:
+    """The recipe's first ``calibrate`` step, for the sites that the budget counts."""
     step = next((step for step in spec.steps if isinstance(step, Calibrate)), Calibrate())
     return evolve(step, sites="all" if budget.weights is None else "weights")
 
@@ -72,17 +64,17 @@ def _divergences(
     with calibration.teacher.frozen() as network:
         wanted = torch.cat([network(part) for part in images.split(batch)])
     for site in sites:
-        with model.visiting(_Only(model, site)):
+        with model.visiting(_QuantizeOne(model, site)):
             logits = torch.cat([model.network(part) for part in images.split(batch)])
         value = float(divergence(logits, wanted, calibration.teacher.headless).mean())
         if not value < float("inf"):
-            raise NonFiniteError(f"{site}: quantized alone, the output is not finite; check the images")
+            raise NonFiniteError(f"{site}: the output is not finite with this site quantized; check the images")
         yield site, max(value, 0.0)
 
 
 @frozen(eq=False)
-class _Only:
-    """Quantizes one site."""
+class _QuantizeOne:
+    """A `Visit` that quantizes a single site."""
 
     model: QuantizedModel
     site: str
@@ -93,7 +85,7 @@ class _Only:
 
 @define(eq=False)
 class _Measured:
-    """What was measured, in memory and in a file."""
+    """Measurements, in memory and in a file."""
 
     path: Path | None
     found: Sensitivity = field(factory=dict, init=False)

@@ -1,18 +1,18 @@
-"""Closed forms: ridge regression, and rounding whose error the columns that are not yet rounded make good."""
+"""Least squares in closed form: ridge regression, and rounding with compensation of the rounding error."""
 
 import torch
 from torch import Tensor
 
-from spdfq.backends.transforms.grid import Grid
+from spdfq.backends.weight_grid import WeightGrid
 
 
-def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
-    """The X of least ``‖A X - Y‖² + penalty ‖X‖²``, by Cholesky in float64.
+def ridge_regression(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
+    """The X of least ``‖A X - Y‖² + penalty ‖X‖²``, by Cholesky decomposition in float64.
 
     Args:
         gram: ``AᵀA`` ``[d, d]``.
         cross: ``AᵀY`` ``[d, k]``.
-        penalty: above 0 (or 0 where the Gram matrix is positive definite by itself).
+        penalty: above 0 (or 0 if the Gram matrix is positive definite).
 
     Returns:
         float64 ``[d, k]``.
@@ -22,42 +22,44 @@ def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
     return torch.cholesky_solve(cross.double(), torch.linalg.cholesky(damped))
 
 
-def round_by_halves(weight: Tensor, gram: Tensor, penalty: float, flips: int, grid: Grid, free: int = 0) -> Tensor:
-    """Round the columns of a weight half by half; after each half the columns left make good its error.
+def round_by_halves(
+    weight: Tensor, gram: Tensor, penalty: float, flips: int, grid: WeightGrid, unrounded: int = 0
+) -> Tensor:
+    """Rounds the columns of a weight half by half; after each half the remaining columns compensate its error.
 
-    The weight half of ERQ (arXiv 2407.06794): the first half of the columns left is rounded, the rounding refined by
-    `descended`, and the columns left take the ridge regression of the error.
+    This is the weight half of ERQ (arXiv 2407.06794). The first half of the remaining columns is rounded by
+    `rounded_with_flips`. Then the ridge regression of the rounding error is added to the other remaining columns.
 
     Args:
-        weight: ``[k, d + free]``.
-        gram: of the layer's inputs ``[d + free, d + free]``.
+        weight: ``[k, d + unrounded]``.
+        gram: Gram matrix of the layer's inputs ``[d + unrounded, d + unrounded]``.
         penalty: of the ridge regression.
-        flips: how many codes of a row may be changed for each half.
+        flips: largest number of changed codes of a row for each half.
         grid: of the weight ``[k, d]``.
-        free: how many of the last columns are never rounded (the bias).
+        unrounded: number of last columns that are never rounded (the bias).
 
     Returns:
-        float64 ``[k, d + free]``.
+        float64 ``[k, d + unrounded]``.
     """
     weight, gram = weight.double().clone(), gram.double()
-    start, end = 0, weight.shape[1] - free
+    start, end = 0, weight.shape[1] - unrounded
     while start < end:
         half = slice(start, start + -(-(end - start) // 2))
-        rounded = descended(weight[:, half], gram[half, half], flips, grid.columns(half))
+        rounded = rounded_with_flips(weight[:, half], gram[half, half], flips, grid.columns(half))
         error = weight[:, half] - rounded
         weight[:, half] = rounded
         rest = slice(half.stop, None)
         if half.stop < len(gram):
-            weight[:, rest] += ridge(gram[rest, rest], gram[rest, half] @ error.T, penalty).T
+            weight[:, rest] += ridge_regression(gram[rest, rest], gram[rest, half] @ error.T, penalty).T
         start = half.stop
     return weight
 
 
-def descended(weight: Tensor, gram: Tensor, flips: int, grid: Grid) -> Tensor:
-    """The weight rounded to the nearest, then up to ``flips`` codes of each row moved up or down by one.
+def rounded_with_flips(weight: Tensor, gram: Tensor, flips: int, grid: WeightGrid) -> Tensor:
+    """The weight rounded to the nearest values, with up to ``flips`` codes of each row then changed by one.
 
-    Each move is the one that lowers the row's error ``δ gram δᵀ``, δ = values - weight, the most; a row without such a
-    move is done.
+    With δ = values - weight, the error of a row is ``δ gram δᵀ``. Each flip is the one that lowers the error of its row
+    the most. A row ends when no flip lowers its error.
 
     Args:
         weight: ``[k, d]``.

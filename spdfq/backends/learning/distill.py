@@ -1,4 +1,4 @@
-"""Distillation of the whole network: the quantized model learns the teacher's outputs on the synthetic images."""
+"""Distillation of the whole network: the quantized model learns the teacher's outputs for the synthetic images."""
 
 import math
 import time
@@ -10,19 +10,22 @@ from attrs import define, field, frozen, validators
 from torch import Tensor, nn
 
 from spdfq.backends.base import NEITHER, Calibration, Step, check_calibrated_by
-from spdfq.backends.learning.activations import Activations, scaled_activations
-from spdfq.backends.learning.blocks import BlockCall, block_calls, block_names
-from spdfq.backends.learning.divergence import divergence
-from spdfq.backends.learning.epochs import batch_rows, noise
-from spdfq.backends.learning.training import SAVE_SECONDS, Training, adam, learning, take_step
+from spdfq.backends.blocks import BlockCall, block_calls, block_names
+from spdfq.backends.divergence import divergence
+from spdfq.backends.learning.activation_scales import learnable_activation_scales
+from spdfq.backends.learning.batches import batch_rows, drop_generator
+from spdfq.backends.learning.qdrop import QDrop
+from spdfq.backends.learning.training import SAVE_SECONDS, LearningRates, Training, adam, take_step, trainable
 from spdfq.errors import ModelError, NonFiniteError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.products import SOFTMAX, WEIGHT, Visit, products
+from spdfq.quantized.sites import SOFTMAX, WEIGHT
+from spdfq.quantized.visiting import Visit, unchanged, visit_sites
 from spdfq.quantizers import learned_scales
 from spdfq.registry import steps
 from spdfq.runtime import Advance
 
 _CHECK_EVERY = 10
+# the constants of structural similarity for values in 0..1
 _C1, _C2 = 0.01**2, 0.03**2
 
 
@@ -31,19 +34,21 @@ _C1, _C2 = 0.01**2, 0.03**2
 class Distill(Step):
     """Train the whole quantized model towards the teacher: KL divergence of the logits, block outputs, attention maps.
 
-    Of a teacher without a head, the relative squared difference of the features instead of the divergence. Adam with
-    cosine decay and a straight-through gradient. ``structure`` is MimiQ's head-wise term (arXiv 2407.20021), one minus
+    For a teacher without a head, the relative squared difference of the features replaces the divergence. Adam with
+    cosine decay and a straight-through gradient. ``structure`` is MimiQ's head-wise term (arXiv 2407.20021): one minus
     the structural similarity of the teacher's and the student's attention maps, head by head.
 
     Args:
         iterations: optimiser steps.
-        lr: of Adam, with cosine decay to zero.
-        batch: images in one step; all of them where there are fewer.
-        features: weight of the blocks' outputs: squared difference over the teacher's own square, mean over blocks.
+        lr: learning rate of Adam, with cosine decay to zero.
+        batch: images in one step; all of them if there are fewer.
+        features: weight of the blocks' outputs: the squared difference, relative to the square of the teacher's output,
+            averaged over blocks.
         structure: weight of the attention maps.
         learned: ``weights``, the quantized ones, or ``all`` parameters of the network.
         drop: share of the activations that each step leaves in float (QDrop, arXiv 2203.05740).
-        scale_lr: learning rate of the activations' scales (LSQ, arXiv 1902.08153; 4e-5 in QDrop); 0 keeps them.
+        scale_lr: learning rate of the activations' scales (LSQ, arXiv 1902.08153; 4e-5 in QDrop); 0 does not change
+            them.
     """
 
     calibrates: ClassVar[frozenset[str]] = NEITHER
@@ -58,34 +63,35 @@ class Distill(Step):
     scale_lr: float = field(default=0.0, validator=validators.ge(0.0))
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
-        """Refuse to come before calibration."""
+        """Refuses ranges that were not chosen before."""
         check_calibrated_by(before, model)
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
-        """Train; a killed run goes on from its last stored state.
+        """Trains the model; a killed run continues from its last stored state.
 
         Raises:
-            ModelError: ``features`` are asked for and the model has no blocks, or ``structure`` and it has no maps.
+            ModelError: ``features`` is set and the model has no blocks, or ``structure`` is set and it has no attention
+                maps.
             NonFiniteError: the loss is not finite.
             SpdfqError: a site was not calibrated, or there is nothing to learn.
         """
         model.check_calibrated()
-        scaled = scaled_activations(model, "") if self.scale_lr else {}
+        scaled = learnable_activation_scales(model, "") if self.scale_lr else {}
         named, path = self._parameters(model), calibration.state_file("distill")
         if not named and not scaled:
             raise SpdfqError("distill: no quantized weight to learn; set learned = 'all' or scale_lr, or leave it out")
         with (
             calibration.teacher.frozen() as float_network,
             learned_scales(scaled.values()) as scales,
-            learning(named.values()),
+            trainable(named.values()),
             calibration.runtime.progress("distilling", self.iterations) as advance,
         ):
-            own = dict(zip(scaled, scales, strict=True))
-            training = Training({**named, **own}, adam((list(named.values()), self.lr), (scales, self.scale_lr)))
+            by_name = dict(zip(scaled, scales, strict=True))
+            training = Training({**named, **by_name}, adam((list(named.values()), self.lr), (scales, self.scale_lr)))
             if path and path.exists():
                 training.restore(path)
             calls = block_calls(float_network, block_names(model), calibration.images[:1]) if self.features else []
-            pair = _Pair(float_network, model, Activations(model, self.drop), calls, bool(self.structure))
+            pair = _TeacherAndStudent(float_network, model, QDrop(model, self.drop), calls, bool(self.structure))
             advance(training.iteration)
             _Loop(self, calibration, pair, training, advance).run()
 
@@ -93,7 +99,7 @@ class Distill(Step):
         named: dict[str, Tensor] = dict(model.network.named_parameters())
         return named if self.learned == "all" else {name: named[name] for name in model.weight_names()}
 
-    def loss(self, student: "Seen", teacher: "Seen", headless: bool = False) -> Tensor:
+    def loss(self, student: "ForwardResult", teacher: "ForwardResult", headless: bool = False) -> Tensor:
         """The sum of the weighted terms; see `divergence` for ``headless``."""
         loss = divergence(student.logits, teacher.logits, headless).mean()
         if self.features:
@@ -101,18 +107,18 @@ class Distill(Step):
         if self.structure:
             if not teacher.maps:
                 raise ModelError("distill: structure compares attention maps; this model has none; set structure = 0")
-            similar = [map_similarity(*maps) for maps in zip(student.maps, teacher.maps, strict=True)]
-            loss = loss + self.structure * (1 - torch.stack(similar).mean())
+            similarities = [map_similarity(*maps) for maps in zip(student.maps, teacher.maps, strict=True)]
+            loss = loss + self.structure * (1 - torch.stack(similarities).mean())
         return loss
 
 
 @frozen(eq=False)
-class Seen:
-    """What one forward pass shows.
+class ForwardResult:
+    """What the loss needs of one forward pass.
 
     Args:
         logits: ``[B, C]``.
-        blocks: output of each block.
+        blocks: the output of each block.
         maps: attention probabilities ``[..., N, K]``.
     """
 
@@ -127,11 +133,11 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def map_similarity(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mean structural similarity of attention maps ``[..., N, K]``, each row in one window (MimiQ, 2407.20021).
+    """Mean structural similarity of attention maps ``[..., N, K]``; each row is one window (MimiQ, 2407.20021).
 
-    Rows are brought to 0..1 first; C1 = 0.01², C2 = 0.03².
+    Rows are scaled to 0..1 first; C1 = 0.01², C2 = 0.03².
     """
-    first, second = _stretched(ours), _stretched(theirs)
+    first, second = _scaled_rows(ours), _scaled_rows(theirs)
     means = first.mean(-1), second.mean(-1)
     centred = first - means[0].unsqueeze(-1), second - means[1].unsqueeze(-1)
     variances = centred[0].square().mean(-1), centred[1].square().mean(-1)
@@ -140,45 +146,44 @@ def map_similarity(ours: Tensor, theirs: Tensor) -> Tensor:
     return (luminance * (2 * covariance + _C2) / (variances[0] + variances[1] + _C2)).mean()
 
 
-def _stretched(maps: Tensor) -> Tensor:
+def _scaled_rows(maps: Tensor) -> Tensor:
+    """Attention maps with each row scaled to 0..1."""
     maps = maps.float()
     low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
     return (maps - low) / (high - low).clamp(min=1e-8)
 
 
 @define(eq=False)
-class _Pair:
-    """The teacher and the model that learns."""
-
+class _TeacherAndStudent:
     teacher: nn.Module
     model: QuantizedModel
-    activations: Activations
+    activations: QDrop
     calls: list[BlockCall]
-    maps: bool
+    needs_maps: bool
 
-    def student(self, images: Tensor) -> Seen:
-        return self._seen(self.model.network, images, self._operand)
+    def of_student(self, images: Tensor) -> ForwardResult:
+        return self._forward(self.model.network, images, self._quantized)
 
     @torch.no_grad()
-    def wanted(self, images: Tensor) -> Seen:
-        return self._seen(self.teacher, images, lambda name, kind, tensor: tensor)
+    def of_teacher(self, images: Tensor) -> ForwardResult:
+        return self._forward(self.teacher, images, unchanged)
 
-    def _operand(self, name: str, kind: str, tensor: Tensor) -> Tensor:
+    def _quantized(self, name: str, kind: str, tensor: Tensor) -> Tensor:
         return self.model.quantized(name, kind, tensor) if kind == WEIGHT else self.activations(name, kind, tensor)
 
-    def _seen(self, network: nn.Module, images: Tensor, operand: Visit) -> Seen:
+    def _forward(self, network: nn.Module, images: Tensor, visit: Visit) -> ForwardResult:
         maps: list[Tensor] = []
         blocks: list[Tensor] = []
 
-        def visit(name: str, kind: str, tensor: Tensor) -> Tensor:
-            if self.maps and kind == SOFTMAX:
+        def collect_maps(name: str, kind: str, tensor: Tensor) -> Tensor:
+            if self.needs_maps and kind == SOFTMAX:
                 maps.append(tensor)
-            return operand(name, kind, tensor)
+            return visit(name, kind, tensor)
 
-        handles = [call.watch(network, blocks.extend) for call in self.calls]
+        handles = [call.on_output(network, blocks.extend) for call in self.calls]
         try:
-            with products(network, visit, points=self.model.points):
-                return Seen(network(images), blocks, maps)
+            with visit_sites(network, collect_maps, points=self.model.points):
+                return ForwardResult(network(images), blocks, maps)
         finally:
             for handle in handles:
                 handle.remove()
@@ -186,11 +191,11 @@ class _Pair:
 
 @define(eq=False)
 class _Loop:
-    """The optimiser steps, with what is stored and shown on the way."""
+    """The optimiser steps, with progress and the stored state."""
 
     spec: Distill
     calibration: Calibration
-    pair: _Pair
+    pair: _TeacherAndStudent
     training: Training
     advance: Advance
     saved: float = field(factory=lambda: time.monotonic(), init=False)
@@ -198,28 +203,25 @@ class _Loop:
     @torch.enable_grad()
     def run(self) -> None:
         optimizer, iterations = self.training.optimizer, self.spec.iterations
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        rates = LearningRates(optimizer)
         while self.training.iteration < iterations:
-            factor = 0.5 * (1 + math.cos(math.pi * self.training.iteration / iterations))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+            rates.scale(0.5 * (1 + math.cos(math.pi * self.training.iteration / iterations)))
             loss = self._loss()
             take_step(optimizer, loss)
             self.training.iteration += 1
             if self.training.iteration % _CHECK_EVERY == 0 or self.training.iteration == iterations:
-                self._check(float(loss.detach()))
+                self._report(float(loss.detach()))
 
     def _loss(self) -> Tensor:
         purpose = ("distill", self.calibration.index)
-        images = self.calibration.images[
-            batch_rows(self.calibration, self.spec.batch, self.training.iteration, *purpose)
-        ]
-        self.pair.activations.seed(noise(self.calibration, self.training.iteration, *purpose))
+        chosen = batch_rows(self.calibration, self.spec.batch, self.training.iteration, *purpose)
+        images = self.calibration.images[chosen]
+        self.pair.activations.seed(drop_generator(self.calibration, self.training.iteration, *purpose))
         with self.calibration.runtime.autocast():
-            student, teacher = self.pair.student(images), self.pair.wanted(images)
+            student, teacher = self.pair.of_student(images), self.pair.of_teacher(images)
         return self.spec.loss(student, teacher, self.calibration.teacher.headless)
 
-    def _check(self, loss: float) -> None:
+    def _report(self, loss: float) -> None:
         done = self.training.iteration
         if not math.isfinite(loss):
             raise NonFiniteError(

@@ -1,14 +1,14 @@
-"""How much each value a block puts out matters to the network's output: squared gradients, the Fisher's diagonal."""
+"""The importance of each output value of a block: its squared gradient, the diagonal of the Fisher information."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spdfq.backends.learning.blocks import BlockCall, Hidden
-from spdfq.backends.learning.divergence import divergence
+from spdfq.backends.blocks import BlockCall, Hidden
+from spdfq.backends.divergence import divergence
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.products import Visit
+from spdfq.quantized.visiting import Visit
 
 
 def squared_gradients(
@@ -22,7 +22,8 @@ def squared_gradients(
 ) -> Hidden:
     """Squared gradients of the divergence from the teacher at a block's output, with mean 1 (BRECQ, 2102.05426).
 
-    The network is quantized up to the block and float behind it, so the gradient is of what quantization did so far.
+    The network is quantized up to and including the block, and in float after it. So the divergence is the effect of
+    the quantization so far.
 
     Args:
         teacher: the float network.
@@ -30,41 +31,53 @@ def squared_gradients(
         call: of the block.
         images: ``[n, C, H, W]``.
         batch: images per forward pass.
-        quantized: how the sites up to the block are quantized.
+        quantized: quantizes the sites up to the block.
         headless: see `divergence`.
     """
     parts = [_gradients(teacher, model, call, part, quantized, headless) for part in images.split(batch)]
     joined = tuple(torch.cat(column).square_() for column in zip(*parts, strict=True))
     mean = sum(float(tensor.sum()) for tensor in joined) / sum(tensor.numel() for tensor in joined)
-    # where nothing changes the output, everything matters alike
+    # if no value changes the output, all are equally important
     return tuple(tensor / mean if mean else torch.ones_like(tensor) for tensor in joined)
 
 
 def _gradients(
     teacher: nn.Module, model: QuantizedModel, call: BlockCall, images: Tensor, quantized: Visit, headless: bool
 ) -> Hidden:
-    found: list[Tensor] = []
+    """Gradients of the summed divergence at the streams that the block returns.
 
-    def behind(_: nn.Module, __: Any, output: Any) -> Any:
-        if found:
+    A hook detaches the block's output, so that the output becomes a leaf of the computation graph and the graph starts
+    there.
+    """
+    leaves: list[Tensor] = []
+
+    def detach_output(_: nn.Module, __: Any, output: Any) -> Any:
+        if leaves:  # a later call of the same block
             return output
-        tensors = [output] if isinstance(output, Tensor) else list(output)
-        places = [index for index, item in enumerate(tensors) if isinstance(item, Tensor)]
-        for place in (places[index] for index in call.returned):
-            tensors[place] = tensors[place].detach().requires_grad_()
-            found.append(tensors[place])
-        return tensors[0] if isinstance(output, Tensor) else type(output)(tensors)
+        output, leaves[:] = _with_leaves(output, call.returned)
+        return output
 
-    def visit(name: str, kind: str, tensor: Tensor) -> Tensor:
-        return tensor if found else quantized(name, kind, tensor)
+    def quantize_up_to_block(name: str, kind: str, tensor: Tensor) -> Tensor:
+        return tensor if leaves else quantized(name, kind, tensor)
 
     with torch.no_grad():
         wanted = teacher(images)
-    handle = model.network.get_submodule(call.name).register_forward_hook(behind)
+    handle = model.network.get_submodule(call.name).register_forward_hook(detach_output)
     try:
-        with torch.enable_grad(), model.visiting(visit):
+        with torch.enable_grad(), model.visiting(quantize_up_to_block):
             logits = model.network(images)
     finally:
         handle.remove()
-    # each image by itself: a mean would scale with the batch
-    return torch.autograd.grad(divergence(logits, wanted, headless).sum(), found)
+    # summed, not averaged: the gradient of an image must not depend on the batch size
+    return torch.autograd.grad(divergence(logits, wanted, headless).sum(), leaves)
+
+
+def _with_leaves(output: Any, returned: tuple[int, ...]) -> tuple[Any, list[Tensor]]:
+    """A block's output with some of its tensors, counted among its tensors, replaced by leaves; and the leaves."""
+    items = [output] if isinstance(output, Tensor) else list(output)
+    positions = [index for index, item in enumerate(items) if isinstance(item, Tensor)]
+    leaves = []
+    for position in (positions[index] for index in returned):
+        items[position] = items[position].detach().requires_grad_()
+        leaves.append(items[position])
+    return (items[0] if isinstance(output, Tensor) else type(output)(items)), leaves

@@ -1,4 +1,8 @@
-"""What block-wise reconstruction is, whatever is learned: one block after the other comes back to the teacher's."""
+"""Reconstruction block by block: the base class of the steps, and the loop that they share.
+
+One block after the other learns until its quantized output comes close to the teacher's. The steps differ in what is
+learned of a block (`BlockLearner`) and in how the error of its output is measured (`Reconstruction.distance`).
+"""
 
 import math
 import time
@@ -8,20 +12,23 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from attrs import define, field, validators
+from attrs import define, field, frozen, validators
+from einops import rearrange
 from torch import Tensor, nn
 
 from spdfq.backends.base import NEITHER, Calibration, Step, check_calibrated_by
-from spdfq.backends.learning.activations import Activations, scaled_activations
-from spdfq.backends.learning.blocks import BlockCall, Hidden, block_calls, block_names
-from spdfq.backends.learning.epochs import batch_rows, noise
+from spdfq.backends.blocks import BlockCall, Hidden, block_calls, block_names
+from spdfq.backends.finished_parts import FinishedParts
+from spdfq.backends.learning.activation_scales import learnable_activation_scales
+from spdfq.backends.learning.batches import batch_rows, drop_generator
 from spdfq.backends.learning.fisher import squared_gradients
-from spdfq.backends.learning.state import Finished
-from spdfq.backends.learning.stream import Stream, rows
-from spdfq.backends.learning.training import SAVE_SECONDS, Training, adam, learning, take_step
+from spdfq.backends.learning.qdrop import QDrop
+from spdfq.backends.learning.training import SAVE_SECONDS, LearningRates, Training, adam, take_step, trainable
+from spdfq.backends.propagation import Propagation, of_images
 from spdfq.errors import NonFiniteError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.products import WEIGHT, Visit
+from spdfq.quantized.sites import WEIGHT
+from spdfq.quantized.visiting import Visit
 from spdfq.quantizers import Quantizer, learned_scales
 from spdfq.runtime import Advance
 
@@ -29,50 +36,62 @@ _CHECK_EVERY = 10
 
 
 def channels_last(hidden: Hidden, width: int) -> Hidden:
-    """Maps ``[n, width, h, w]``, as convolutions have them, with the channels at the end like everything else."""
+    """The hidden states with their ``width`` channels on the last axis; convolutional maps have them on axis 1."""
     return tuple(
-        tensor.movedim(1, -1) if tensor.ndim == 4 and tensor.shape[1] == width != tensor.shape[-1] else tensor
+        rearrange(tensor, "b c h w -> b h w c")
+        if tensor.ndim == 4 and tensor.shape[1] == width != tensor.shape[-1]
+        else tensor
         for tensor in hidden
     )
 
 
-class Learner:
+def squared_errors(output: Hidden, target: Hidden, importance: Hidden | None) -> list[Tensor]:
+    """The squared difference of each tensor in float32, each value times its importance."""
+    errors = [(ours.float() - theirs.float()).square() for ours, theirs in zip(output, target, strict=True)]
+    if importance:
+        errors = [error * weight for error, weight in zip(errors, importance, strict=True)]
+    return errors
+
+
+class BlockLearner:
     """Base class of what is learned of a block.
 
     Args:
-        parameters: leaf tensors that get a gradient while the block is reconstructed.
-        changes: names, in the network's state dict, of what `finish` leaves changed.
+        parameters: leaf tensors that are trained.
+        changes: names, in the network's state dict, of the tensors that `finish` changes.
     """
 
     parameters: list[Tensor]
     changes: list[str]
 
     def weight(self, name: str, weight: Tensor) -> Tensor:
-        """What is multiplied instead of a weight."""
+        """The tensor that is multiplied instead of a weight."""
         raise TypeError(f"{type(self).__name__} does not define weight")
 
     def penalty(self, share: float) -> Tensor | float:
-        """What is added to the error when ``share`` (0 to 1) of the iterations are done."""
+        """A term that is added to the error when ``share`` (0 to 1) of the iterations are done."""
         return 0.0
 
     def finish(self) -> None:
-        """Write what was learned into the network."""
+        """Writes what was learned into the network."""
 
 
 @define(kw_only=True)
 class Reconstruction(Step, ABC):
-    """Base of the steps that learn block by block.
+    """Base class of the steps that learn block by block.
 
     Args:
         iterations: optimiser steps of each block.
-        lr: of Adam.
-        batch: images in one step; all of them where there are fewer.
-        inputs: what enters the quantized block: the ``quantized`` prefix's output, or the ``teacher``'s (unpublished).
-        drop: share of the activations, and of what enters the block, that each step leaves in float (QDrop,
+        lr: learning rate of Adam.
+        batch: images in one step; all of them if there are fewer.
+        inputs: what enters the quantized block: the output of the ``quantized`` blocks before it, or that of the
+            ``teacher``'s (unpublished).
+        drop: share of the activations, and of the values that enter the block, that each step leaves in float (QDrop,
             arXiv 2203.05740, with 0.5).
-        fisher: weigh the error at each value by its squared gradient of the divergence from the teacher (BRECQ,
+        fisher: weigh the error of each value by the squared gradient of the divergence from the teacher (BRECQ,
             arXiv 2102.05426).
-        scale_lr: learning rate of the activations' scales (LSQ, arXiv 1902.08153; 4e-5 in QDrop); 0 keeps them.
+        scale_lr: learning rate of the activations' scales (LSQ, arXiv 1902.08153; 4e-5 in QDrop); 0 does not change
+            them.
     """
 
     calibrates: ClassVar[frozenset[str]] = NEITHER
@@ -87,28 +106,28 @@ class Reconstruction(Step, ABC):
     scale_lr: float = field(default=0.0, validator=validators.ge(0.0))
 
     @abstractmethod
-    def learner(self, model: QuantizedModel, block: str) -> Learner:
+    def learner(self, model: QuantizedModel, block: str) -> BlockLearner:
         """What is learned of a block."""
 
     @abstractmethod
     def distance(self, output: Hidden, target: Hidden, importance: Hidden | None) -> Tensor:
-        """The error of a block's output, a scalar, channels on the last axis; ``importance`` weighs its values."""
+        """The error of a block's output, a scalar; channels are on the last axis, ``importance`` weighs the values."""
 
     def rate(self, share: float) -> float:
         """Factor of the learning rate when ``share`` (0 to 1) of the iterations are done: a cosine to zero."""
         return 0.5 * (1 + math.cos(math.pi * share))
 
-    def deployed(self, model: QuantizedModel) -> Visit:
-        """How the blocks before are quantized."""
+    def quantized(self, model: QuantizedModel) -> Visit:
+        """Quantizes the sites of the blocks before the one that learns."""
         return model.quantized
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
-        """Refuse to come before calibration, and a model without blocks."""
+        """Refuses ranges that were not chosen before, and a model without blocks."""
         check_calibrated_by(before, model)
         block_names(model)
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
-        """Reconstruct every block; blocks that a killed run finished are taken from its state file.
+        """Reconstructs every block; blocks that a killed run finished are read from its state file.
 
         Raises:
             ModelError: the model has no blocks that can be called alone.
@@ -116,18 +135,35 @@ class Reconstruction(Step, ABC):
             SpdfqError: a site was not calibrated.
         """
         model.check_calibrated()
-        finished = Finished.of(model.network, calibration, self.name)
+        finished = FinishedParts.of(model.network, calibration, self.name)
         with calibration.teacher.frozen() as float_network:
             calls = block_calls(float_network, block_names(model), calibration.images[:1])
-            teacher = Stream(float_network, calibration.images, self.batch)
-            student = Stream(model.network, calibration.images, self.batch)
+            teacher = Propagation(float_network, calibration.images, self.batch)
+            student = Propagation(model.network, calibration.images, self.batch)
             with calibration.runtime.progress("reconstructing", len(calls) * self.iterations) as advance:
                 for call in calls:
-                    Job(self, call, model, calibration, advance).run(teacher, student, finished)
+                    BlockReconstruction(self, call, model, calibration, advance).run(teacher, student, finished)
+
+
+@frozen(eq=False)
+class BlockData:
+    """What a block learns from, all for the same images.
+
+    Args:
+        inputs: what enters the quantized block.
+        teacher_inputs: what enters the teacher's block.
+        targets: the output of the teacher's block.
+        importance: weight of each value of the output; ``None`` for equal weights.
+    """
+
+    inputs: Hidden
+    teacher_inputs: Hidden
+    targets: Hidden
+    importance: Hidden | None = None
 
 
 @define(eq=False)
-class Job:
+class BlockReconstruction:
     """The reconstruction of one block."""
 
     spec: Reconstruction
@@ -135,110 +171,121 @@ class Job:
     model: QuantizedModel
     calibration: Calibration
     advance: Advance
-    learner: Learner = field(init=False)
+    learner: BlockLearner = field(init=False)
     width: int = field(init=False)
-    activations: Activations = field(init=False)
+    activations: QDrop = field(init=False)
     scaled: dict[str, Quantizer] = field(init=False)
     path: Path | None = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.path = self.calibration.state_file(f"{self.spec.name}-{self.call.name}")  # while the block is learned
+        # the state of the block's training; it exists only until the block is finished
+        self.path = self.calibration.state_file(f"{self.spec.name}-{self.call.name}")
         self.learner = self.spec.learner(self.model, self.call.name)
         weights = self.model.weight_names(f"{self.call.name}.")
-        self.width = len(self.model.weight(weights[-1])) if weights else 0  # of what the block puts out
-        self.activations = Activations(self.model, self.spec.drop)
-        self.scaled = scaled_activations(self.model, f"{self.call.name}.") if self.spec.scale_lr else {}
+        self.width = len(self.model.weight(weights[-1])) if weights else 0  # number of channels of the output
+        self.activations = QDrop(self.model, self.spec.drop)
+        scaled = self.spec.scale_lr > 0
+        self.scaled = learnable_activation_scales(self.model, f"{self.call.name}.") if scaled else {}
 
-    def run(self, teacher: Stream, student: Stream, finished: Finished) -> None:
-        """Learn the block, or take it from a killed run.
+    def run(self, teacher: Propagation, student: Propagation, finished: FinishedParts) -> None:
+        """Trains the block, or restores it if a killed run has finished it.
 
-        Finished blocks are passed through as well: a resumed run computes the same numbers in the same order.
+        Images pass through restored blocks too, so a resumed run computes the same numbers in the same order.
         """
-        entering = teacher.enter(self.call)
-        target = teacher.leave(self.call, entering)
-        hidden, changes = entering, [*self.learner.changes, *self.scaled]
+        teacher_inputs = teacher.inputs_of(self.call)
+        targets = teacher.through(self.call, teacher_inputs)
+        inputs, changes = teacher_inputs, [*self.learner.changes, *self.scaled]
         if self.spec.inputs == "quantized":
-            with self.model.visiting(self.spec.deployed(self.model)):
-                hidden = student.enter(self.call)
+            with self.model.visiting(self.spec.quantized(self.model)):
+                inputs = student.inputs_of(self.call)
         if finished.restore(changes):
             self.advance(self.spec.iterations)
         else:
-            self._learn(teacher.network, hidden, entering, target)
+            self._train(BlockData(inputs, teacher_inputs, targets, self._importance(teacher.network)))
             finished.keep(changes)
             if self.path:
                 self.path.unlink(missing_ok=True)
         if self.spec.inputs == "quantized":
-            with self.model.visiting(self.spec.deployed(self.model)):
-                student.leave(self.call, hidden)
+            with self.model.visiting(self.spec.quantized(self.model)):
+                student.through(self.call, inputs)
 
-    def _learn(self, teacher: nn.Module, hidden: Hidden, entering: Hidden, target: Hidden) -> None:
-        importance = None
-        if self.spec.fisher:
-            importance = squared_gradients(
-                teacher,
-                self.model,
-                self.call,
-                self.calibration.images,
-                self.spec.batch,
-                self.spec.deployed(self.model),
-                self.calibration.teacher.headless,
-            )
+    def _importance(self, teacher: nn.Module) -> Hidden | None:
+        if not self.spec.fisher:
+            return None
+        return squared_gradients(
+            teacher,
+            self.model,
+            self.call,
+            self.calibration.images,
+            self.spec.batch,
+            self.spec.quantized(self.model),
+            self.calibration.teacher.headless,
+        )
+
+    def _train(self, data: BlockData) -> None:
         with (
             learned_scales(self.scaled.values()),
-            learning(self.learner.parameters),
-            self.model.visiting(self._operand),
+            trainable(self.learner.parameters),
+            self.model.visiting(self.visit),
         ):
-            self._optimise(hidden, entering, target, importance)
+            self.optimise(data)
         self.learner.finish()
 
-    def _operand(self, name: str, kind: str, tensor: Tensor) -> Tensor:
+    def visit(self, name: str, kind: str, tensor: Tensor) -> Tensor:
+        """The tensor that is used at a site of the block while it learns."""
         return self.learner.weight(name, tensor) if kind == WEIGHT else self.activations(name, kind, tensor)
 
     @torch.enable_grad()
-    def _optimise(self, hidden: Hidden, entering: Hidden, target: Hidden, importance: Hidden | None) -> None:
-        training, iterations, images = self._training(), self.spec.iterations, len(self.calibration.images)
-        optimizer, saved = training.optimizer, time.monotonic()
-        rates = [group["lr"] for group in optimizer.param_groups]
-        if training.iteration:
-            self.advance(training.iteration)
+    def optimise(self, data: BlockData) -> None:
+        """The optimiser steps, from the stored state of a killed run if there is one.
+
+        The tensors to learn must be trainable, and the sites must be visited by `visit`.
+        """
+        training, iterations = self._training(), self.spec.iterations
+        rates, saved = LearningRates(training.optimizer), time.monotonic()
+        self._restore(training)
         for iteration in range(training.iteration, iterations):
             share = iteration / iterations
-            chosen = batch_rows(self.calibration, self.spec.batch, iteration, *self._purpose)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * self.spec.rate(share)
-            given = rows(hidden, images, chosen)
-            if self.spec.drop:
-                self.activations.seed(noise(self.calibration, iteration, *self._purpose))
-                given = self.activations.mixed(rows(entering, images, chosen), given)
-            with self.calibration.runtime.autocast():
-                output = self.call.run(self.model.network, given)
-            wanted, weighed = rows(target, images, chosen), importance and rows(importance, images, chosen)
-            error = self.spec.distance(
-                channels_last(output, self.width),
-                channels_last(wanted, self.width),
-                weighed and channels_last(weighed, self.width),
-            )
+            rates.scale(self.spec.rate(share))
+            error = self._error(data, iteration)
             loss = error + self.learner.penalty(share)
-            take_step(optimizer, loss)
+            take_step(training.optimizer, loss)
             if iteration % _CHECK_EVERY == _CHECK_EVERY - 1 or iteration == iterations - 1:
                 self._report(iteration, float(error.detach()), float(loss.detach()))
                 if self.path and time.monotonic() - saved >= SAVE_SECONDS:
                     training.iteration, saved = iteration + 1, time.monotonic()
                     training.save(self.path)
 
+    def _error(self, data: BlockData, iteration: int) -> Tensor:
+        """The error of the block's output on the images of an optimiser step."""
+        images = len(self.calibration.images)
+        chosen = batch_rows(self.calibration, self.spec.batch, iteration, *self._purpose)
+        inputs = of_images(data.inputs, images, chosen)
+        if self.spec.drop:
+            self.activations.seed(drop_generator(self.calibration, iteration, *self._purpose))
+            inputs = self.activations.mixed_inputs(of_images(data.teacher_inputs, images, chosen), inputs)
+        with self.calibration.runtime.autocast():
+            output = self.call.run(self.model.network, inputs)
+        targets = of_images(data.targets, images, chosen)
+        importance = data.importance and channels_last(of_images(data.importance, images, chosen), self.width)
+        return self.spec.distance(channels_last(output, self.width), channels_last(targets, self.width), importance)
+
     @property
     def _purpose(self) -> tuple[str | int, ...]:
         return self.spec.name, self.calibration.index, self.call.name
 
     def _training(self) -> Training:
-        """What is learned of the block, as far as a killed run came."""
         scales = {name: quantizer.tensors()["scale"] for name, quantizer in self.scaled.items()}
         optimizer = adam((self.learner.parameters, self.spec.lr), (list(scales.values()), self.spec.scale_lr))
         named = {f"learned.{index}": parameter for index, parameter in enumerate(self.learner.parameters)}
-        training = Training({**named, **scales}, optimizer)
+        return Training({**named, **scales}, optimizer)
+
+    def _restore(self, training: Training) -> None:
+        """Restores the state that a killed run stored in the middle of the block."""
         if self.path and self.path.exists():
             training.restore(self.path)
-        return training
+        if training.iteration:
+            self.advance(training.iteration)
 
     def _report(self, iteration: int, error: float, loss: float) -> None:
         if not math.isfinite(loss):

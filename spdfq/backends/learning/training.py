@@ -1,4 +1,4 @@
-"""What every step that trains by gradients needs: leaves, optimiser steps, and a state that can be taken up again."""
+"""What all steps that learn by gradients share: trainable tensors, optimiser steps, and a stored training state."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ _REMEDY = "delete it, or use --fresh"
 
 
 @contextmanager
-def learning(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, tensors gather gradients; on exit they do not any more."""
+def trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside the ``with`` block, the tensors collect gradients; afterwards they do not."""
     leaves = list(parameters)
     for leaf in leaves:
         leaf.requires_grad_(True)
@@ -30,7 +30,7 @@ def learning(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One optimiser step; what a loss does not depend on has a gradient of zero."""
+    """One optimiser step; the gradient of a tensor that the loss does not depend on is zero."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -39,18 +39,35 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def adam(*groups: tuple[list[Tensor], float]) -> torch.optim.Adam:
-    """Adam of the groups that hold anything, each with its learning rate."""
+    """Adam for groups of tensors, each with its learning rate; empty groups are left out."""
     return torch.optim.Adam([{"params": leaves, "lr": lr} for leaves, lr in groups if leaves])
+
+
+class LearningRates:
+    """The learning rates of an optimiser's groups, all scaled by the same factor.
+
+    Args:
+        optimizer: its present rates belong to the factor 1.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._groups = optimizer.param_groups
+        self._rates = [float(group["lr"]) for group in self._groups]
+
+    def scale(self, factor: float) -> None:
+        """Sets all rates to ``factor`` times their first values."""
+        for group, rate in zip(self._groups, self._rates, strict=True):
+            group["lr"] = rate * factor
 
 
 @define(eq=False)
 class Training:
-    """Tensors on their way under Adam, that can be stored and taken up again to the bit.
+    """Tensors that Adam trains, with a state that can be stored and restored bit for bit.
 
     Args:
-        named: what is learned, by name.
+        named: the trained tensors by name.
         optimizer: an Adam of all of them.
-        iteration: the next one.
+        iteration: the next iteration.
     """
 
     named: dict[str, Tensor]
@@ -58,7 +75,7 @@ class Training:
     iteration: int = 0
 
     def save(self, path: Path) -> None:
-        """Write it so that a crash leaves either the old file or the new one."""
+        """Stores the state so that a crash leaves either the old file or the new one."""
         stored = dict(self.named)
         for name, leaf in self.named.items():
             stored |= {f"{name}:{key}": value for key, value in self.optimizer.state[leaf].items()}
@@ -66,7 +83,7 @@ class Training:
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
-        """Take up what `save` wrote.
+        """Restores the state that `save` stored.
 
         Raises:
             DataError: the file is damaged, or of another training.

@@ -1,4 +1,4 @@
-"""FQ-ViT's power-of-two factors: a finer step for the channels of small values that enter a LayerNorm."""
+"""FQ-ViT's power-of-two factors: finer steps for channels of small values where they enter a LayerNorm."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from spdfq.backends.base import NEITHER, Calibration, Step
 from spdfq.backends.calibrate import observe_activations
 from spdfq.errors import SpdfqError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.products import RESIDUAL
+from spdfq.quantized.sites import RESIDUAL
 from spdfq.quantizers import MinMaxObserver, PowerOfTwoFactorQuantizer
 from spdfq.recipe.structure import component
 from spdfq.registry import steps
@@ -20,11 +20,12 @@ from spdfq.registry import steps
 @steps.register("ptf", paper="arXiv:2111.13824")
 @define(kw_only=True)
 class PowerOfTwoFactors(Step):
-    """Give the residual sums, which are what LayerNorms normalise, a power-of-two factor for each channel.
+    """Give the residual sums, which are the inputs of LayerNorms, a power-of-two factor for each channel.
 
-    Their quantizers become ``power_of_two_factor`` of the same bits: one scale, and 1, 2, 4 or 8 for each channel
-    (FQ-ViT, arXiv 2111.13824, section 3.2). Put it after ``calibrate``, under a placement of residual sums (``psaq``).
-    Maps that no LayerNorm can take, because their channels are not on the last axis, keep theirs and are noted.
+    Their quantizers become ``power_of_two_factor`` of the same bits: one scale, times 1, 2, 4 or 8 for each channel
+    (FQ-ViT, arXiv 2111.13824, section 3.2). Put it after ``calibrate``, and use a placement that quantizes residual
+    sums (``psaq``). Convolutional maps keep their quantizers, because their channels are not on the last axis and no
+    LayerNorm takes them; ``sites.json`` names them.
 
     Args:
         observer: chooses the range of all channels.
@@ -37,22 +38,22 @@ class PowerOfTwoFactors(Step):
     batch: int = field(default=32, validator=validators.ge(1))
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
-        """Refuse a placement without residual sums."""
+        """Refuses a placement without residual sums."""
         self._sums(model)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
-        """Replace, observe and freeze the quantizers of residual sums.
+        """Replaces and calibrates the quantizers of residual sums.
 
         Raises:
-            SpdfqError: the placement has none.
+            SpdfqError: the placement has no residual sums.
             NonFiniteError: a site saw NaN or infinity.
         """
         names = self._sums(model)
         widths = {norm.normalized_shape[-1] for norm in model.network.modules() if isinstance(norm, nn.LayerNorm)}
         shapes = {name: model.sites[name].shape for name in names}
         maps = [name for name, shape in shapes.items() if len(shape) == 4 and shape[-1] not in widths]
-        model.note("ptf", (f"{name} is left as it is: its channels are not on the last axis" for name in maps))
+        model.note("ptf", (f"{name} does not change: its channels are not on the last axis" for name in maps))
         names = [name for name in names if name not in maps]
         for name in names:
             model.replace_quantizer(name, PowerOfTwoFactorQuantizer(bits=model.quantizers[name].bits))

@@ -1,4 +1,4 @@
-"""RepQ's transform: channel-wise ranges after a LayerNorm, folded into the LayerNorm and the layers it feeds."""
+"""RepQ's transform: per-channel ranges after a LayerNorm, folded into the LayerNorm and the layers that follow."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 import attrs
 import torch
 from attrs import define, field, frozen, validators
+from einops import rearrange
 from torch import Tensor
 
 from spdfq.backends.base import NEITHER, Calibration, Step
@@ -13,9 +14,9 @@ from spdfq.backends.calibrate import fit_weights
 from spdfq.backends.transforms.norms import NormGroup, norm_groups, rescale, uniform
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.products import WEIGHT
+from spdfq.quantized.sites import WEIGHT
 from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, UniformQuantizer
-from spdfq.quantizers.observers import Statistics
+from spdfq.quantizers.statistics import Statistics
 from spdfq.recipe.structure import component
 from spdfq.registry import steps
 
@@ -24,9 +25,10 @@ _NOTHING = "repq: nothing to fold; put { type = 'repq', part = 'channels' } befo
 
 @frozen(eq=False)
 class Reparameterisation:
-    """From a scale and zero point of each channel to one of all channels, by a factor and an offset of each channel.
+    """One scale and zero point for all channels, with a factor and an offset for each channel.
 
-    ``x' = x / factor - offset`` has under ``scale`` and ``zero_point`` the codes that x has under its channel's own.
+    With ``scale`` and ``zero_point``, ``x' = x / factor - offset`` has the same codes as x with the scale and the zero
+    point of its channel.
 
     Args:
         scale: float64 ``[]``, the mean of the channels'.
@@ -42,7 +44,7 @@ class Reparameterisation:
 
 
 def reparameterise(scale: Tensor, zero_point: Tensor) -> Reparameterisation:
-    """RepQ-ViT's (arXiv 2212.08254, section 3.2) factors and offsets for ``scale``, ``zero_point`` ``[C]``."""
+    """The factors and offsets of RepQ-ViT (arXiv 2212.08254, section 3.2) for ``scale``, ``zero_point`` ``[C]``."""
     scale, zero_point = scale.double(), zero_point.double()
     one_scale, one_zero = scale.mean(), zero_point.mean().round()
     factor = scale / one_scale
@@ -52,22 +54,22 @@ def reparameterise(scale: Tensor, zero_point: Tensor) -> Reparameterisation:
 @steps.register("repq", paper="arXiv:2212.08254")
 @define(kw_only=True)
 class RepQ(Step):
-    """Give each channel after a LayerNorm a range of its own, then fold the ranges into the LayerNorm and what follows.
+    """Give each channel after a LayerNorm its own range, then fold the ranges into the LayerNorm and the next layers.
 
-    With s, z of each channel, one scale s' = mean s and zero point z' = round(mean z): r = s / s', b = z's' - zs / r;
-    the LayerNorm's weight and bias become w / r and β / r - b, a layer's weight and bias W diag(r) and c + W diag(r) b.
-    In float nothing changes; quantized per tensor, the model equals the one quantized per channel. Each channel is
-    first moved by its median (the same fold with r = 1), so that zero lies inside its range. LayerNorms that feed
-    something else than linear layers are left as they are; ``sites.json`` names them with the reason. A layer without
-    a bias (Swin's reduction) gets one.
+    From scale s and zero point z of each channel come one scale s' = mean s and zero point z' = round(mean z), and
+    r = s / s', b = z's' - zs / r. The LayerNorm's weight and bias become w / r and β / r - b, a layer's weight and bias
+    W diag(r) and c + W diag(r) b. The float model computes the same; quantized per tensor, it equals the model
+    quantized per channel. First the median of each channel is subtracted (the same fold with r = 1), so that zero lies
+    inside its range. LayerNorms whose output goes to anything but linear layers do not change; ``sites.json`` names
+    them with the reason. A layer without a bias (Swin's reduction) gets one.
 
-    Weight ranges of the layers are chosen anew. Put it after ``calibrate``.
+    The weight ranges of the layers are chosen again. Put it after ``calibrate``.
 
     Args:
-        part: ``both``, or one of two halves with other steps in between: ``channels`` (a range for each channel) and
-            ``fold``.
+        part: ``both``, or one of its two halves, with other steps between them: ``channels`` (a range for each channel)
+            and ``fold``.
         observer: chooses the range of each channel.
-        weight_observer: chooses the ranges of the layers' weights.
+        weight_observer: chooses the weight ranges of the layers.
         batch: images per forward pass.
     """
 
@@ -79,31 +81,32 @@ class RepQ(Step):
     batch: int = field(default=32, validator=validators.ge(1))
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
-        """Refuse to fold what no step before has split."""
-        split = any(isinstance(step, RepQ) and step.part == "channels" for step in before)
-        own = any(
+        """Refuses to fold ranges of channels if nothing before gives channels their ranges."""
+        split_before = any(isinstance(step, RepQ) and step.part == "channels" for step in before)
+        per_channel = any(
             q.channel_axis is not None for name, q in model.quantizers.items() if model.sites[name].kind != WEIGHT
         )
-        if self.part == "fold" and not split and not own:
+        if self.part == "fold" and not split_before and not per_channel:
             raise SpdfqError(_NOTHING)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
-        """Transform the model; LayerNorms that are left out go to its notes.
+        """Transforms the model; its notes list the LayerNorms that do not change.
 
         Raises:
-            NonFiniteError: a LayerNorm puts out NaN or infinity.
-            SpdfqError: only ``fold`` is asked for and nothing has ranges for its channels.
+            NonFiniteError: the output of a LayerNorm holds NaN or infinity.
+            SpdfqError: ``part`` is ``fold`` and no channels have their own ranges.
         """
         groups, skipped = norm_groups(model, calibration.images[:1])
         if self.part != "fold":
-            model.note("repq", skipped or ([] if groups else ["no LayerNorm feeds linear layers alone"]))
+            model.note("repq", skipped or ([] if groups else ["no output of a LayerNorm goes to linear layers only"]))
             self._split(model, groups, calibration)
         if self.part != "channels":
             self._fold(model, groups)
 
     def _split(self, model: QuantizedModel, groups: list[NormGroup], calibration: Calibration) -> None:
-        seen = self._statistics(model, {group.observed: group for group in groups}, calibration)
+        """Subtracts the median of each channel, and gives each channel its own range."""
+        seen = self._channel_statistics(model, {group.observed: group for group in groups}, calibration)
         for group in groups:
             statistics, quantizer = seen[group.observed], uniform(model, group.inputs[0])
             median = statistics.samples.median(dim=1).values
@@ -111,19 +114,19 @@ class RepQ(Step):
             channels = attrs.evolve(quantizer, granularity="channel", axis=-1)
             channels.restore(_channel_ranges(statistics, median, self.observer, channels))
             for site in group.inputs:
-                model.replace_quantizer(site, _with(channels, channels.tensors()))
+                model.replace_quantizer(site, _restored(channels, channels.tensors()))
 
-    def _statistics(
+    def _channel_statistics(
         self, model: QuantizedModel, groups: dict[str, NormGroup], calibration: Calibration
     ) -> dict[str, Statistics]:
         seen: dict[str, Statistics] = {}
 
         def visit(name: str, _: str, tensor: Tensor) -> Tensor:
             if name in groups:
-                channels = tensor.float().reshape(-1, tensor.shape[-1]).T
+                channels = rearrange(tensor.float(), "... c -> c (...)")
                 low, high = channels.aminmax(dim=1)
                 if not bool((low.isfinite() & high.isfinite()).all()):
-                    raise NonFiniteError(f"repq: {groups[name].name} puts out NaN or infinity; check the images")
+                    raise NonFiniteError(f"repq: {groups[name].name}: its output is not finite; check the images")
                 seen.setdefault(name, Statistics(channels, channels.shape[1] // len(tensor))).add(channels, low, high)
             return tensor
 
@@ -135,6 +138,7 @@ class RepQ(Step):
         return seen
 
     def _fold(self, model: QuantizedModel, groups: list[NormGroup]) -> None:
+        """Folds the ranges of the channels into LayerNorms and layers, and quantizes per tensor again."""
         split = [group for group in groups if model.quantizers[group.inputs[0]].channel_axis is not None]
         if groups and not split:
             raise SpdfqError(_NOTHING)
@@ -145,23 +149,24 @@ class RepQ(Step):
             stored = {"scale": found.scale.float(), "zero_point": found.zero_point.to(torch.uint8)}
             for site in group.inputs:
                 whole = attrs.evolve(uniform(model, site), granularity="tensor", axis=0)
-                model.replace_quantizer(site, _with(whole, stored))
+                model.replace_quantizer(site, _restored(whole, stored))
             fit_weights(model, self.weight_observer, [name for name in group.weights if name in model.quantizers])
 
 
 def _channel_ranges(
     statistics: Statistics, median: Tensor, observer: Observer, channels: UniformQuantizer
 ) -> dict[str, Tensor]:
-    """Scale and zero point of each channel, moved by its median."""
-    fitted = channels.fitted(*observer.range_of(statistics.moved(median), channels))
+    """Scale and zero point of each channel after its median was subtracted."""
+    fitted = channels.fitted(*observer.range_of(statistics.shifted(median), channels))
     dead = statistics.low == statistics.high
     if bool(dead.any()) and not bool(dead.all()):
-        # a constant channel is zero by now, whatever its scale; a scale of 1 would distort the mean
+        # a constant channel is zero now, with any scale; a scale of 1 would distort the mean of all scales
         fitted["scale"] = torch.where(dead, fitted["scale"][~dead].mean(), fitted["scale"])
     return fitted
 
 
-def _with(quantizer: UniformQuantizer, tensors: dict[str, Tensor]) -> UniformQuantizer:
-    fresh = attrs.evolve(quantizer)
-    fresh.restore(tensors)
-    return fresh
+def _restored(quantizer: UniformQuantizer, tensors: dict[str, Tensor]) -> UniformQuantizer:
+    """A quantizer with the same options and these tensors."""
+    copy = attrs.evolve(quantizer)
+    copy.restore(tensors)
+    return copy

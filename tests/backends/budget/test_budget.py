@@ -1,4 +1,4 @@
-"""Mixed precision: the exact choice, what is counted and measured, and the model that comes of it."""
+"""Mixed precision: the exact choice, what is counted and measured, and the resulting model."""
 
 from contextlib import contextmanager
 from itertools import product
@@ -11,10 +11,9 @@ from support.backends import RUNTIME, back_end, images, quantized, teacher, teac
 from torch import nn
 
 from spdfq.backends import quantize
-from spdfq.backends.budget import sensitivity
-from spdfq.backends.budget.budget import Item, allocated, items, least_cost
+from spdfq.backends.budget import allocation, sensitivity
+from spdfq.backends.budget.allocation import Item, allocated, bits_within, budget_items, least_cost
 from spdfq.backends.budget.knapsack import Choice, least_loss
-from spdfq.backends.budget.sensitivity import bits_within
 from spdfq.backends.quantize import check_quantization
 from spdfq.errors import NonFiniteError, RecipeError
 from spdfq.quantized import place
@@ -86,7 +85,7 @@ def test_what_matters_more_gets_more_bits():
 
 def test_a_budget_of_weights_counts_every_quantized_weight():
     model = place(teacher("vit"), back_end("quantization.overrides=[{sites=['head.weight'], bits=0}]"))
-    found = items(model, Budget(weights=4.0), images(1))
+    found = budget_items(model, Budget(weights=4.0), images(1))
     sizes = {item.sites[0]: item.size for item in found}
     block = {"attn.qkv": 96 * 32, "attn.proj": 32 * 32, "mlp.fc1": 128 * 32, "mlp.fc2": 32 * 128}
     expected = {f"blocks.{b}.{layer}.weight": size for b in (0, 1) for layer, size in block.items()}
@@ -95,7 +94,7 @@ def test_a_budget_of_weights_counts_every_quantized_weight():
 
 def test_a_budget_of_operations_counts_every_multiplication_of_an_image():
     model = place(teacher("vit", depth=1), back_end())
-    found = {item.sites: item.size for item in items(model, Budget(operations=16.0), images(1))}
+    found = {item.sites: item.size for item in budget_items(model, Budget(operations=16.0), images(1))}
     attention = 2 * 17 * 17 * 16  # heads, queries, keys, width
     assert found == {
         ("patch_embed.proj.input", "patch_embed.proj.weight"): 16 * 32 * 3 * 64,
@@ -122,18 +121,18 @@ class Einsum(nn.Module):
 
 def test_products_by_einsum_are_counted_by_their_equation():
     model = place(teacher_of(Einsum()), back_end())
-    sizes = {item.sites: item.size for item in items(model, Budget(operations=16.0), images(1))}
+    sizes = {item.sites: item.size for item in budget_items(model, Budget(operations=16.0), images(1))}
     assert sizes["product0_left", "product0_right"] == sizes["product1_left", "product1_right"] == 16 * 16 * 5
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2", "cait", "beit"])
 def test_every_product_of_two_quantized_sites_is_counted(name):
     model = place(teacher(name), back_end())
-    found = [site for item in items(model, Budget(operations=16.0), images(1)) for site in item.sites]
+    found = [site for item in budget_items(model, Budget(operations=16.0), images(1)) for site in item.sites]
     assert sorted(found) == sorted(model.quantizers)
 
 
-# what comes of it
+# the resulting bits
 
 
 def test_the_mean_stays_within_the_budget_and_the_bits_among_the_choices():
@@ -155,7 +154,7 @@ def test_operations_vary_activations_too():
     bits = within(chosen, OPERATIONS)
     model = place(chosen, spec)
     assert bits.keys() == model.quantizers.keys()
-    counted = items(model, spec.budget, images(1))
+    counted = budget_items(model, spec.budget, images(1))
     spent = sum(item.size * bits[item.sites[0]] * bits[item.sites[1]] for item in counted)
     assert 15 < spent / sum(item.size for item in counted) <= 16.0
 
@@ -168,7 +167,7 @@ def test_overridden_sites_keep_their_bits_and_count():
 
 def test_the_sensitivity_of_a_site_is_the_divergence_when_it_alone_is_quantized(monkeypatch):
     chosen, seen = teacher("vit"), {}
-    monkeypatch.setattr(sensitivity, "allocated", lambda found, budget, fixed, measured: seen.update(measured) or {})
+    monkeypatch.setattr(allocation, "allocated", lambda found, budget, fixed, measured: seen.update(measured) or {})
     within(chosen, WEIGHTS)
     site = "blocks.0.mlp.fc1.weight"
     plain = place(chosen, back_end("quantization.overrides=[{sites=['*'], bits=0}]"))
@@ -183,9 +182,9 @@ def test_the_sensitivity_of_a_site_is_the_divergence_when_it_alone_is_quantized(
 
 
 def test_no_other_bits_of_the_same_budget_have_a_smaller_sensitivity(monkeypatch):
-    chosen, seen, choose = teacher("vit"), {}, sensitivity.allocated
+    chosen, seen, choose = teacher("vit"), {}, allocation.allocated
     monkeypatch.setattr(
-        sensitivity,
+        allocation,
         "allocated",
         lambda found, budget, fixed, measured: seen.update(measured) or choose(found, budget, fixed, measured),
     )
@@ -227,7 +226,7 @@ def test_it_is_deterministic_and_goes_on_where_it_was(tmp_path, monkeypatch):
 def test_images_that_are_not_finite_are_refused():
     given, spec = images(4), back_end(WEIGHTS)
     given[0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"patch_embed.proj.weight: quantized alone, the output is not finite"):
+    with pytest.raises(NonFiniteError, match=r"patch_embed.proj.weight: the output is not finite"):
         quantize(teacher("vit"), given, spec, RUNTIME)
 
 

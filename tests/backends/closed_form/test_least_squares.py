@@ -1,4 +1,4 @@
-"""The repair's closed forms: ridge regression, and rounding that makes good its own errors."""
+"""Closed forms: ridge regression, and rounding that compensates its own errors."""
 
 from itertools import pairwise, product
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from spdfq.backends.closed_form.least_squares import descended, ridge, round_by_halves
-from spdfq.backends.learning.feed import Products
-from spdfq.backends.transforms.grid import Grid
+from spdfq.backends.closed_form.layer_inputs import NormalEquations
+from spdfq.backends.closed_form.least_squares import ridge_regression, round_by_halves, rounded_with_flips
+from spdfq.backends.weight_grid import WeightGrid
 from spdfq.quantizers import UniformQuantizer
 
 
@@ -43,7 +43,7 @@ def test_it_is_numpys_least_squares_of_the_augmented_system(penalty):
     a, y = rows(50, 6).double(), torch.randn(50, 4, generator=generator(7)).double()
     root = penalty**0.5 * np.eye(6)
     expected = np.linalg.lstsq(np.vstack([a.numpy(), root]), np.vstack([y.numpy(), np.zeros((6, 4))]), rcond=None)[0]
-    np.testing.assert_allclose(ridge(a.T @ a, a.T @ y, penalty).numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(ridge_regression(a.T @ a, a.T @ y, penalty).numpy(), expected, atol=1e-12)
 
 
 def test_known_noise_on_the_inputs_costs_what_the_closed_form_says():
@@ -52,15 +52,15 @@ def test_known_noise_on_the_inputs_costs_what_the_closed_form_says():
     x = torch.randn(40000, 8, generator=generator(2))
     noisy = x + noise * torch.randn(40000, 8, generator=generator(3))
     gap = (x - noisy) @ weight.T
-    found = Products(torch.zeros(8, 8).double(), torch.zeros(8, 4).double())
+    found = NormalEquations(torch.zeros(8, 8).double(), torch.zeros(8, 4).double())
     for part in range(0, 40000, 9000):
         found.add(noisy[part : part + 9000], gap[part : part + 9000])
-    change = ridge(found.gram, found.gap, 1.0)
+    change = ridge_regression(found.gram, found.cross, 1.0)
     before, after = gap.double().square().sum(), (gap.double() - noisy.double() @ change).square().sum()
     assert before / 40000 == pytest.approx(noise**2 * weight.square().sum().item(), rel=0.03)
     assert after / before == pytest.approx(1 / (1 + noise**2), rel=0.03)
     # the minimum of ‖Y - AX‖² + λ‖X‖² is ‖Y‖² - <AᵀY, X>, to rounding
-    assert after + change.square().sum() == pytest.approx((before - (found.gap * change).sum()).item(), rel=1e-5)
+    assert after + change.square().sum() == pytest.approx((before - (found.cross * change).sum()).item(), rel=1e-5)
 
 
 # rounding
@@ -71,13 +71,13 @@ def test_one_flip_is_the_best_of_all_single_moves():
     weight, gram = torch.randn(3, 5, generator=generator(1)), x.T @ x
     quantizer = quantizer_of(weight)
     codes = quantizer.codes(weight)
-    grid = Grid.of(quantizer, weight)
+    grid = WeightGrid.of(quantizer, weight)
     moved = []
     for column, step in product(range(5), (-1, 0, 1)):
         other = codes.int()
         other[:, column] = (other[:, column] + step).clamp(0, 7)
         moved.append(off(quantizer.decode(other), weight, gram))
-    found = descended(weight, gram, 1, grid)
+    found = rounded_with_flips(weight, gram, 1, grid)
     torch.testing.assert_close(off(found, weight, gram), torch.stack(moved).min(0).values, rtol=1e-4, atol=1e-4)
     assert ((quantizer.codes(found.float()).int() - codes.int()).abs().sum(1) <= 1).all()
 
@@ -86,12 +86,12 @@ def test_flips_lower_the_error_until_no_move_does():
     x = rows(200, 12)
     weight, gram = torch.randn(6, 12, generator=generator(1)), x.T @ x
     quantizer = quantizer_of(weight)
-    grid = Grid.of(quantizer, weight)
-    errors = [off(descended(weight, gram, flips, grid), weight, gram) for flips in range(8)]
-    torch.testing.assert_close(descended(weight, gram, 0, grid).float(), quantizer(weight))
+    grid = WeightGrid.of(quantizer, weight)
+    errors = [off(rounded_with_flips(weight, gram, flips, grid), weight, gram) for flips in range(8)]
+    torch.testing.assert_close(rounded_with_flips(weight, gram, 0, grid).float(), quantizer(weight))
     assert all((after <= before * (1 + 1e-5)).all() for before, after in pairwise(errors))
     assert errors[-1].sum() < 0.6 * errors[0].sum()
-    end = descended(weight, gram, 1000, grid)
+    end = rounded_with_flips(weight, gram, 1000, grid)
     moves = [end.float() + step * grid.step * torch.eye(12)[column] for column in range(12) for step in (-1, 1)]
     allowed = [((grid.positions(move) > -0.5) & (grid.positions(move) < 7.5)).all(1) for move in moves]
     for move, rows_inside in zip(moves, allowed, strict=True):
@@ -100,11 +100,11 @@ def test_flips_lower_the_error_until_no_move_does():
 
 def test_two_columns_by_hand():
     gram, penalty = torch.tensor([[4.0, 2.0], [2.0, 3.0]]), 1.0
-    grid = Grid(torch.full([1, 2], -4.0), torch.ones(1, 2), 7)
-    found = round_by_halves(torch.tensor([[1.4, 0.7, 9.0]]), _with_a_stranger(gram), penalty, 0, grid, free=1)
+    grid = WeightGrid(torch.full([1, 2], -4.0), torch.ones(1, 2), 7)
+    found = round_by_halves(torch.tensor([[1.4, 0.7, 9.0]]), _with_a_stranger(gram), penalty, 0, grid, unrounded=1)
     # the first is rounded to 1; its error 0.4 times 2 / (3 + 1) makes the second 0.9, which is rounded to 1
     assert found[0].tolist() == [1.0, 1.0, 9.0]
-    found = round_by_halves(torch.tensor([[1.4, 0.2, 9.0]]), _with_a_stranger(gram), penalty, 0, grid, free=1)
+    found = round_by_halves(torch.tensor([[1.4, 0.2, 9.0]]), _with_a_stranger(gram), penalty, 0, grid, unrounded=1)
     assert found[0].tolist() == [1.0, 0.0, 9.0]
 
 
@@ -117,7 +117,7 @@ def test_the_bias_makes_good_what_is_left_and_is_not_rounded():
     x = torch.cat([rows(300, 8), torch.ones(300, 1)], 1)
     weight, gram = torch.randn(5, 9, generator=generator(4)), x.T @ x
     quantizer = quantizer_of(weight[:, :8])
-    found = round_by_halves(weight, gram, 1e-6, 0, Grid.of(quantizer, weight[:, :8]), free=1)
+    found = round_by_halves(weight, gram, 1e-6, 0, WeightGrid.of(quantizer, weight[:, :8]), unrounded=1)
     torch.testing.assert_close(quantizer(found[:, :8].float()), found[:, :8].float(), atol=1e-5, rtol=0)
     assert ((x.double() @ (found - weight).T).mean(0).abs() < 1e-4).all()
     nearest = torch.cat([quantizer(weight[:, :8]), weight[:, 8:]], 1)

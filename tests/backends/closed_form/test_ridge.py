@@ -1,4 +1,4 @@
-"""Repair by ridge regression: what it does to a model, what it refuses, and how it goes on."""
+"""Correction by ridge regression: what it changes in a model, what it refuses, and how it resumes."""
 
 from contextlib import contextmanager
 
@@ -74,13 +74,13 @@ def test_the_output_comes_nearer_to_the_teachers(name):
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_each_layer_is_fed_what_the_repaired_model_feeds_it(name, monkeypatch):
-    chosen, seen, solve = teacher(name), {}, Ridge._repair
+    chosen, seen, solve = teacher(name), {}, Ridge._correct
 
     def watch(step, model, layer, found):
         seen[layer.weight] = found.gram
         solve(step, model, layer, found)
 
-    monkeypatch.setattr(Ridge, "_repair", watch)
+    monkeypatch.setattr(Ridge, "_correct", watch)
     model = repair(quantized(chosen), chosen)
     inputs = {}
 
@@ -140,7 +140,7 @@ def test_repaired_weights_are_values_of_their_quantizers():
 
 
 def test_layers_without_quantizers_are_corrected_alone_and_without_a_bias_of_their_own_too():
-    chosen = teacher("beit")  # the bias of its qkv is made on the way
+    chosen = teacher("beit")  # the bias of its qkv is computed in the forward pass
     model = quantized(chosen, FLOAT_WEIGHTS)
     before = parameters(model)
     repair(model, chosen)
@@ -163,7 +163,7 @@ def test_two_grids_of_one_weight_are_kept_apart():
     assert (output(model) - output(chosen.module)).norm() < before
 
 
-def test_layers_behind_points_quantized_elsewhere_are_repaired_too():
+def test_layers_whose_input_is_quantized_at_an_earlier_site_are_corrected_too():
     chosen = teacher("vit")
     model = quantized(chosen, "quantization.placement='psaq'")
     assert "blocks.0.mlp.fc1.input" not in model.sites  # the LayerNorm's output is
@@ -175,7 +175,7 @@ def test_layers_behind_points_quantized_elsewhere_are_repaired_too():
 def test_what_is_no_linear_layer_is_rounded_as_it_is_and_named():
     chosen = teacher("vit")
     model = repair(quantized(chosen), chosen)
-    assert model.notes == ["ridge: patch_embed.proj.weight is rounded as it is"]
+    assert model.notes == ["ridge: patch_embed.proj.weight is rounded without correction"]
     assert torch.equal(model.network.patch_embed.proj.weight, chosen.module.patch_embed.proj.weight)
 
 
@@ -205,7 +205,7 @@ def test_progress_counts_layers():
         yield lambda steps=1, **values: seen.append((label, total, steps))
 
     repair(quantized("vit"), teacher("vit"), runtime=evolve(RUNTIME, progress=progress))
-    assert seen == [("repairing layers", 9, 1)] * 9
+    assert seen == [("correcting layers", 9, 1)] * 9
 
 
 # what goes wrong
@@ -245,8 +245,8 @@ def test_images_that_are_not_finite_are_refused_with_the_layers_name():
 
 
 @pytest.mark.parametrize("finished", [5])
-def test_an_interrupted_repair_goes_on_to_the_bit(tmp_path, monkeypatch, finished):
-    chosen, solve, done = teacher("vit"), Ridge._repair, []
+def test_an_interrupted_repair_goes_on_bit_for_bit(tmp_path, monkeypatch, finished):
+    chosen, solve, done = teacher("vit"), Ridge._correct, []
     expected = repair(quantized(chosen), chosen)
 
     def interrupt(step, model, layer, found):
@@ -256,14 +256,14 @@ def test_an_interrupted_repair_goes_on_to_the_bit(tmp_path, monkeypatch, finishe
         solve(step, model, layer, found)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ridge, "_repair", interrupt)
+        patch.setattr(Ridge, "_correct", interrupt)
         with pytest.raises(Interrupted):
             repair(quantized(chosen), chosen, folder=tmp_path)
     kept = finished // 4 * 4
     first = set(done[:kept])
     model = quantized(chosen)
     monkeypatch.setattr(
-        Ridge, "_repair", lambda step, model, layer, found: _again(solve, first, step, model, layer, found)
+        Ridge, "_correct", lambda step, model, layer, found: _again(solve, first, step, model, layer, found)
     )
     repair(model, chosen, folder=tmp_path)
     assert same(parameters(model), parameters(expected))

@@ -10,12 +10,12 @@ from attrs import evolve
 from support.backends import RUNTIME, Interrupted, back_end, images, quantized, state_of, taken, teacher, teacher_of
 
 from spdfq.backends import AdaRound, Blockwise, Calibrate
+from spdfq.backends.blocks import block_calls
 from spdfq.backends.learning import reconstruction
-from spdfq.backends.learning.activations import Activations
-from spdfq.backends.learning.adaround import Rounding, rectified
-from spdfq.backends.learning.blocks import block_calls
+from spdfq.backends.learning.adaround import Rounding, rectified_sigmoid
 from spdfq.backends.learning.fisher import squared_gradients
-from spdfq.backends.learning.reconstruction import Job
+from spdfq.backends.learning.qdrop import QDrop
+from spdfq.backends.learning.reconstruction import BlockReconstruction
 from spdfq.errors import SpdfqError
 from spdfq.quantized import place
 from spdfq.quantizers import Log2Quantizer
@@ -51,9 +51,9 @@ def same(first, second):
 
 def test_the_rectified_sigmoid_reaches_its_ends():
     # sigmoid(v) * 1.2 - 0.1, clamped
-    assert rectified(torch.tensor([0.0, 30.0, -30.0])).tolist() == [0.5, 1.0, 0.0]
-    assert rectified(torch.tensor(1.0)).item() == pytest.approx(0.7773, abs=1e-4)
-    assert rectified(torch.tensor(2.398)).item() == pytest.approx(1.0, abs=1e-4)  # sigmoid is 11/12
+    assert rectified_sigmoid(torch.tensor([0.0, 30.0, -30.0])).tolist() == [0.5, 1.0, 0.0]
+    assert rectified_sigmoid(torch.tensor(1.0)).item() == pytest.approx(0.7773, abs=1e-4)
+    assert rectified_sigmoid(torch.tensor(2.398)).item() == pytest.approx(1.0, abs=1e-4)  # sigmoid is 11/12
 
 
 def test_it_starts_at_the_float_weights():
@@ -96,7 +96,7 @@ def test_a_strong_penalty_decides_every_weight(monkeypatch):
     chosen, left, finish = teacher("vit"), [], Rounding.finish
 
     def watch(learner):
-        left.append(torch.cat([rectified(number).flatten() for number in learner.parameters]))
+        left.append(torch.cat([rectified_sigmoid(number).flatten() for number in learner.parameters]))
         finish(learner)
 
     monkeypatch.setattr(Rounding, "finish", watch)
@@ -138,7 +138,7 @@ def test_a_weight_of_another_quantizer_is_refused_by_name():
 
 def test_a_share_of_the_activations_is_left_in_float_another_one_each_time():
     model = quantized("vit")
-    activations = Activations(model, 0.3)
+    activations = QDrop(model, 0.3)
     x = torch.randn(40, 17, 32, generator=torch.Generator().manual_seed(0))
     drawn = []
     for seed in (1, 1, 2):
@@ -154,11 +154,11 @@ def test_a_share_of_the_activations_is_left_in_float_another_one_each_time():
 
 
 def test_what_enters_a_block_is_mixed_with_the_teachers():
-    activations = Activations(quantized("vit"), 0.5)
+    activations = QDrop(quantized("vit"), 0.5)
     activations.seed(torch.Generator().manual_seed(0))
-    (mixed,) = activations.mixed((torch.ones(50, 40),), (torch.zeros(50, 40),))
+    (mixed,) = activations.mixed_inputs((torch.ones(50, 40),), (torch.zeros(50, 40),))
     assert mixed.mean().item() == pytest.approx(0.5, abs=0.04)
-    assert Activations(quantized("vit"), 0.0).mixed((mixed,), (-mixed,))[0].equal(-mixed)
+    assert QDrop(quantized("vit"), 0.0).mixed_inputs((mixed,), (-mixed,))[0].equal(-mixed)
 
 
 @pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=8, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
@@ -206,7 +206,7 @@ def test_the_importance_is_the_squared_gradient_of_the_divergence():
     model(images(COUNT))
     handle.remove()
     output = seen["output"].detach().requires_grad_()
-    logits = model.network.head(model.network.norm(output)[:, 0])  # float behind the block
+    logits = model.network.head(model.network.norm(output)[:, 0])  # float after the block
     wanted = chosen.module(images(COUNT)).log_softmax(-1).detach()
     loss = F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="sum")
     expected = torch.autograd.grad(loss, output)[0].square()
@@ -282,8 +282,8 @@ def test_the_three_stages_run_one_after_the_other():
 
 
 @pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=8, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
-def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch, spec):
-    chosen, optimise = teacher("vit"), Job._optimise
+def test_an_interrupted_reconstruction_goes_on_bit_for_bit(tmp_path, monkeypatch, spec):
+    chosen, optimise = teacher("vit"), BlockReconstruction.optimise
     spec = evolve(spec, drop=0.5, scale_lr=1e-3, fisher=True)
     expected = reconstruct(quantized(chosen, UNIFORM), chosen, spec)
 
@@ -293,18 +293,20 @@ def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch,
         optimise(job, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "_optimise", interrupt)
+        patch.setattr(BlockReconstruction, "optimise", interrupt)
         with pytest.raises(Interrupted):
             reconstruct(quantized(chosen, UNIFORM), chosen, spec, folder=tmp_path)
     again = []
-    monkeypatch.setattr(Job, "_optimise", lambda job, *args: (again.append(job.call.name), optimise(job, *args)))
+    monkeypatch.setattr(
+        BlockReconstruction, "optimise", lambda job, *args: (again.append(job.call.name), optimise(job, *args))
+    )
     model = reconstruct(quantized(chosen, UNIFORM), chosen, spec, folder=tmp_path)
     assert again == ["blocks.1"]
     assert same(model, expected)
 
 
 @pytest.mark.parametrize("spec", [STEP, Blockwise(iterations=40, lr=2e-3, batch=BATCH)], ids=["adaround", "blockwise"])
-def test_a_reconstruction_killed_within_a_block_goes_on_to_the_bit(tmp_path, monkeypatch, spec):
+def test_a_reconstruction_killed_within_a_block_goes_on_bit_for_bit(tmp_path, monkeypatch, spec):
     chosen = teacher("vit")
     spec = evolve(spec, iterations=40, drop=0.5, scale_lr=1e-3)
     expected = reconstruct(quantized(chosen, UNIFORM), chosen, spec)

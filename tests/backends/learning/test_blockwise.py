@@ -1,4 +1,4 @@
-"""Block-wise reconstruction, and the images on their way from block to block."""
+"""Block-wise reconstruction, and the propagation of images from block to block."""
 
 from contextlib import contextmanager
 
@@ -10,9 +10,9 @@ from support.backends import RUNTIME, Interrupted, back_end, images, network, qu
 from torch import nn
 
 from spdfq.backends import Blockwise
-from spdfq.backends.learning.blocks import BlockCall, block_calls, block_names
-from spdfq.backends.learning.reconstruction import Job
-from spdfq.backends.learning.stream import Stream, rows
+from spdfq.backends.blocks import BlockCall, block_calls, block_names
+from spdfq.backends.learning.reconstruction import BlockReconstruction
+from spdfq.backends.propagation import Propagation, of_images
 from spdfq.errors import DataError, ModelError, NonFiniteError
 
 BATCH, COUNT = 2, 5
@@ -55,22 +55,22 @@ def fed(forward, module, names):
 @pytest.fixture
 def watched(monkeypatch):
     """For each block: what entered it, and its error on all images before and after its reconstruction."""
-    seen, optimise = {}, Job._optimise
+    seen, optimise = {}, BlockReconstruction.optimise
 
-    def watch(job, hidden, entering, target, importance):
+    def watch(job, data):
         def error():
             with torch.no_grad():
-                return float(job.spec.distance(job.call.run(job.model.network, hidden), target, None))
+                return float(job.spec.distance(job.call.run(job.model.network, data.inputs), data.targets, None))
 
         before = error()
-        optimise(job, hidden, entering, target, importance)
-        seen[job.call.name] = (hidden, before, error())
+        optimise(job, data)
+        seen[job.call.name] = (data.inputs, before, error())
 
-    monkeypatch.setattr(Job, "_optimise", watch)
+    monkeypatch.setattr(BlockReconstruction, "optimise", watch)
     return seen
 
 
-# the streams
+# propagation
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -80,11 +80,11 @@ def test_a_stream_brings_each_block_what_a_full_forward_pass_feeds_it(name):
     assert [call.name for call in calls] == BLOCKS[name]
     for module, forward in ((network(name), None), (model.network, model)):
         expected = fed(forward or module, module, BLOCKS[name])
-        stream = Stream(module, images(COUNT), BATCH)
+        stream = Propagation(module, images(COUNT), BATCH)
         for call in calls:
             with model.quantizing() if forward else torch.no_grad():
-                hidden = stream.enter(call)
-                stream.leave(call, hidden)
+                hidden = stream.inputs_of(call)
+                stream.through(call, hidden)
             assert len(hidden) == len(expected[call.name])
             for found, wanted in zip(hidden, expected[call.name], strict=True):
                 torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
@@ -112,7 +112,7 @@ def test_what_is_the_same_for_every_image_is_kept_with_the_call():
 
 def test_rows_of_several_to_an_image_stay_together():
     windows = torch.arange(12).reshape(6, 2)
-    (found,) = rows((windows,), 3, torch.tensor([2, 0]))
+    (found,) = of_images((windows,), 3, torch.tensor([2, 0]))
     assert found.tolist() == [[8, 9], [10, 11], [0, 1], [2, 3]]
 
 
@@ -337,10 +337,10 @@ def test_an_error_that_is_not_finite_names_the_block():
 
 
 @pytest.mark.parametrize(("finished", "inputs"), [(1, "quantized"), (3, "quantized"), (2, "teacher")])
-def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch, finished, inputs):
+def test_an_interrupted_reconstruction_goes_on_bit_for_bit(tmp_path, monkeypatch, finished, inputs):
     chosen, step = teacher("swin"), evolve(STEP, inputs=inputs, biases=True)
     expected = reconstruct(quantized(chosen), chosen, step)
-    done, optimise = [], Job._optimise
+    done, optimise = [], BlockReconstruction.optimise
 
     def interrupt(job, *args):
         if len(done) == finished:
@@ -349,7 +349,7 @@ def test_an_interrupted_reconstruction_goes_on_to_the_bit(tmp_path, monkeypatch,
         done.append(job.call.name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "_optimise", interrupt)
+        patch.setattr(BlockReconstruction, "optimise", interrupt)
         with pytest.raises(Interrupted):
             reconstruct(quantized(chosen), chosen, step, folder=tmp_path)
         done.insert(0, "the second attempt does only the rest")

@@ -13,7 +13,7 @@ from support.backends import RUNTIME, Interrupted, images, quantized, state_of, 
 
 from spdfq.backends import Distill
 from spdfq.backends.learning import distill
-from spdfq.backends.learning.distill import Seen, map_similarity, relative_error
+from spdfq.backends.learning.distill import ForwardResult, map_similarity, relative_error
 from spdfq.errors import DataError, ModelError, NonFiniteError, SpdfqError
 from spdfq.recipe import load_recipe
 
@@ -44,7 +44,7 @@ def same(first, second):
 
 
 def seen(logits, blocks=(), maps=()):
-    return Seen(torch.tensor(logits), list(blocks), list(maps))
+    return ForwardResult(torch.tensor(logits), list(blocks), list(maps))
 
 
 # the loss
@@ -59,7 +59,7 @@ def test_the_loss_is_the_divergence_from_the_teacher():
 
 def test_features_of_a_teacher_without_a_head_are_compared_as_they_are():
     features = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
-    student, seen = Seen(features + 1, [], []), Seen(features, [], [])
+    student, seen = ForwardResult(features + 1, [], []), ForwardResult(features, [], [])
     expected = (5 / features.square().sum(1)).mean()
     torch.testing.assert_close(Distill().loss(student, seen, headless=True), expected)
     assert Distill().loss(student, seen).item() == pytest.approx(0, abs=1e-6), "a softmax sees no shift"
@@ -228,7 +228,7 @@ def a_second_per_look(monkeypatch):
     monkeypatch.setattr(distill, "SAVE_SECONDS", 1.0)
 
 
-def test_an_interrupted_training_goes_on_to_the_bit(tmp_path, monkeypatch, a_second_per_look):
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, monkeypatch, a_second_per_look):
     chosen, step = teacher("vit"), evolve(FULL, iterations=14)
     expected = train(quantized(chosen, UNIFORM), chosen, step)
     steps, take = [], distill.take_step

@@ -1,4 +1,4 @@
-"""RepQ's transform: what it changes in a model, and that in float it changes nothing."""
+"""RepQ's transform: what it changes in a model, and that the float model computes the same."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from spdfq.backends import Calibration, RepQ, quantize
 from spdfq.backends.transforms.norms import norm_groups
 from spdfq.backends.transforms.repq import reparameterise
-from spdfq.backends.transforms.wiring import wiring
+from spdfq.backends.wiring import wiring
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.quantized import place
 from spdfq.quantized.checkpoint import load_quantized, save_quantized
@@ -26,8 +26,8 @@ FLOAT_WEIGHTS = "quantization.overrides=[{sites=['*.weight'], bits=0}]"
 OTHERS = ["*.weight", "*.query", "*.key", "*.value", "*.softmax", "*.proj.input", "*.fc2.input", "head.input"]
 NORMS_ALONE = f"quantization.overrides=[{{sites={OTHERS}, bits=0}}]"
 BOTH_NORMS = [f"blocks.{block}.norm{norm}" for block in (0, 1) for norm in (1, 2)]
-MADE = "the bias of blocks.{}.attn.qkv is made on the way and cannot be changed"
-ONE_TOKEN = "what it feeds sees one token of an image, too little for a range of each channel"
+MADE = "the bias of blocks.{}.attn.qkv is computed in the forward pass and cannot be changed"
+ONE_TOKEN = "its layers take one token of an image, too little for a range of each channel"
 
 
 class Body(nn.Module):
@@ -63,7 +63,7 @@ def norms_of(body):
 def skipped(body, *overrides):
     """What a model's notes say of the LayerNorm of its body."""
     model = quantized(teacher_of(Body(body).eval()), REPQ, *overrides)
-    return [note.removeprefix("repq: body.norm is left as it is: ") for note in model.notes]
+    return [note.removeprefix("repq: body.norm does not change: ") for note in model.notes]
 
 
 def spread(chosen, seed=1):
@@ -82,7 +82,7 @@ def output(module, count=5, seed=0):
     return module(images(count, seed))
 
 
-# which LayerNorm feeds what
+# which layers take the output of a LayerNorm
 
 
 def test_a_vits_norms_feed_qkv_and_fc1():
@@ -108,8 +108,8 @@ def test_shifted_windows_are_looked_through_and_the_reduction_is_found():
     assert groups[2].weights == ("layers.0.blocks.1.attn.qkv.weight",)  # its windows are shifted
     assert groups[4].biases == ("layers.1.downsample.reduction.bias",)
     assert notes == [
-        "patch_embed.norm is left as it is: its output also goes to layer_norm, add",
-        "norm is left as it is: its output also goes to mean",
+        "patch_embed.norm does not change: its output also goes to layer_norm, add",
+        "norm does not change: its output also goes to mean",
     ]
 
 
@@ -171,7 +171,7 @@ def test_a_norm_before_a_layer_over_tokens_is_left_however_many_there_are(channe
     [
         (lambda: Residual(), "its output also goes to add"),
         (lambda: Normed(lambda x: x[:, 0:1]), ONE_TOKEN),
-        (lambda: Shared(), "body.linear takes other inputs as well"),
+        (lambda: Shared(), "body.linear also takes other inputs"),
     ],
     ids=["residual", "one token", "shared layer"],
 )
@@ -193,7 +193,7 @@ class Shared(Normed):
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("[{sites=['body.linear.input'], bits=0}]", "what it feeds is not quantized"),
+        ("[{sites=['body.linear.input'], bits=0}]", "the inputs of its layers are not quantized"),
         ("[{sites=['body.linear.weight'], bits=0}]", None),
     ],
 )
@@ -202,28 +202,28 @@ def test_it_depends_on_what_is_quantized(override, reason):
 
 
 def test_a_norm_without_parameters_and_a_quantizer_without_a_scale_of_its_kind_are_left():
-    assert skipped(lambda: Normed(affine=False)) == ["repq: no LayerNorm feeds linear layers alone"]
+    assert skipped(lambda: Normed(affine=False)) == ["repq: no output of a LayerNorm goes to linear layers only"]
     model = place(teacher_of(Body(Normed).eval()), back_end())
     model.replace_quantizer("body.linear.input", Log2Quantizer())
     (note,) = norm_groups(model, images(1))[1]
-    assert note == "body.norm is left as it is: its output has no uniform quantizer"
+    assert note == "body.norm does not change: its output has no uniform quantizer"
 
 
 def test_biases_made_on_the_way_are_named():
     model = quantized("beit", REPQ)
     assert model.notes == [
-        f"repq: blocks.0.norm1 is left as it is: {MADE.format(0)}",
-        f"repq: blocks.1.norm1 is left as it is: {MADE.format(1)}",
-        f"repq: fc_norm is left as it is: {ONE_TOKEN}",
+        f"repq: blocks.0.norm1 does not change: {MADE.format(0)}",
+        f"repq: blocks.1.norm1 does not change: {MADE.format(1)}",
+        f"repq: fc_norm does not change: {ONE_TOKEN}",
     ]
 
 
 def test_notes_are_in_the_site_table():
-    assert quantized("vit", REPQ).site_table()["notes"] == [f"repq: norm is left as it is: {ONE_TOKEN}"]
+    assert quantized("vit", REPQ).site_table()["notes"] == [f"repq: norm does not change: {ONE_TOKEN}"]
     assert "notes" not in quantized("vit").site_table()
 
 
-# what is done to the model
+# what changes in the model
 
 
 @pytest.mark.parametrize("name", [*FUSED, *EXPLICIT])
@@ -359,7 +359,7 @@ def test_nothing_to_fold_is_an_error():
 def test_images_that_are_not_finite_are_refused_with_the_norms_name():
     model, given = quantized("vit"), images()
     given[0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"repq: blocks.0.norm1 puts out NaN or infinity"):
+    with pytest.raises(NonFiniteError, match=r"repq: blocks.0.norm1: its output is not finite"):
         RepQ().run(model, Calibration(teacher=teacher("vit"), images=given, runtime=RUNTIME))
 
 

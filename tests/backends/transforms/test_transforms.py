@@ -69,12 +69,12 @@ def test_a_shift_that_no_bias_can_take_up_is_named():
     model = quantized(chosen, GELU)
     before = output(model)
     run(AdaLog(), model, chosen)
-    assert model.notes == ["adalog: blocks.0.mlp.fc2.input keeps its shift: no bias behind it can take it up"]
+    assert model.notes == ["adalog: blocks.0.mlp.fc2.input keeps its shift: no bias that follows can be changed"]
     torch.testing.assert_close(output(model), before, atol=1e-4, rtol=1e-5)
 
 
 class _Made(nn.Module):
-    """A linear layer whose bias is made on the way."""
+    """A linear layer whose bias is computed in the forward pass."""
 
     def __init__(self, layer):
         super().__init__()
@@ -144,7 +144,7 @@ def test_maps_that_no_layer_norm_takes_are_left_as_they_are_and_noted():
         (1, 8, 8, 5): UniformQuantizer,
         (1, 40, 8): PowerOfTwoFactorQuantizer,
     }
-    assert model.notes == ["ptf: 1.residual is left as it is: its channels are not on the last axis"]
+    assert model.notes == ["ptf: 1.residual does not change: its channels are not on the last axis"]
 
 
 def test_a_site_that_images_never_reach_is_named():

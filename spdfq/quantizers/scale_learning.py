@@ -1,4 +1,4 @@
-"""Scales that are learned, as in LSQ."""
+"""Learning the scales of quantizers by gradient descent, as in LSQ."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,17 +11,17 @@ from spdfq.quantizers.base import Quantizer
 
 @contextmanager
 def learned_scales(quantizers: Iterable[Quantizer]) -> Iterator[list[Tensor]]:
-    """The scales of frozen quantizers as leaves that gather gradients inside the ``with`` block, for an optimizer.
+    """Inside the ``with`` block, the scales of frozen quantizers are leaf tensors that collect gradients.
 
     For ``uniform`` the gradient to s is that of LSQ (arXiv:1902.08153, section 2): ``round(x / s) - x / s`` where x has
-    a code, the clamped code (without the zero point) elsewhere. LSQ divides it by the root of the number of values
-    times that of codes, which changes nothing under Adam. The learned scales stay when the block is left.
+    a code, and the clamped code (without the zero point) elsewhere. LSQ also divides it by the root of the number of
+    values times the number of codes, which makes no difference under Adam. The learned scales stay after the block.
 
     Args:
         quantizers: frozen ones.
 
     Raises:
-        NonFiniteError: on leaving, a scale is not finite or not above 0.
+        NonFiniteError: at the end of the block, a scale is not finite or not above 0.
     """
     owners = list(quantizers)
     scales = [quantizer.tensors()["scale"] for quantizer in owners]

@@ -1,4 +1,4 @@
-"""The quantized student of an adversarial synthesis: a recipe's own back-end as far as its calibration."""
+"""Makes the quantized student of an adversarial synthesis, by the recipe's own quantization section."""
 
 from collections.abc import Callable
 from typing import cast
@@ -18,12 +18,12 @@ from spdfq.teacher import Teacher
 
 @define(eq=False)
 class QuantizedStudent:
-    """A quantized model whose weights may be learned and whose ranges may be chosen anew.
+    """A quantized model whose weights can be trained and whose ranges can be chosen again.
 
     Args:
         module: the quantized model.
-        steps: that chose its ranges, with their positions in the recipe.
-        teacher: whose copy it is.
+        steps: the steps that choose its ranges, with their positions in the recipe.
+        teacher: the model that the student is a copy of.
         runtime: device, precision and seed streams.
     """
 
@@ -42,13 +42,13 @@ class QuantizedStudent:
         return {name: self.module.weight(name) for name in self.module.weight_names()}
 
     def calibrate(self, images: Tensor) -> None:
-        """Choose every range anew, on ``[B, C, h, w]``."""
+        """Chooses every range again, for images ``[B, C, h, w]``."""
         for index, step in self.steps:
             _run(step, index, self.module, images, self.teacher, self.runtime)
 
 
 def student_section(spec: Quantization) -> Quantization:
-    """The section without the steps that come after every site was calibrated: no student runs them."""
+    """The section without the steps after those that calibrate all sites: a student does not run them."""
     seen: set[str] = set()
     for index, step in enumerate(spec.steps):
         if isinstance(step, Calibrate):
@@ -59,12 +59,12 @@ def student_section(spec: Quantization) -> Quantization:
 
 
 def student_factory(teacher: Teacher, spec: Quantization, runtime: Runtime) -> Callable[[Tensor], QuantizedStudent]:
-    """Makes students of a teacher: placed as the section says, calibrated by its steps as far as they are needed.
+    """A function that makes a student for given images ``[B, C, h, w]``: a copy of the teacher, placed and calibrated.
 
-    Steps after the one that leaves every quantizer with its range are not run.
+    It places quantizers as the section says, and runs the section's steps until every quantizer has a range.
 
     Raises:
-        SpdfqError: when a student is made: no step calibrates, or what a step raises.
+        SpdfqError: when a student is made: no step calibrates it, or a step fails.
     """
     quiet = evolve(runtime, progress=silent)
 

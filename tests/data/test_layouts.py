@@ -76,11 +76,6 @@ def read(dataset, batch=3, indices=None):
     return [(shades(found.images), found.labels.tolist(), found.damaged) for found in batches]
 
 
-def test_every_dataset_of_encoded_images_is_tested_here():
-    kinds = {ImageFolder, ImageList, Parquet, WebDataset}
-    assert {datasets.get(name) for name in datasets.names()} - {datasets.get("fashion_mnist")} == kinds
-
-
 @layouts
 def test_images_come_in_order_with_their_labels(layout, tmp_path):
     dataset = layout(tmp_path, images())

@@ -1,4 +1,4 @@
-"""What the finished parts of a long step have changed, kept in a file, so that a killed run goes on."""
+"""Keeps the results of the finished parts of a long step in a file, so that a killed run can continue."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,11 +12,11 @@ from spdfq.runtime.files import read_tensors, write_tensors
 
 
 @define(eq=False)
-class Finished:
-    """Tensors of a network that finished parts of a step have changed.
+class FinishedParts:
+    """The tensors of a network that the finished parts of a step (blocks, layers) have changed.
 
     Args:
-        network: whose tensors; names are those of its state dict.
+        network: owns the tensors; their names are those of its state dict.
         path: the file; ``None`` keeps nothing.
     """
 
@@ -25,8 +25,8 @@ class Finished:
     _tensors: dict[str, Tensor] = field(factory=dict, init=False)
 
     @classmethod
-    def of(cls, network: nn.Module, calibration: Calibration, step: str) -> "Finished":
-        """What a killed run left behind.
+    def of(cls, network: nn.Module, calibration: Calibration, step: str) -> "FinishedParts":
+        """The parts that a killed run finished, or none.
 
         Raises:
             DataError: the file is damaged.
@@ -37,10 +37,10 @@ class Finished:
         return found
 
     def restore(self, names: Iterable[str]) -> bool:
-        """Put back the tensors of a part of the step, if that was finished; whether it was.
+        """Restores the tensors of a part of the step if that part was finished, and returns whether it was.
 
         Raises:
-            DataError: they are of another model.
+            DataError: the stored tensors are those of another model.
         """
         names = list(names)
         if not self._tensors.keys() >= set(names):
@@ -53,7 +53,7 @@ class Finished:
         return True
 
     def keep(self, names: Iterable[str]) -> None:
-        """A part of the step is finished: store these tensors as they are now."""
+        """Stores the present values of the tensors of a finished part."""
         state = self.network.state_dict()
         self._tensors |= {name: state[name].clone() for name in names}
         if self.path:

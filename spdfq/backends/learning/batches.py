@@ -1,4 +1,4 @@
-"""Which images an optimiser step sees."""
+"""Which images an optimiser step uses, and the seed of what it draws at random."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,14 @@ from spdfq.backends.base import Calibration
 
 
 def batch_rows(calibration: Calibration, batch: int, iteration: int, *purpose: str | int) -> Tensor | slice:
-    """The images of a step: a part of this epoch's random order, the last part possibly smaller.
+    """The indices of the images of an optimiser step: the next ones in the random order of the epoch.
+
+    The last batch of an epoch may be smaller.
 
     Args:
         calibration: the images and the seed.
-        batch: images in one step; where there are no more, they are all taken.
-        iteration: counted from 0.
+        batch: images in one step; if there are no more images than that, all of them are used.
+        iteration: number of the step, counted from 0.
         purpose: of the seed stream.
     """
     count = len(calibration.images)
@@ -23,7 +25,10 @@ def batch_rows(calibration: Calibration, batch: int, iteration: int, *purpose: s
     return order[step * batch : (step + 1) * batch].to(calibration.images.device)
 
 
-def noise(calibration: Calibration, iteration: int, *purpose: str | int) -> torch.Generator:
-    """A generator on the images' device for what a step draws, a function of seed, purpose and iteration."""
+def drop_generator(calibration: Calibration, iteration: int, *purpose: str | int) -> torch.Generator:
+    """The generator of an optimiser step's random drops, on the images' device.
+
+    Its seed depends on the run's seed, the purpose and the iteration only.
+    """
     seed = calibration.runtime.generator(*purpose, "drop", iteration).initial_seed()
     return torch.Generator(calibration.images.device).manual_seed(seed)

@@ -1,0 +1,168 @@
+"""The blocks of a transformer, and how to call one alone as the network would call it."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from spdfq.errors import ModelError
+from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.sites import ATTENTION
+
+Hidden = tuple[Tensor, ...]
+"""Hidden states ``[n * k, ...]`` of n images: k rows for each, image by image (k > 1: windows, inner tokens)."""
+
+
+def block_names(model: QuantizedModel) -> list[str]:
+    """Names of the blocks, in the order they run: the numbered modules that hold an attention product.
+
+    They are ``blocks.0`` for a ViT, ``layers.1.blocks.0`` for a Swin. A numbered module that holds other blocks is not
+    a block; attention beside those blocks (``stages.1.downsample`` of a LeViT) is a block of its own.
+
+    Raises:
+        ModelError: no numbered module of the model has attention.
+    """
+    attending = [name.rpartition(".")[0] for name, site in model.sites.items() if site.kind in ATTENTION]
+    ancestors = {name: block for name in attending if (block := _numbered_ancestor(name))}
+    numbered = set(ancestors.values())
+    found = dict.fromkeys(_without_other_blocks(block, name, numbered) for name, block in ancestors.items())
+    if not found:
+        raise ModelError(f"{type(model.network).__name__}: has no numbered blocks with attention to reconstruct")
+    return list(found)
+
+
+def _numbered_ancestor(name: str) -> str:
+    """The innermost ancestor whose last component is a number, or an empty string."""
+    parts = name.split(".")
+    while parts and not parts[-1].isdigit():
+        parts.pop()
+    return ".".join(parts)
+
+
+def _without_other_blocks(block: str, attending: str, others: set[str]) -> str:
+    """The block, or the largest part of it that holds the attending module but none of the other blocks."""
+    while block != attending and any(other.startswith(f"{block}.") for other in others):
+        end = attending.find(".", len(block) + 1)
+        block = attending if end < 0 else attending[:end]
+    return block
+
+
+@frozen(eq=False)
+class BlockCall:
+    """How the network calls a block.
+
+    The streams of a block are those of its tensors that hold rows for every image. All other arguments (rotary
+    embeddings, sizes) are the same for all images.
+
+    Args:
+        name: name of the block.
+        position: index of the call among all block calls of a forward pass.
+        given: the arguments of the block, positional ones by number and others by name, with ``None`` for each stream.
+        streams: numbers and names of the arguments that are streams.
+        returned: indices of the streams among the tensors that the block returns.
+        follows: whether its streams are the very tensors that the previous block call returned.
+    """
+
+    name: str
+    position: int
+    given: dict[int | str, Any]
+    streams: tuple[int | str, ...]
+    returned: tuple[int, ...]
+    follows: bool
+
+    def streams_of(self, args: tuple, kwargs: dict[str, Any]) -> Hidden:
+        """The streams among the arguments of a call."""
+        given = _by_number_or_name(args, kwargs)
+        return tuple(given[key] for key in self.streams)
+
+    def run(self, network: nn.Module, hidden: Hidden) -> Hidden:
+        """The streams that the block returns for its input streams ``hidden``."""
+        given = self.given | dict(zip(self.streams, hidden, strict=True))
+        args = [value for key, value in given.items() if isinstance(key, int)]
+        kwargs = {key: value for key, value in given.items() if isinstance(key, str)}
+        return self._returned_streams(network.get_submodule(self.name)(*args, **kwargs))
+
+    def on_output(self, network: nn.Module, function: Callable[[Hidden], object]) -> RemovableHandle:
+        """Has ``function`` called with the streams that the block returns, in every forward pass of the network."""
+        block = network.get_submodule(self.name)
+        return block.register_forward_hook(lambda *args: function(self._returned_streams(args[-1])))
+
+    def _returned_streams(self, output: Any) -> Hidden:
+        tensors = _tensors(output)
+        return tuple(tensors[index] for index in self.returned)
+
+
+def block_calls(network: nn.Module, names: list[str], example: Tensor) -> list[BlockCall]:
+    """How a forward pass of an example ``[1, C, H, W]`` calls each block; of several calls of a block, the first.
+
+    Two forward passes, with one image and with two, show which tensors are streams: those whose length doubles.
+
+    Raises:
+        ModelError: a block is not called, or has no streams.
+    """
+    one_image, two_images = (_recorded_calls(network, names, example.repeat(count, 1, 1, 1)) for count in (1, 2))
+    calls: dict[str, BlockCall] = {}
+    previous: Hidden = ()
+    for position, (one, two) in enumerate(zip(one_image, two_images, strict=True)):
+        call = _block_call(position, one, two, previous)
+        calls.setdefault(call.name, call)
+        previous = tuple(one.output[index] for index in call.returned)
+    if missing := [name for name in names if name not in calls]:
+        raise ModelError(f"{missing[0]}: is never called itself, only its parts are, so it cannot be reconstructed")
+    return list(calls.values())
+
+
+@frozen(eq=False)
+class _RecordedCall:
+    name: str
+    given: dict[int | str, Any]
+    output: Hidden
+
+
+def _block_call(position: int, one: _RecordedCall, two: _RecordedCall, previous: Hidden) -> BlockCall:
+    """A call, from its records with one and with two images; ``previous`` are the streams the call before returned."""
+    streams = tuple(key for key, value in one.given.items() if _doubles(value, two.given[key]))
+    returned = tuple(index for index, value in enumerate(one.output) if _doubles(value, two.output[index]))
+    if not streams or not returned:
+        raise ModelError(f"{one.name}: takes or returns no tensor of every image, so it cannot be reconstructed")
+    taken = tuple(one.given[key] for key in streams)
+    follows = len(taken) == len(previous) and all(map(operator.is_, taken, previous))
+    return BlockCall(one.name, position, one.given | dict.fromkeys(streams), streams, returned, follows)
+
+
+def _doubles(one: Any, two: Any) -> bool:
+    """Whether a tensor of one image has twice the length with two images."""
+    return isinstance(one, Tensor) and one.ndim > 0 and len(two) == 2 * len(one)
+
+
+@torch.no_grad()
+def _recorded_calls(network: nn.Module, names: list[str], images: Tensor) -> list[_RecordedCall]:
+    """All calls of the blocks in one forward pass."""
+    calls: list[_RecordedCall] = []
+
+    def recorder(name: str) -> Any:
+        def record(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            calls.append(_RecordedCall(name, _by_number_or_name(args, kwargs), _tensors(output)))
+
+        return record
+
+    handles = [network.get_submodule(name).register_forward_hook(recorder(name), with_kwargs=True) for name in names]
+    try:
+        network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _by_number_or_name(args: tuple, kwargs: dict[str, Any]) -> dict[int | str, Any]:
+    numbered: dict[int | str, Any] = dict(enumerate(args))
+    return numbered | kwargs
+
+
+def _tensors(output: Any) -> Hidden:
+    return (output,) if isinstance(output, Tensor) else tuple(item for item in output if isinstance(item, Tensor))

@@ -1,0 +1,322 @@
+"""Visits every site of a forward pass: a visitor sees each tensor that can be quantized, and may replace it.
+
+Sites are the operands of all products and, on demand, points between products: LayerNorm outputs, residual sums, scores
+before the softmax, logits. Nothing in the network is replaced or wrapped: one `torch.overrides.TorchFunctionMode` sees
+the functions that the network calls.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from attrs import define, field
+from torch import Tensor, nn
+
+from spdfq.attention import (
+    PRODUCT_FUNCTIONS,
+    SOFTMAX_FUNCTIONS,
+    AttentionMode,
+    attention_probabilities,
+    attention_scores,
+    fused_attention,
+)
+from spdfq.quantized.functions import (
+    MOVES,
+    NORMS,
+    OTHER_PRODUCTS,
+    OUTPUT_CHANNELS,
+    PRODUCTS_WITH_WEIGHT,
+    SUMS,
+    SUMS_IN_PLACE,
+)
+from spdfq.quantized.sites import (
+    ATTENTION,
+    BRANCH,
+    GELU,
+    INPUT,
+    KEY,
+    LAYER_NORM,
+    LOGITS,
+    PRODUCT,
+    QUERY,
+    RESIDUAL,
+    SCORES,
+    SOFTMAX,
+    VALUE,
+    WEIGHT,
+    Site,
+    input_site,
+    site_name,
+)
+from spdfq.quantizers import Product, Quantizer
+
+_MAKER_MARK = "_spdfq_maker"
+
+Visit = Callable[[str, str, Tensor], Tensor]
+"""``visit(site, kind, tensor)`` returns the tensor that is used instead of ``tensor``."""
+OnLeftover = Callable[[str, str], object]
+"""``on_leftover(site, function)`` is called for each product whose operands cannot be replaced."""
+OnProduct = Callable[[str, Product], object]
+"""``on_product(site, product)`` is called for each operand of a product, before the visit."""
+
+
+def ignore(_: str, __: Any) -> None:
+    """An `OnLeftover` or `OnProduct` that does nothing."""
+
+
+def unchanged(_: str, __: str, tensor: Tensor) -> Tensor:
+    """A `Visit` that changes nothing."""
+    return tensor
+
+
+def maker_of(tensor: Tensor) -> str:
+    """What computed a tensor, as far as it matters: ``softmax``, ``gelu``, or the kind of the point it passed."""
+    maker: str = getattr(tensor, _MAKER_MARK, "")
+    return maker
+
+
+def _marked(tensor: Tensor, maker: str) -> Tensor:
+    """The tensor with a mark that says what computed it."""
+    setattr(tensor, _MAKER_MARK, maker)
+    return tensor
+
+
+@define(eq=False)
+class _ModuleCall:
+    """One running ``forward`` of a module.
+
+    Args:
+        name: of the module.
+        products: number of products with replaceable operands that the module itself computed so far.
+        leftovers: number of other products so far.
+        points: number of points of each kind passed so far.
+        skips: tensors that can be the skip of a residual sum, by id: the arguments and the residual sums so far.
+    """
+
+    name: str
+    products: int = 0
+    leftovers: int = 0
+    points: Counter[str] = field(factory=Counter)
+    skips: dict[int, Tensor] = field(factory=dict)
+
+
+@contextmanager
+def visit_sites(
+    network: nn.Module,
+    visit: Visit,
+    on_leftover: OnLeftover = ignore,
+    points: frozenset[str] = frozenset(),
+    on_product: OnProduct = ignore,
+) -> Iterator[None]:
+    """Inside the ``with`` block, calls of ``network`` or of a part of it pass all operands of products to ``visit``.
+
+    Sites are named after the module that multiplies: ``blocks.0.mlp.fc1.weight`` and ``.input``,
+    ``blocks.0.attn.query``, ``.key``, ``.softmax``, ``.value``. Operands of an explicit product of two activations are
+    called ``.product0_left`` and ``.product0_right``, then ``.product1_left`` and so on. Weights are known by identity,
+    so weights that a module passes to `F.linear` itself (BEiT) are seen too. Any other product cannot be replaced; it
+    is reported to ``on_leftover`` and named after its function.
+
+    ``visit`` also sees the kinds of ``points``, named after the running module (``blocks.0.residual``, then
+    ``.residual1``):
+
+    * ``layer_norm``: outputs of LayerNorm and RMSNorm.
+    * ``residual`` and ``branch``: the sum of a skip and a branch, and the branch. A skip is an argument of the module,
+      a residual sum that the module computed before, or one of them moved. A shortcut that pools or projects is no
+      skip.
+    * ``scores``: attention scores in float32, before masks; and the input of an explicit softmax.
+    * ``logits``: what the network returns.
+
+    A tensor that was seen at a point is visited again where it enters a linear layer or is added to a skip; `maker_of`
+    tells.
+    """
+    calls: list[_ModuleCall] = []
+
+    def enter(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)] if points else []
+        calls.append(_ModuleCall(name, skips={id(tensor): tensor for tensor in given}))
+
+    def leave(module: nn.Module, _: tuple, output: Any) -> Any:
+        calls.pop()
+        if module is network and LOGITS in points and isinstance(output, Tensor):
+            return visit(LOGITS, LOGITS, output)
+        return None
+
+    with ExitStack() as stack:
+        stack.enter_context(fused_attention(network))
+        for name, module in network.named_modules():
+            if isinstance(module, Quantizer):
+                continue
+            begin = module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: enter(name, args, kwargs), with_kwargs=True
+            )
+            stack.callback(begin.remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        stack.enter_context(_VisitingMode(network, calls, visit, on_leftover, points, on_product))
+        yield
+
+
+@torch.no_grad()
+def find_sites(
+    network: nn.Module, example: Tensor, points: frozenset[str] = frozenset()
+) -> tuple[dict[str, Site], dict[str, str]]:
+    """Every site of a network, in the order of a forward pass, and the products that cannot be quantized.
+
+    Args:
+        network: any module in evaluation mode.
+        example: one normalised image ``[1, C, H, W]``.
+        points: kinds of points that are sites too. A tensor seen at a point has no second site where it enters a linear
+            layer or is added to a skip.
+    """
+    sites: dict[str, Site] = {}
+    leftovers: dict[str, str] = {}
+
+    def visit(name: str, kind: str, tensor: Tensor) -> Tensor:
+        seen_before = kind in (INPUT, BRANCH) and maker_of(tensor) in points
+        if not seen_before:
+            sites.setdefault(name, Site(name, kind, tuple(tensor.shape), maker_of(tensor)))
+        return tensor
+
+    with visit_sites(network, visit, leftovers.setdefault, points):
+        network(example)
+    return sites, leftovers
+
+
+class _VisitingMode(AttentionMode):
+    """Sees every function call of the network; ``calls`` is the stack of the modules whose ``forward`` runs."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        calls: list[_ModuleCall],
+        visit: Visit,
+        on_leftover: OnLeftover,
+        points: frozenset[str],
+        on_product: OnProduct,
+    ) -> None:
+        super().__init__()
+        self.weights = {id(parameter): name for name, parameter in network.named_parameters()}
+        self.calls, self.visit, self.points = calls, visit, points
+        self.on_leftover, self.on_product = on_leftover, on_product
+
+    @property
+    def _call(self) -> _ModuleCall:
+        return self.calls[-1] if self.calls else _ModuleCall("")
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Attention by explicit products of visited operands."""
+        call = self._call
+        suffix = str(call.products) if call.products else ""
+        call.products += 1
+        names = {kind: site_name(call.name, kind + suffix) for kind in ATTENTION}
+        self.on_product(names[QUERY], Product(query, lambda other: attention_scores(other, key, scale)))
+        self.on_product(names[KEY], Product(key, lambda other: attention_scores(query, other, scale)))
+        query, key = self.visit(names[QUERY], QUERY, query), self.visit(names[KEY], KEY, key)
+        value, float_value = self.visit(names[VALUE], VALUE, value), value
+        change_scores = partial(self.visit, names[SCORES], SCORES) if SCORES in self.points else None
+        probabilities = attention_probabilities(query, key, mask, scale, change_scores).to(value.dtype)
+        self.on_product(names[VALUE], Product(float_value, lambda other: probabilities @ other))
+        self.on_product(names[SOFTMAX], Product(probabilities, lambda other: other @ float_value))
+        return self.visit(names[SOFTMAX], SOFTMAX, probabilities) @ value
+
+    def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Any function but scaled dot-product attention."""
+        if func in PRODUCTS_WITH_WEIGHT:
+            return self._product_with_weight(func, *args, **kwargs)
+        if func in PRODUCT_FUNCTIONS:
+            return self._product_of_activations(func, args, kwargs)
+        if func in OTHER_PRODUCTS:
+            self._leave_over(func)
+        if self.points and (func in SUMS or func in SUMS_IN_PLACE):
+            return self._sum(func, args, kwargs)
+        if func in SOFTMAX_FUNCTIONS and SCORES in self.points and args:
+            args = (self._visit_point(SCORES, args[0]), *args[1:])
+        result = func(*args, **kwargs)
+        if func in NORMS and LAYER_NORM in self.points:
+            return _marked(self._visit_point(LAYER_NORM, result), LAYER_NORM)
+        if func in MOVES and args:
+            self._treat_alike(args[0], result)
+        elif func in SOFTMAX_FUNCTIONS or func is F.gelu:
+            _marked(result, SOFTMAX if func in SOFTMAX_FUNCTIONS else GELU)
+        return result
+
+    def _treat_alike(self, tensor: Any, moved: Any) -> None:
+        """A moved tensor keeps the mark of the original and can be a skip if the original can."""
+        if maker := maker_of(tensor):
+            _marked(moved, maker)
+        if self.points and self.calls and id(tensor) in self.calls[-1].skips:
+            self.calls[-1].skips[id(moved)] = moved
+
+    def _sum(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A sum of two tensors; if one of them is a skip, the other one is a branch and the sum a residual sum."""
+        skip_at = self._skip_position(args, kwargs)
+        if skip_at is None:
+            return func(*args, **kwargs)
+        summands = list(args)
+        if BRANCH in self.points:
+            summands[1 - skip_at] = self._visit_point(BRANCH, args[1 - skip_at])
+        total = func(*summands)
+        if RESIDUAL in self.points:
+            visited = self._visit_point(RESIDUAL, total)
+            if func in SUMS_IN_PLACE and visited is not total:
+                visited = total.copy_(visited)  # the network goes on with the tensor that it changed in place
+            total = _marked(visited, RESIDUAL)
+        self.calls[-1].skips[id(total)] = total
+        return total
+
+    def _skip_position(self, args: tuple, kwargs: dict[str, Any]) -> int | None:
+        """Which of the summands of a residual sum is the skip, 0 or 1; ``None`` if it is no residual sum."""
+        skips = self.calls[-1].skips if self.calls else {}
+        skip_at = next((index for index, summand in enumerate(args[:2]) if id(summand) in skips), None)
+        if skip_at is None or len(args) != 2 or kwargs or not _is_branch(args[1 - skip_at], args[skip_at]):
+            return None
+        return skip_at
+
+    def _visit_point(self, kind: str, tensor: Tensor) -> Tensor:
+        call = self._call
+        count = call.points[kind]
+        call.points[kind] += 1
+        return self.visit(site_name(call.name, f"{kind}{count or ''}"), kind, tensor)
+
+    def _product_with_weight(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self.weights.get(id(weight))
+        if name is None:
+            self._leave_over(func)
+            return func(input, weight, *args, **kwargs)
+        input_name = input_site(name)
+        self.on_product(input_name, Product(input, lambda other: func(other, weight, *args, **kwargs)))
+        channels = OUTPUT_CHANNELS.get(func)
+        self.on_product(name, Product(weight, lambda other: func(input, other, *args, **kwargs), channels))
+        return func(self.visit(input_name, INPUT, input), self.visit(name, WEIGHT, weight), *args, **kwargs)
+
+    def _product_of_activations(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        equation, operands = (args[:1], args[1:]) if func is torch.einsum else ((), args)
+        if len(operands) != 2 or kwargs or any(id(operand) in self.weights for operand in operands):
+            self._leave_over(func)
+            return func(*args, **kwargs)
+        call = self._call
+        name = site_name(call.name, f"{PRODUCT}{call.products}")
+        call.products += 1
+        left, right = operands
+        self.on_product(f"{name}_left", Product(left, lambda other: func(*equation, other, right)))
+        self.on_product(f"{name}_right", Product(right, lambda other: func(*equation, left, other)))
+        visited = (
+            self.visit(f"{name}_{side}", SOFTMAX if maker_of(operand) == SOFTMAX else PRODUCT, operand)
+            for side, operand in zip(("left", "right"), operands, strict=True)
+        )
+        return func(*equation, *visited)
+
+    def _leave_over(self, func: Any) -> None:
+        call, what = self._call, getattr(func, "__name__", str(func)).strip("_")
+        self.on_leftover(site_name(call.name, what + (str(call.leftovers) if call.leftovers else "")), what)
+        call.leftovers += 1
+
+
+def _is_branch(summand: Any, skip: Tensor) -> bool:
+    """Whether a summand can be the branch of a residual sum: floating point, and the sum has the shape of the skip."""
+    if not isinstance(summand, Tensor) or not (skip.is_floating_point() and summand.is_floating_point()):
+        return False
+    return summand.ndim > 1 and torch.broadcast_shapes(skip.shape, summand.shape) == skip.shape

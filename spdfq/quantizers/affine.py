@@ -1,0 +1,76 @@
+"""The base class of quantizers with evenly spaced values."""
+
+from typing import Any, ClassVar
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from spdfq.quantizers.base import Parameters, Quantizer, bounded, straight_through
+
+_FLOAT = torch.finfo(torch.float32)
+# beyond it a code times the scale could overflow
+LARGEST = _FLOAT.max / 4
+
+
+def usable_scale(scale: Tensor) -> Tensor:
+    """The scale, or 1 where it is too small to be a normal float32 number."""
+    # some devices flush subnormal numbers to zero, and x / 0 has no code
+    return torch.where(scale < _FLOAT.tiny, 1.0, scale)
+
+
+@define(eq=False, slots=False, kw_only=True)
+class AffineQuantizer(Quantizer):
+    """Base class: evenly spaced values, ``s * (clamp(round(x / s) + z, 0, n - 1) - z)``.
+
+    A child class defines s and z in `step`. The gradient to x is 1 where the rounded value has a code and 0 where it is
+    clamped. If s requires a gradient, it gets that of LSQ (arXiv:1902.08153).
+
+    Args:
+        bits: width of a code in bits, 2 to 8.
+    """
+
+    stores: ClassVar[dict[str, torch.dtype]] = {"scale": torch.float32, "zero_point": torch.uint8}
+    integers: ClassVar[str] = "yes"
+
+    def step(self, parameters: Parameters) -> Parameters:
+        """``scale`` and ``zero_point`` of each value; here the stored ones."""
+        return parameters
+
+    def encode(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """Codes of float32 ``x``: ``clamp(round(x / s) + z, 0, n - 1)``."""
+        step = self.step(parameters)
+        # x / s may overflow; what exceeds n steps is clamped anyway, and its gradient is zero either way
+        steps = (x / step["scale"]).clamp(-self.levels, self.levels)
+        return bounded(straight_through(steps, steps.round()) + step["zero_point"], 0, self.levels - 1)
+
+    def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        """Values of float32 ``codes``: ``(codes - z) * s``."""
+        step = self.step(parameters)
+        return (codes - step["zero_point"]) * step["scale"]
+
+    def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """``reconstruct(encode(x))``, bit for bit, in fewer passes over memory."""
+        step = self.step(parameters)
+        if step["scale"].requires_grad:
+            return super().dequantized(x, parameters)
+        result: Tensor = _FakeQuantizeAffine.apply(x, step["scale"], step["zero_point"], self.levels)
+        return result
+
+
+class _FakeQuantizeAffine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+        rounded = (x / scale).round_().add_(zero_point)
+        codes = rounded.clamp(0, levels - 1)
+        if ctx.needs_input_grad[0]:
+            ctx.levels = levels
+            ctx.save_for_backward(rounded)  # a mask would be smaller, but making and using it takes longer
+        return codes.sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (rounded,) = ctx.saved_tensors
+        # passes the gradient strictly between the two bounds: where the rounded value is a code
+        passed = torch.ops.aten.hardtanh_backward(gradients[0], rounded, -0.5, ctx.levels - 0.5)
+        return passed, None, None, None

@@ -1,0 +1,106 @@
+"""The values of a logarithmic quantizer, and the codes of numbers between them."""
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from spdfq.quantizers.cpu_tables import StepTable, table_pays
+
+# keeps every value a normal float32 number, which no device flushes to zero
+OCTAVES = 63
+TINY = torch.finfo(torch.float32).tiny
+
+
+def octave_fractions(parts: int, device: torch.device) -> Tensor:
+    """``2 ** (-i / parts)`` for i in 0 .. parts - 1, float32, the same on every device."""
+    return torch.tensor([2.0 ** (-i / parts) for i in range(parts)], device=device)
+
+
+def power_of_two(numerator: Tensor, fractions: Tensor) -> Tensor:
+    """``2 ** (-numerator / parts)`` for whole numerators: an exact power of two times one of `octave_fractions`."""
+    parts = len(fractions)
+    octaves = torch.exp2(-(numerator // parts).float())
+    return octaves * fractions.take(numerator % parts)
+
+
+@frozen(eq=False)
+class LogGrid:
+    """The values of all codes of a range that ends at 1, from the largest down to zero, and the edges between them.
+
+    Args:
+        values: float32 ``[n]``, the value of each code; never rising.
+        edges: float32 ``[n - 1]``, never rising. Ratios above ``edges[q]`` (and up to ``edges[q - 1]``) have code q. An
+            edge is less than half a step away from the middle of its two codes; codes whose edge is 0 are zero.
+        step: octaves between two codes, float32 ``[]``.
+        shift: number that is added to a ratio before the logarithm.
+    """
+
+    values: Tensor
+    edges: Tensor
+    step: Tensor
+    shift: Tensor | float = 0.0
+
+    @property
+    def top(self) -> Tensor:
+        """Logarithm of the upper end of the range."""
+        return torch.log2(torch.ones_like(self.step) + self.shift)
+
+    @property
+    def smallest_edge(self) -> Tensor:
+        """Every ratio up to this edge is zero."""
+        return torch.where(self.edges > 0, self.edges, torch.inf).min()
+
+    def codes(self, ratio: Tensor) -> Tensor:
+        """Codes int32 of float32 ``ratio`` of any shape; n for NaN."""
+        # The logarithm may be off by one unit in the last place, so rounding it could give a neighbouring code on
+        # another device. Rounded down, it gives the code or the one before it; comparing with the edge is exact.
+        last, nan_code = len(self.values) - 1, len(self.values)
+        steps_below_top = (ratio + self.shift).clamp_(min=TINY).log2_().sub_(self.top).div_(-self.step)
+        guess = steps_below_top.floor_().clamp_(0, last).nan_to_num_(nan=nan_code).int()
+        no_edge = self.edges.new_full([2], torch.nan)  # after the last code and after that of NaN: never reached
+        return guess.add_(ratio <= _entries(torch.cat([self.edges, no_edge]), guess))
+
+    def dequantized(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The values of float32 ``x`` of any shape for a scale ``[]``."""
+        if table_pays(x) and (table := StepTable(self._scaled_edges(scale), self.values * scale)).usable:
+            return table.at(x)
+        return self.decoded(self.codes(x / scale), scale)
+
+    def _scaled_edges(self, scale: Tensor) -> Tensor:
+        """For each edge the largest x whose float32 ratio ``x / scale`` does not exceed it."""
+        # product and quotient are both rounded, so that x lies at most two float32 numbers away from edge * scale
+        nearest = self.edges * scale
+        candidates = [nearest]
+        for direction in (nearest.new_zeros(()), nearest.new_full((), torch.inf)):
+            once = nearest.nextafter(direction)
+            candidates += [once, once.nextafter(direction)]
+        near = torch.stack(candidates)
+        return torch.where(near / scale <= self.edges, near, 0.0).amax(dim=0)
+
+    def decoded(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """The values of whole ``codes`` for a scale; NaN for code n."""
+        values = self.values * scale
+        return _entries(torch.cat([values, values.new_full([1], torch.nan)]), codes)
+
+
+def _entries(table: Tensor, index: Tensor) -> Tensor:
+    # not take(): index_select accepts int32
+    return table.index_select(0, index.reshape(-1)).reshape(index.shape)
+
+
+def even_log_grid(codes: int, steps: Tensor, fractions: Tensor) -> LogGrid:
+    """The grid of the values ``2 ** (-q * steps / parts)`` for q = 0 .. codes - 2, and zero.
+
+    Args:
+        codes: number of codes.
+        steps: distance of two codes in parts of an octave, whole, ``[]``.
+        fractions: `octave_fractions`, float32 ``[parts]``, rounded or not.
+    """
+    parts = len(fractions)
+    numerators = torch.arange(codes - 1, device=fractions.device) * steps
+    values = torch.where(numerators <= OCTAVES * parts, power_of_two(numerators, fractions), 0.0)
+    following = torch.nn.functional.pad(values[1:], (0, 1))
+    # sqrt is correctly rounded: the edge of two powers of two is the float32 number nearest to their geometric mean
+    half = power_of_two(steps, octave_fractions(2 * parts, fractions.device))
+    edges = torch.where(following > 0, (values * following).sqrt(), values * half)
+    return LogGrid(torch.nn.functional.pad(values, (0, 1)), edges, steps / parts)
