@@ -41,6 +41,8 @@ def read(app: Any, page: str, source: list[str]) -> None:
         source[0] += "\n" + contents(source[0])
     if page in OUTSIDE:
         source[0] = (ROOT / OUTSIDE[page]).read_text(encoding="utf-8").replace("](docs/", "](")
+    # files outside this folder, such as the README, are no part of the built documentation
+    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", source[0])
 
 
 def setup(app: Any) -> None:
