@@ -43,7 +43,7 @@ _CONTROL_STAGES = tuple(stage for stage in STAGES if not isinstance(stage, Teach
 
 @frozen
 class RunResult:
-    """What a run left behind.
+    """The result of a run.
 
     Args:
         folder: the run folder.
