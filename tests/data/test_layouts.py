@@ -166,8 +166,8 @@ def test_the_fingerprint_follows_labels_pixels_and_subset(layout, tmp_path):
 def test_the_fingerprint_follows_the_time_of_a_replaced_file(layout, tmp_path):
     dataset = layout(tmp_path, images())
     before = dataset.fingerprint()
-    place = dataset.entries()[-1].place
-    os.utime(place[0] if isinstance(place, tuple) else place, (1, 1))
+    location = dataset.entries()[-1].location
+    os.utime(location[0] if isinstance(location, tuple) else location, (1, 1))
     assert dataset.fingerprint() != before
 
 
@@ -205,7 +205,7 @@ def test_class_names_of_hugging_face_say_how_many_classes_there_are(tmp_path):
     with pytest.raises(DataError, match="has 4 classes, Means knows 5"):
         dataset.check_classes(teacher(5))
     pq.write_table(pa.Table.from_pylist([row(10, 0)]), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="the shards are of several datasets"):
+    with pytest.raises(DataError, match="the shards belong to several datasets"):
         Parquet(files=str(tmp_path / "*.parquet")).check_classes(teacher(4))
 
 
@@ -230,7 +230,7 @@ def test_parquet_without_rows_or_with_a_column_twice_is_one_clear_line(tmp_path)
     table = pa.Table.from_pylist([row(10, 1)])
     pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
     pq.write_table(table.append_column("label", table.column("label")), tmp_path / "twice.parquet")
-    for name, message in (("none", "holds no rows"), ("twice", "has 2 columns label; one is wanted")):
+    for name, message in (("none", "holds no rows"), ("twice", "has 2 columns label; leave one")):
         with pytest.raises(DataError, match=rf"^parquet: .*{name}\.parquet: {message}"):
             len(Parquet(files=str(tmp_path / f"{name}.parquet")))
 
@@ -273,7 +273,7 @@ def test_a_tar_file_that_ends_between_two_images_is_one_clear_line(tmp_path, dam
     data = path.read_bytes()
     assert (len(data), len(WebDataset(files=str(path)))) == (30720, 14)
     path.write_bytes(damage(data, 8192))
-    with pytest.raises(DataError, match=r"^webdataset: .*a\.tar: damaged, or no .* fetch it again$"):
+    with pytest.raises(DataError, match=r"^webdataset: .*a\.tar: damaged, or not .* fetch it again$"):
         len(WebDataset(files=str(path)))
 
 
@@ -297,13 +297,13 @@ def test_a_class_beyond_any_models_is_one_clear_line(tmp_path, label):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.png": b"", "b.png": b"", "b.cls": b"1"}, "a has not both an image and a class"),
-        ({"a.png": b"", "a.cls": b"1", "c.cls": b"1"}, "c has not both an image and a class"),
+        ({"a.png": b"", "b.png": b"", "b.cls": b"1"}, "a lacks an image or a class"),
+        ({"a.png": b"", "a.cls": b"1", "c.cls": b"1"}, "c lacks an image or a class"),
         ({"notes.txt": b"x", "a.cls": b"1"}, "holds no images; expected KEY.jpg and KEY.cls for each"),
         ({"a.png": b"", "a.jpg": b"", "a.cls": b"1"}, r"a has several images, \.jpg and another"),
-        ({"a.png": b"", "a.cls": b"2147483648"}, "a.cls holds 2147483648, a larger class than any model's"),
-        ({"a.png": b"", "a.cls": b"9" * 5000}, "a.cls holds 99999999999999999999, a larger class than any model's"),
-        ({"a.png": b"", "a.cls": b"n01440764"}, "a.cls holds 'n01440764', not the number of a class"),
+        ({"a.png": b"", "a.cls": b"2147483648"}, "a.cls holds 2147483648, which is larger than any model's"),
+        ({"a.png": b"", "a.cls": b"9" * 5000}, "a.cls holds 99999999999999999999, which is larger than any model's"),
+        ({"a.png": b"", "a.cls": b"n01440764"}, "a.cls holds 'n01440764', which is not the number of a class"),
     ],
 )
 def test_a_tar_file_of_another_layout_is_one_clear_line(tmp_path, members, message):
