@@ -21,7 +21,7 @@ from spdfq.recipe.structure import unstructure
 
 @pytest.fixture
 def run_as_script(tmp_path, monkeypatch):
-    """Runs code as a user would run a script, in a folder of its own, with 2 iterations and 32 evaluation images."""
+    """Runs code as a user would run a script, in a folder of its own, with 2 iterations, few images and 32 evaluation images."""
     load = FashionMnist._load
     monkeypatch.setattr(FashionMnist, "_load", lambda self: tuple(tensor[:32] for tensor in load(self)))
     monkeypatch.chdir(tmp_path)
@@ -33,6 +33,7 @@ def run_as_script(tmp_path, monkeypatch):
     def run(code):
         code, shortened = re.subn(r"(?<=iterations=)\d+", "2", code)
         assert shortened or "iterations" not in code
+        code = re.sub(r"(?<=[( ]images=)32", "4", code)
         (tmp_path / "script.py").write_text(code, encoding="utf-8")
         return runpy.run_path(str(tmp_path / "script.py"), run_name="__main__")
 
@@ -44,8 +45,8 @@ def test_the_readmes_example_has_at_most_twelve_lines_and_runs(run_as_script):
     assert sum(1 for line in example.splitlines() if line) <= 12
     assert max(map(len, example.splitlines())) <= 120
     seen = run_as_script(example)
-    assert seen["images"].shape == (32, 1, 28, 28)
-    assert seen["quantized"](seen["images"]).shape == (32, 10)
+    assert seen["images"].shape == (4, 1, 28, 28)
+    assert seen["quantized"](seen["images"]).shape == (4, 10)
 
 
 def test_the_readmes_recipe_has_at_most_eight_lines_and_loads():
