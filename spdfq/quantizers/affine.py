@@ -62,10 +62,11 @@ class _FakeQuantizeAffine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
         rounded = (x / scale).round_().add_(zero_point)
+        if not ctx.needs_input_grad[0]:
+            return rounded.clamp_(0, levels - 1).sub_(zero_point).mul_(scale)  # in place: a new tensor costs as much
         codes = rounded.clamp(0, levels - 1)
-        if ctx.needs_input_grad[0]:
-            ctx.levels = levels
-            ctx.save_for_backward(rounded)  # a mask would be smaller, but making and using it takes longer
+        ctx.levels = levels
+        ctx.save_for_backward(rounded)  # a mask would be smaller, but making and using it takes longer
         return codes.sub_(zero_point).mul_(scale)
 
     @staticmethod
