@@ -95,7 +95,7 @@ def summary(record: dict[str, Any], folder: Path, recipe: str) -> list[str]:
         *controls(record),
         *([f"published  {record['published']['line']}"] if record.get("published") else []),
         f"size       {size['float']} in float32 -> {size['quantized']} packed",
-        "seconds    " + ", ".join(_stage(name, stage) for name, stage in stages.items()),
+        f"seconds    {_seconds(stages)}",
         f"folder     {folder}",
         f"report     {folder / 'report.html'}",
         f"next       {_next(recipe, folder)}",
@@ -129,6 +129,15 @@ def controls(record: dict[str, Any]) -> list[str]:
         f"{metrics['agreement']:6.2f} %"
         for index, (name, metrics) in enumerate(rows)
     ]
+
+
+def _seconds(stages: dict[str, dict[str, Any]]) -> str:
+    """The seconds of each stage; those of all controls as one sum."""
+    own = {name: stage for name, stage in stages.items() if ": " not in name}
+    shown = [_stage(name, stage) for name, stage in own.items()]
+    if len(own) < len(stages):
+        shown.append(f"controls {sum(stage['seconds'] for name, stage in stages.items() if name not in own):.1f}")
+    return ", ".join(shown)
 
 
 def _stage(name: str, stage: dict[str, Any]) -> str:

@@ -82,6 +82,7 @@ class RichProgress:
                 shown.plain = "   ".join(f"{name}={value:.4g}" for name, value in values.items())
 
             yield advance
+            bar.update(task, left="")  # the line stays on the screen, and the time left goes on
 
 
 def clock(seconds: float) -> str:

@@ -34,6 +34,8 @@ RECORD = {
     "stages": {
         "images": {"seconds": 2.04, "reused": False, "key": "a"},
         "quantize": {"seconds": 0.1, "reused": True, "key": "b"},
+        "gaussian_noise: quantize": {"seconds": 3.0, "reused": False, "key": "c"},
+        "gaussian_noise: evaluate": {"seconds": 1.5, "reused": False, "key": "d"},
     },
 }
 
@@ -122,7 +124,7 @@ def test_run_hands_its_options_to_the_pipeline_and_sums_up_on_standard_output(ca
     }
     assert result.stderr == "teacher: 1.2 s\nwarning: it is late\n"
     assert "top-1      91.25 % FP -> 88.50 % quantized (simulated), 2000 images\n" in result.stdout
-    assert "seconds    images 2.0, quantize 0.1 (reused)\n" in result.stdout
+    assert "seconds    images 2.0, quantize 0.1 (reused), controls 4.5\n" in result.stdout
     assert f"report     {tmp_path / 'report.html'}\n" in result.stdout
     assert "size       2.75 MB in float32 -> 0.47 MB packed\n" in result.stdout
     assert result.stdout.endswith(
