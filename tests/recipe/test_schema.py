@@ -107,7 +107,7 @@ MISTAKES = [
     ),
     ("synthesis.losses", {}, "synthesis: has no losses; add one, for example [synthesis.losses.soft_cross_entropy]"),
     ("synthesis.losses.soft_cross_entropy", ..., "synthesis: weight = 'auto' balances against a label loss"),
-    ("synthesis.type", ..., "synthesis: needs 'type', the name of a source (known: gaussian_noise, optimize, real"),
+    ("synthesis.type", ..., "synthesis: needs 'type', the name of a source (known: "),
     ("quantization.steps", "calibrate", "quantization.steps: expected an array of tables, got 'calibrate'"),
     ("quantization.steps", ["calibrat"], "quantization.steps.0: unknown step 'calibrat'; did you mean 'calibrate'?"),
     ("quantization.steps", [], "quantization: has no steps; the first one is usually { type = 'calibrate' }"),
