@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spdfq.attention import AttentionRecord
 from spdfq.losses.attention_maps import MapPictures
+from spdfq.runtime import generator
 
 
 @define(kw_only=True)
@@ -28,7 +29,8 @@ class LossInputs:
         follow: moves maps ``[B, heads, *grid]`` on the token grid along with this iteration's augmentations.
         tokens: ``[B, K]`` indices of the patch tokens that the teacher saw, ascending; ``None`` if it saw all of them
             (see token pruning).
-        generator: makes a generator for a purpose. Within a group, the same purpose always gives the same state.
+        generator: makes a generator for a purpose. Within a group, the same purpose always gives the same state. The
+            default is the run's own function with seed 0.
         kept: what the loss stores for the group; see `keep`.
         iteration: counted from 0.
         iterations: number of iterations of the whole run.
@@ -46,7 +48,7 @@ class LossInputs:
     originals: Tensor | None = None
     follow: Callable[[Tensor], Tensor] = field(default=lambda maps: maps)
     tokens: Tensor | None = None
-    generator: Callable[..., torch.Generator] = field(default=lambda *purpose: torch.Generator().manual_seed(0))
+    generator: Callable[..., torch.Generator] = field(default=partial(generator, 0))
     kept: dict[Any, Any] = field(factory=dict)
     iteration: int = 0
     iterations: int = 1

@@ -13,7 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spdfq.attention import QUERIES_AND_KEYS, AttentionRecord
 from spdfq.errors import SpdfqError
-from spdfq.losses import AttentionEntropyLoss, HeadSimilarityLoss, LossInputs, PatchSimilarityEntropyLoss, chunks
+from spdfq.losses import (
+    AttentionEntropyLoss,
+    AttentionPriorLoss,
+    HeadSimilarityLoss,
+    LossInputs,
+    PatchSimilarityEntropyLoss,
+    chunks,
+)
 from spdfq.losses.functional import attention_entropy, head_similarity, head_ssim
 from spdfq.runtime import generator
 
@@ -213,3 +220,13 @@ def test_the_entropy_loss_draws_rows_anew_in_each_iteration():
     values = [loss(attrs.evolve(inputs, iteration=iteration)).item() for iteration in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
     assert abs(values[0] + entropy_of_all_rows(inputs.attention, 1)) > 1e-3
+
+
+def test_used_without_a_run_each_block_gets_its_own_prior_maps_and_the_same_when_asked_again():
+    inputs = recorded("vit", pictures(), AttentionPriorLoss.needs)
+    loss = AttentionPriorLoss()
+    first, second = (loss.maps(inputs, block) for block in (0, 1))
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)
+    again = recorded("vit", pictures(), AttentionPriorLoss.needs)
+    assert torch.equal(loss.maps(again, 1), second)
