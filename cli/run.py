@@ -1,6 +1,7 @@
 """Commands that work on one recipe: run, evaluate, check."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -147,5 +148,5 @@ def _stage(name: str, stage: dict[str, Any]) -> str:
 def _next(recipe: str, folder: Path) -> str:
     """What a user would type after this run."""
     if recipe.endswith(".toml"):
-        return f"spdfq measure {folder}   (the quality of its images)"
+        return f"spdfq measure {shlex.quote(str(folder))}   (the quality of its images)"
     return f"spdfq init {recipe} > my.toml && spdfq run my.toml   (edit my.toml in between)"

@@ -21,7 +21,7 @@ from spdfq.recipe.structure import unstructure
 
 @pytest.fixture
 def run_as_script(tmp_path, monkeypatch):
-    """Runs code as a user would run a script, in a folder of its own, with 2 iterations, few images and 32 evaluation images."""
+    """Runs code like a script in a folder of its own, with 2 iterations, few images and 32 evaluation images."""
     load = FashionMnist._load
     monkeypatch.setattr(FashionMnist, "_load", lambda self: tuple(tensor[:32] for tensor in load(self)))
     monkeypatch.chdir(tmp_path)

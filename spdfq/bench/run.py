@@ -120,7 +120,8 @@ def check_plan(plan: Plan) -> list[str]:
     warnings: dict[str, None] = {}
     for combination in plan.combinations:
         try:
-            warnings |= dict.fromkeys(pipeline.check(combination.data, seed=plan.seeds[0]))
+            recipe = evolve(load_recipe(combination.data, seed=plan.seeds[0]), controls={})
+            warnings |= dict.fromkeys(pipeline.check(recipe))
         except SpdfqError as error:
             for problem in str(error).splitlines():
                 problems.setdefault(problem, []).append(combination.slug)

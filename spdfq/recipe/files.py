@@ -135,6 +135,8 @@ def merge(parent: Any, child: Any, path: tuple[str, ...] = ()) -> Any:
         child = {"type": child}
     if not (isinstance(parent, dict) and isinstance(child, dict)):
         return copy.deepcopy(child)
+    if path == ("controls",) and not child:
+        return {}  # an empty table drops the controls of the recipe that is extended
     if "type" in child and _changes_type(parent, child["type"], path):
         return copy.deepcopy(child)
     merged = copy.deepcopy({**parent, **child})

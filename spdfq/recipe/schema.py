@@ -262,10 +262,14 @@ class Recipe:
         data: dict[str, Any] = unstructure(self)
         return data if self.controls else {key: value for key, value in data.items() if key != "controls"}
 
+    def sources(self) -> list[tuple[str, Any]]:
+        """The recipe's own source of images and those of its controls, each with its key."""
+        return [("synthesis", self.synthesis), *((f"controls.{name}", it) for name, it in self.controls.items())]
+
     def warnings(self) -> list[str]:
         """One line for each setting that runs but is probably a mistake."""
-        advice = getattr(self.synthesis, "advice", None)
-        lines = [f"synthesis: {line}" for line in advice()] if advice else []
+        advised = [(key, source.advice()) for key, source in self.sources() if hasattr(source, "advice")]
+        lines = [f"{key}: {line}" for key, advice in advised for line in advice]
         back_end = self.quantization
         wanted = back_end.activations.bits
         softmax = back_end.softmax if "softmax" in back_end.placement.kinds else None
@@ -304,11 +308,13 @@ def load_recipe(
     recipe = structure(Recipe, data, "", problems)
     if problems and isinstance(source, str) and source in shipped() and not is_complete(source):
         problems.insert(0, f"{source}: is only a part of a recipe; name it under 'extends' in a recipe of your own")
-    if not problems and recipe.quantization.budget and getattr(recipe.synthesis, "needs_student", False):
-        problems.append(
-            "quantization.budget: needs finished images, but synthesis.student needs the bits before there are images; "
+    if not problems and recipe.quantization.budget:
+        problems += [
+            f"quantization.budget: needs finished images, but {key}.student needs the bits before there are images; "
             "leave one of them out"
-        )
+            for key, source in recipe.sources()
+            if getattr(source, "needs_student", False)
+        ]
     if problems:
         raise RecipeError(problems)
     return recipe

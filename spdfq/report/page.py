@@ -74,6 +74,7 @@ def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "outcome": _outcome(run),
         "warnings": run.get("warnings", ()),
         "controls": _controls(run),
+        "measure": metrics.get("measure", "top-1"),
         "images": _encoded(folder / "synthetic.png"),
         "images_caption": _images_caption(run["images"]["count"]),
         "measures": None if measures is None else quality_section(measures),

@@ -34,7 +34,7 @@ def checked_teacher(recipe: Recipe) -> tuple[Teacher, list[str]]:
     # data first: a missing folder is reported before weights are downloaded
     data_fingerprints((recipe.synthesis, recipe.controls, recipe.evaluation))
     teacher = load_teacher(recipe.model)
-    shared = [line for key, source in _sources(recipe) for line in _shared_images(key, source, recipe)]
+    shared = [line for key, source in recipe.sources() for line in _shared_images(key, source, recipe)]
     return teacher, [*check_fit(recipe, teacher), *shared]
 
 
@@ -51,9 +51,9 @@ def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
         try:
             check()
         except SpdfqError as error:
-            problems.extend(_placed(problem, key) for problem in str(error).splitlines())
+            problems.extend(placed(problem, key) for problem in str(error).splitlines())
 
-    for key, source in _sources(recipe):
+    for key, source in recipe.sources():
         attempt(partial(source.check, teacher), key)
     attempt(lambda: warnings.extend(check_quantization(teacher, recipe.quantization)))
     attempt(lambda: evaluator_for(teacher).check(recipe.evaluation, teacher))
@@ -62,16 +62,11 @@ def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
     return warnings
 
 
-def _placed(problem: str, key: str) -> str:
+def placed(problem: str, key: str) -> str:
     """A problem of a source of images, which says ``synthesis`` or no key at all, with the key of that source."""
     if key in ("", "synthesis"):
         return problem
     return key + problem.removeprefix("synthesis") if problem.startswith("synthesis") else f"{key}: {problem}"
-
-
-def _sources(recipe: Recipe) -> list[tuple[str, Any]]:
-    """The recipe's own source of images and those of its controls, each with its key."""
-    return [("synthesis", recipe.synthesis), *((f"controls.{name}", it) for name, it in recipe.controls.items())]
 
 
 def _shared_images(key: str, source: Any, recipe: Recipe) -> list[str]:

@@ -14,19 +14,23 @@ class Forecast:
 
     Args:
         names: of all stages in order. A control's are ``NAME: images``, ``NAME: quantize`` and ``NAME: evaluate``.
-        like_main: names of the controls whose images are made by the same kind of source as the run's own.
+        quick: names of the controls whose images take no time: noise and real images.
+        alike: names of the controls whose images are made by the same kind of source as the run's own.
         seconds: of the stages that have finished.
     """
 
     names: Sequence[str]
-    like_main: frozenset[str] = frozenset()
+    quick: frozenset[str] = frozenset()
+    alike: frozenset[str] = frozenset()
     seconds: dict[str, float] = field(factory=dict)
 
     def expected(self, name: str) -> float | None:
         """Seconds that a stage will take; ``None`` if nothing is known."""
         control, _, stage = name.rpartition(": ")
-        if control and stage == "images" and control not in self.like_main:
-            return 0.0  # real images and noise are not optimised
+        if control in self.quick and stage == "images":
+            return 0.0
+        if control and stage == "images" and control not in self.alike:
+            return None
         if stage in self.seconds:
             return self.seconds[stage]
         if stage == "evaluate" and "teacher" in self.seconds:

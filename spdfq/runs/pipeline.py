@@ -9,6 +9,7 @@ from typing import Any
 
 from attrs import asdict, define, field, frozen
 
+from spdfq.errors import SpdfqError
 from spdfq.evaluation.accuracy import accuracy, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.evaluation.published import check_full_precision
@@ -16,7 +17,7 @@ from spdfq.quantized.checkpoint import load_checkpoint
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.report import write_pictures, write_report
 from spdfq.report.image_quality import MEASURES_FILE
-from spdfq.runs.checks import check_fit, checked_teacher, refuse_own_recipe
+from spdfq.runs.checks import check_fit, checked_teacher, placed, refuse_own_recipe
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
 from spdfq.runs.forecast import Forecast
 from spdfq.runs.record import facts, now
@@ -35,6 +36,7 @@ from spdfq.runs.store import StageRecord, Store, lock_folder, store_beside
 from spdfq.runtime import Progress, make_runtime, own_threads, silent
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
+from spdfq.synth import GaussianNoise, RealImages
 from spdfq.teacher import load_teacher
 
 Announce = Callable[[str], None]
@@ -194,8 +196,9 @@ class _Run:
     def __attrs_post_init__(self) -> None:
         recipe = self.work.recipe
         controls = [f"{name}: {stage.name}" for name in recipe.controls for stage in _CONTROL_STAGES]
-        optimized = {name for name, source in recipe.controls.items() if type(source) is type(recipe.synthesis)}
-        self.forecast = Forecast([*(stage.name for stage in STAGES), *controls], frozenset(optimized))
+        quick = {name for name, source in recipe.controls.items() if isinstance(source, (GaussianNoise, RealImages))}
+        alike = {name for name, source in recipe.controls.items() if type(source) is type(recipe.synthesis)}
+        self.forecast = Forecast([*(stage.name for stage in STAGES), *controls], frozenset(quick), frozenset(alike))
 
     def result(self, warnings: list[str]) -> RunResult:
         work, recipe = self.work, self.work.recipe
@@ -209,13 +212,12 @@ class _Run:
                 self._check_teacher()
             if isinstance(stage, ImagesStage) and work.results[stage.name].damaged:
                 self._warn(f"synthesis.dataset: {left_out(work.results[stage.name].damaged)}")
-        controls = [self._control(name, source) for name, source in recipe.controls.items()]
-        if work.runtime.ranks.leads:
+        self._write({})  # before the controls, so that the run's own result is kept if one of them fails
+        controls = {name: self._control(name, source) for name, source in recipe.controls.items()}
+        if controls:
             self._write(controls)
-        work.runtime.ranks.wait()
-        measured = {
-            name: control.results[EvaluateStage.name] for name, control in zip(recipe.controls, controls, strict=True)
-        }
+        self.announce(f"report: {self.folder / 'report.html'}")
+        measured = {name: control.results[EvaluateStage.name] for name, control in controls.items()}
         stages = {name: asdict(record) for name, record in self.records.items()}
         return RunResult(self.folder, recipe, work.results[EvaluateStage.name], measured, stages)
 
@@ -236,10 +238,19 @@ class _Run:
         self.announce(f"stage {names.index(name) + 1} of {len(names)}, {name}: {how}")
 
     def _control(self, name: str, source: Any) -> Work:
-        """The same teacher, back-end and evaluation with other images."""
-        work = self.work.control(source)
-        for stage in _CONTROL_STAGES:
-            self._finish(stage, work, f"{name}: {stage.name}")
+        """The same teacher, back-end and evaluation with other images.
+
+        Raises:
+            SpdfqError: what a stage raises, with the control's name.
+        """
+        work, key = self.work.control(source), f"controls.{name}"
+        try:
+            for stage in _CONTROL_STAGES:
+                self._finish(stage, work, f"{name}: {stage.name}")
+        except SpdfqError as error:
+            raise SpdfqError("\n".join(placed(line, key) for line in str(error).splitlines())) from error
+        if damaged := work.results[ImagesStage.name].damaged:
+            self._warn(f"{key}.dataset: {left_out(damaged)}")
         return work
 
     def _check_teacher(self) -> None:
@@ -256,8 +267,12 @@ class _Run:
         self.warnings.append(line)
         self.announce(f"warning: {line}")
 
-    def _write(self, controls: list[Work]) -> None:
+    def _write(self, controls: dict[str, Work]) -> None:
+        """Write the run folder; other processes wait until it is there."""
         work, folder = self.work, self.folder
+        if not work.runtime.ranks.leads:
+            work.runtime.ranks.wait()
+            return
         images, stored = work.results[ImagesStage.name], work.results[QuantizeStage.name]
         write_text(folder / "recipe.toml", to_toml(work.recipe.to_dict()))
         images.save(folder / "synthetic.safetensors")
@@ -268,4 +283,4 @@ class _Run:
         found = facts(work, folder, self.started, self.records, self.warnings, controls)
         write_text(folder / "run.json", json.dumps(found, indent=1) + "\n")
         write_report(folder)
-        self.announce(f"report: {folder / 'report.html'}")
+        work.runtime.ranks.wait()

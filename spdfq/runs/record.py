@@ -22,7 +22,12 @@ def now() -> str:
 
 
 def facts(
-    work: Work, folder: Path, started: str, stages: dict[str, StageRecord], warnings: list[str], controls: list[Work]
+    work: Work,
+    folder: Path,
+    started: str,
+    stages: dict[str, StageRecord],
+    warnings: list[str],
+    controls: dict[str, Work],
 ) -> dict[str, Any]:
     """The contents of ``run.json``.
 
@@ -32,10 +37,10 @@ def facts(
         started: when the run started.
         stages: how each stage came about, by name.
         warnings: that were shown.
-        controls: finished, in the recipe's order.
+        controls: that have finished, by name.
     """
     recipe, teacher, runtime = work.recipe, work.teacher, work.runtime
-    images, metrics = work.results[ImagesStage.name], work.results[EvaluateStage.name]
+    metrics = work.results[EvaluateStage.name]
     return {
         "name": folder.resolve().name,
         "started": started,
@@ -60,12 +65,12 @@ def facts(
             "float": sum(tensor.numel() * tensor.element_size() for tensor in teacher.module.state_dict().values()),
             "quantized": (work.results[QuantizeStage.name] / "quantized" / TENSORS).stat().st_size,
         },
-        "images": {**_images(work), "damaged": list(images.damaged)},
+        "images": _images(work),
         "backend": _backend(recipe),
         "metrics": metrics,
         "controls": [
             {"name": name, **_images(control), "metrics": control.results[EvaluateStage.name]}
-            for name, control in zip(recipe.controls, controls, strict=True)
+            for name, control in controls.items()
         ],
         "published": compare(recipe, metrics),
         "stages": {name: asdict(record) for name, record in stages.items()},
@@ -74,8 +79,8 @@ def facts(
 
 
 def _images(work: Work) -> dict[str, Any]:
-    source = unstructure(work.recipe.synthesis, "source")["type"]
-    return {"type": source, "count": len(work.results[ImagesStage.name].images)}
+    source, images = unstructure(work.recipe.synthesis, "source")["type"], work.results[ImagesStage.name]
+    return {"type": source, "count": len(images.images), "damaged": list(images.damaged)}
 
 
 def _backend(recipe: Recipe) -> dict[str, Any]:

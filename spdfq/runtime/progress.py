@@ -72,7 +72,8 @@ class RichProgress:
         )
         task = bar.add_task(f"{self.label}{description}", total=total, rate="", left="")
         shown = Text("", style="dim")  # below the bar, where it wraps: no value is cut off
-        with Live(Group(bar, shown), console=Console(stderr=True), refresh_per_second=8):
+        console = Console(stderr=True)
+        with Live(Group(bar, shown), console=console, refresh_per_second=8):
 
             def advance(steps: int = 1, **values: float) -> None:
                 state = bar.tasks[task]
@@ -83,6 +84,8 @@ class RichProgress:
 
             yield advance
             bar.update(task, left="")  # the line stays on the screen, and the time left goes on
+        if shown.plain and not console.is_terminal:
+            console.print()  # rich leaves the last line of a log open
 
 
 def clock(seconds: float) -> str:

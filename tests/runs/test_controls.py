@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
 from support.runs import STAGES, again, reused
 
-from spdfq.errors import RecipeError
+from spdfq.errors import RecipeError, SpdfqError
 from spdfq.recipe import load_recipe
 from spdfq.runs.pipeline import check, run
 
@@ -76,3 +77,47 @@ def test_calibrating_a_control_on_the_images_of_the_evaluation_is_a_warning(reci
     real = {"type": "real", "images": 2, "dataset": {"type": "image_folder", "root": str(photos)}}
     run({**recipe, "controls": {"photos": real}}, out=tmp_path / "run", announce=said.append)
     assert any(line.startswith("warning: controls.photos.dataset: 10 of its images are evaluation") for line in said)
+
+
+def test_an_empty_table_drops_the_controls_of_the_extended_recipe():
+    assert list(load_recipe("quickstart").controls) == ["gaussian_noise", "real"]
+    assert load_recipe({"extends": ["quickstart"], "controls": {}}).controls == {}
+    assert list(load_recipe({"extends": ["quickstart"], "controls": {"gaussian_noise": {"images": 4}}}).controls) == [
+        "gaussian_noise",
+        "real",
+    ]
+
+
+def test_a_control_gets_the_checks_and_the_advice_of_a_source(recipe):
+    student = {"type": "optimize", "losses": {"teacher_student_discrepancy": {}}, "student": {}, "target": "none"}
+    budget = {**recipe["quantization"], "budget": {"weights": 4.0}}
+    with pytest.raises(RecipeError, match=r"quantization\.budget: needs finished images, but controls\.v2\.student"):
+        load_recipe({**recipe, "quantization": budget, "controls": {"v2": student}})
+    hard = {"type": "optimize", "sampler": "multi_semantic", "target": "one_hot", "losses": {"cross_entropy": {}}}
+    assert any(line.startswith("controls.hard: ") for line in check({**recipe, "controls": {"hard": hard}}))
+
+
+def test_damaged_images_of_a_control_are_reported(recipe, tmp_path):
+    said, folder = [], tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for index in range(3):
+        Image.new("L", (28, 28), 40 * index).save(folder / f"{index}.png")
+    (folder / "2.png").write_bytes(b"damaged")
+    dataset = {"type": "image_folder", "root": str(tmp_path / "images")}
+    changed = {**recipe, "controls": {"photos": {"type": "real", "images": 2, "dataset": dataset}}}
+    result = run(changed, out=tmp_path / "run", announce=said.append)
+    told = "controls.photos.dataset: 1 image cannot be read and is left out: a/2.png"
+    record = json.loads((result.folder / "run.json").read_text())
+    assert f"warning: {told}" in said
+    assert told in record["warnings"]
+    assert record["controls"][0]["damaged"] == ["a/2.png"]
+
+
+def test_a_control_that_fails_is_named_and_the_runs_own_result_is_kept(recipe, photos, tmp_path):
+    dataset = {"type": "image_folder", "root": str(photos), "limit": 5}
+    real = {"type": "real", "images": 40, "dataset": dataset}
+    with pytest.raises(SpdfqError, match=r"^controls\.photos\.images: 40 asked for, but the dataset holds 5"):
+        run({**recipe, "controls": {"photos": real}}, out=tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["controls"], record["metrics"]["images"]) == ([], 10)
+    assert (tmp_path / "run/report.html").exists()

@@ -20,11 +20,17 @@ def test_the_evaluation_is_expected_from_the_teachers():
 
 
 def test_a_control_takes_as_long_as_the_runs_own_back_end_and_evaluation():
-    forecast = Forecast(NAMES, seconds={"teacher": 2.0, "images": 50.0, "quantize": 7.0, "evaluate": 4.0})
+    forecast = Forecast(
+        NAMES, quick=frozenset({"noise"}), seconds={"teacher": 2.0, "images": 50.0, "quantize": 7.0, "evaluate": 4.0}
+    )
     assert forecast.later("evaluate") == 0.0 + 7.0 + 4.0
     assert forecast.later("noise: evaluate") == 0.0
 
 
 def test_optimised_images_of_a_control_take_as_long_as_the_runs_own():
-    forecast = Forecast(NAMES, frozenset({"noise"}), {"images": 50.0, "quantize": 7.0, "evaluate": 4.0})
-    assert forecast.later("evaluate") == 61.0
+    seconds = {"images": 50.0, "quantize": 7.0, "evaluate": 4.0}
+    assert Forecast(NAMES, alike=frozenset({"noise"}), seconds=seconds).later("evaluate") == 61.0
+
+
+def test_how_long_another_kind_of_source_takes_is_not_known():
+    assert Forecast(NAMES, seconds={"images": 0.1, "quantize": 7.0, "evaluate": 4.0}).later("evaluate") is None
