@@ -155,7 +155,10 @@ def verified(folder: str | Path) -> dict[str, Any]:
     if stored != digest(config):
         raise DataError(f"{folder / CONFIG}: was edited after it was written; save the model again")
     if config["tensors_sha256"] != _file_digest(folder / TENSORS):
-        raise DataError(f"{folder / TENSORS}: truncated, edited or of another model than its {CONFIG}; copy both again")
+        raise DataError(
+            f"{folder / TENSORS}: truncated, edited or of another model than its {CONFIG}; copy both again, or save "
+            "the model again"
+        )
     return config
 
 

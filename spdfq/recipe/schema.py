@@ -302,6 +302,8 @@ def load_recipe(
     if isinstance(source, Recipe):
         source = source.to_dict()
     data = resolve(source, overrides, seed)
+    if not data:
+        raise RecipeError([f"{source or 'recipe'}: is empty; 'spdfq init quickstart' prints a recipe to start from"])
     if "model" not in data and data.keys() & {"base", "parents", "keys"}:
         raise RecipeError(["this is a bench file, not a recipe; 'spdfq bench' runs it"])
     problems: list[str] = []

@@ -137,7 +137,7 @@ def _field(field: attrs.Attribute, hint: Any, data: Any, path: str, problems: li
 
 def _named_components(kind: str, data: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(data, dict):
-        return _fail(problems, path, f"expected a table of tables, got {_shown(data)}")
+        return _fail(problems, path, f"expected a table of tables such as [{path}.NAME], got {_shown(data)}")
     return {
         name: _component(kind, table, _join(path, name), problems, fallback=name, name_path=True)
         for name, table in data.items()

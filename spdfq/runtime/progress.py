@@ -61,19 +61,24 @@ class RichProgress:
         from rich.console import Console, Group
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
         from rich.text import Text
 
+        def whole(width: int) -> Column:
+            """A column that a narrow terminal does not cut off."""
+            return Column(no_wrap=True, min_width=width)
+
         bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(overflow="fold")),
             BarColumn(bar_width=14),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("{task.fields[left]}"),
+            MofNCompleteColumn(table_column=whole(2 * len(str(total)) + 1)),
+            TextColumn("{task.fields[rate]}", table_column=whole(7)),
+            TextColumn("{task.fields[left]}", table_column=whole(10)),
         )
         task = bar.add_task(f"{self.label}{description}", total=total, rate="", left="")
         shown = Text("", style="dim")  # below the bar, where it wraps: no value is cut off
         console = Console(stderr=True)
-        with Live(Group(bar, shown), console=console, refresh_per_second=8):
+        with Live(bar, console=console, refresh_per_second=8) as live:
 
             def advance(steps: int = 1, **values: float) -> None:
                 state = bar.tasks[task]
@@ -81,6 +86,8 @@ class RichProgress:
                 rate = f"{speed:.1f}/s" if speed else ""
                 bar.update(task, advance=steps, rate=rate, left=self.time_left(state.time_remaining))
                 shown.plain = "   ".join(f"{name}={value:.4g}" for name, value in values.items())
+                if values:
+                    live.update(Group(bar, shown))
 
             yield advance
             bar.update(task, left="")  # the line stays on the screen, and the time left goes on

@@ -49,7 +49,8 @@ def _from_timm(spec: ModelSpec, weights: bool) -> Any:
 
     architecture, _, tag = spec.name.partition(".")
     if not timm.is_model(architecture):
-        near = _hint(architecture, timm.list_models())
+        bundled = architecture in BUNDLED
+        near = f"; the bundled one is 'bundled:{architecture}'" if bundled else _hint(architecture, timm.list_models())
         raise ModelError(f"model.name: timm {timm.__version__} has no model {architecture!r}{near}")
     known = [name for name in timm.list_pretrained(f"{architecture}*") if name.startswith(f"{architecture}.")]
     if tag and spec.name not in known:

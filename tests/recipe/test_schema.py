@@ -89,7 +89,7 @@ MISTAKES = [
     ("synthesis.optimizer", 3, "synthesis.optimizer: expected an optimizer (a name or a table with 'type'), got 3"),
     ("synthesis.optimizer", "adm", "synthesis.optimizer: unknown optimizer 'adm'; did you mean 'adam'? (known: "),
     ("synthesis.optimizer.type", "adm", "synthesis.optimizer.type: unknown optimizer 'adm'; did you mean 'adam'?"),
-    ("synthesis.losses", [1], "synthesis.losses: expected a table of tables, got an array"),
+    ("synthesis.losses", [1], "synthesis.losses: expected a table of tables such as [synthesis.losses.NAME], got"),
     (
         "synthesis.losses.total_variatoin",
         {},
@@ -326,3 +326,14 @@ def test_the_digest_is_stable_and_reads_values_not_order():
     assert digest({"a": 1, "b": [1.5, "x"]}) == digest({"b": [1.5, "x"], "a": 1}) == expected
     assert digest("a", "b") != digest("ab")
     assert digest({"a": 1}) != digest({"a": 1.0})
+
+
+def test_a_folder_and_an_empty_recipe_are_one_clear_line(tmp_path):
+    (tmp_path / "run.toml").mkdir()
+    for folder in (tmp_path, tmp_path / "run.toml"):
+        assert problems_of(str(folder)) == [
+            f"{folder}: is a folder; give the recipe.toml inside it, or another .toml file"
+        ]
+    (tmp_path / "empty.toml").write_text("# nothing")
+    for source, name in ((str(tmp_path / "empty.toml"), str(tmp_path / "empty.toml")), ({}, "recipe")):
+        assert problems_of(source) == [f"{name}: is empty; 'spdfq init quickstart' prints a recipe to start from"]

@@ -278,3 +278,8 @@ def test_a_missing_or_pickled_checkpoint_is_refused(tmp_path):
     torch.save({}, tmp_path / "w.pth")
     with pytest.raises(ModelError, match=r"only \.safetensors files are read"):
         load_teacher(spec(tmp_path / "w.pth"))
+
+
+def test_the_name_of_a_bundled_model_without_its_prefix_gets_a_hint():
+    with pytest.raises(ModelError, match=r"has no model 'vit_fmnist'; the bundled one is 'bundled:vit_fmnist'"):
+        load_teacher("vit_fmnist")
