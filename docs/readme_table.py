@@ -11,7 +11,7 @@ IMAGES = {
     "spdfq_plus": "`spdfq_plus`, this library's own recipe",
     "spdfq_spectral": "**SPDFQ**, the quickstart",
     "psaq_vit": "PSAQ-ViT",
-    "cross_entropy": "cross-entropy",
+    "spdfq_start": "natural noise: SPDFQ's images after one iteration",
     "gaussian_noise": "Gaussian noise",
 }
 

@@ -1,6 +1,6 @@
 """How long the rest of a run will take, from the stages that have finished."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from attrs import define, field
 
@@ -15,13 +15,13 @@ class Forecast:
     Args:
         names: of all stages in order. A control's are ``NAME: images``, ``NAME: quantize`` and ``NAME: evaluate``.
         quick: names of the controls whose images take no time: noise and real images.
-        alike: names of the controls whose images are made by the same kind of source as the run's own.
+        alike: controls whose images are made by the same kind of source as the run's own, and their share of its work.
         seconds: of the stages that have finished.
     """
 
     names: Sequence[str]
     quick: frozenset[str] = frozenset()
-    alike: frozenset[str] = frozenset()
+    alike: Mapping[str, float] = field(factory=dict)
     seconds: dict[str, float] = field(factory=dict)
 
     def expected(self, name: str) -> float | None:
@@ -29,8 +29,9 @@ class Forecast:
         control, _, stage = name.rpartition(": ")
         if control in self.quick and stage == "images":
             return 0.0
-        if control and stage == "images" and control not in self.alike:
-            return None
+        if control and stage == "images":
+            known = control in self.alike and stage in self.seconds
+            return self.alike[control] * self.seconds[stage] if known else None
         if stage in self.seconds:
             return self.seconds[stage]
         if stage == "evaluate" and "teacher" in self.seconds:

@@ -180,6 +180,12 @@ def _default_folder(source: Any, recipe: Recipe, changed: bool) -> Path:
     return Path("runs") / f"{name}{suffix}"
 
 
+def _work_of(source: Any) -> int:
+    """What a source has to do, in image iterations."""
+    work: int = source.images * getattr(source, "iterations", 1)
+    return work
+
+
 @define
 class _Run:
     """One run: its stages in order, then its controls, then its folder."""
@@ -197,8 +203,12 @@ class _Run:
         recipe = self.work.recipe
         controls = [f"{name}: {stage.name}" for name in recipe.controls for stage in _CONTROL_STAGES]
         quick = {name for name, source in recipe.controls.items() if isinstance(source, (GaussianNoise, RealImages))}
-        alike = {name for name, source in recipe.controls.items() if type(source) is type(recipe.synthesis)}
-        self.forecast = Forecast([*(stage.name for stage in STAGES), *controls], frozenset(quick), frozenset(alike))
+        alike = {
+            name: _work_of(source) / _work_of(recipe.synthesis)
+            for name, source in recipe.controls.items()
+            if type(source) is type(recipe.synthesis)
+        }
+        self.forecast = Forecast([*(stage.name for stage in STAGES), *controls], frozenset(quick), alike)
 
     def result(self, warnings: list[str]) -> RunResult:
         work, recipe = self.work, self.work.recipe

@@ -80,11 +80,12 @@ def test_calibrating_a_control_on_the_images_of_the_evaluation_is_a_warning(reci
 
 
 def test_an_empty_table_drops_the_controls_of_the_extended_recipe():
-    assert list(load_recipe("quickstart").controls) == ["gaussian_noise", "real"]
+    assert list(load_recipe("quickstart").controls) == ["gaussian_noise", "real", "natural_noise"]
     assert load_recipe({"extends": ["quickstart"], "controls": {}}).controls == {}
     assert list(load_recipe({"extends": ["quickstart"], "controls": {"gaussian_noise": {"images": 4}}}).controls) == [
         "gaussian_noise",
         "real",
+        "natural_noise",
     ]
 
 

@@ -29,7 +29,8 @@ def test_a_control_takes_as_long_as_the_runs_own_back_end_and_evaluation():
 
 def test_optimised_images_of_a_control_take_as_long_as_the_runs_own():
     seconds = {"images": 50.0, "quantize": 7.0, "evaluate": 4.0}
-    assert Forecast(NAMES, alike=frozenset({"noise"}), seconds=seconds).later("evaluate") == 61.0
+    assert Forecast(NAMES, alike={"noise": 1.0}, seconds=seconds).later("evaluate") == 61.0
+    assert Forecast(NAMES, alike={"noise": 0.02}, seconds=seconds).later("evaluate") == 12.0
 
 
 def test_how_long_another_kind_of_source_takes_is_not_known():
