@@ -38,9 +38,11 @@ def _caption(rows: list[dict[str, Any]]) -> str:
     (backend,) = {json.dumps(row["backend"]) for row in rows}
     (device,) = {f"{row['device_name']}, {row['precision']}" for row in rows}
     seeds, metrics = sorted({row["seed"] for row in rows}), rows[0]["metrics"]
-    placement, steps = json.loads(backend)["placement"], ", ".join(f"`{step}`" for step in json.loads(backend)["steps"])
+    placement = json.loads(backend)["placement"]
+    steps = ", ".join(f"`{step}`" for step in json.loads(backend)["steps"])
     return (
         f"Full precision {metrics['fp']['top1']:.2f} %. Mean ± standard deviation of seeds {seeds[0]} to {seeds[-1]}, "
-        f"{metrics['images']:,} test images, simulated accuracy, back-end {steps}, placement `{placement}`, first and last "
-        f"layer 8 bits, 32 calibration images. Machine: {device}. Reproduce: `spdfq bench benchmarks/fmnist/quickstart.toml`."
+        f"{metrics['images']:,} test images, simulated accuracy, back-end {steps}, placement `{placement}`, first and "
+        f"last layer 8 bits, 32 calibration images. Machine: {device}. Reproduce: `spdfq bench "
+        "benchmarks/fmnist/quickstart.toml`."
     )
