@@ -46,16 +46,14 @@ def is_complete(name: str) -> bool:
 
 def locate(name: str, beside: Path = Path()) -> Path:
     """The file of a recipe: a path if the name ends in ``.toml``, otherwise a shipped recipe."""
+    path = beside / name
+    if path.is_dir() and name not in shipped():
+        raise RecipeError([f"{name}: is a folder; give the recipe.toml inside it, or another .toml file"])
     if name.endswith(".toml"):
-        path = beside / name
-        if path.is_dir():
-            raise RecipeError([f"{name}: is a folder; give the recipe.toml inside it, or another .toml file"])
         if not path.is_file():
             raise RecipeError([f"{name}: no such file; to run a shipped recipe leave out '.toml'"])
         return path
     if name not in shipped():
-        if (beside / name).is_dir():
-            raise RecipeError([f"{name}: is a folder; give the recipe.toml inside it, or another .toml file"])
         near = difflib.get_close_matches(name, shipped(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         top = ", ".join(known for known in shipped() if is_complete(known))

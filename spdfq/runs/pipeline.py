@@ -222,10 +222,11 @@ class _Run:
                 self._check_teacher()
             if isinstance(stage, ImagesStage) and work.results[stage.name].damaged:
                 self._warn(f"synthesis.dataset: {left_out(work.results[stage.name].damaged)}")
-        self._write({})  # before the controls, so that the run's own result is kept if one of them fails
+        self._write_results()
+        self._write_record({})  # before the controls, so that the run's own result is kept if one of them fails
         controls = {name: self._control(name, source) for name, source in recipe.controls.items()}
         if controls:
-            self._write(controls)
+            self._write_record(controls)
         self.announce(f"report: {self.folder / 'report.html'}")
         measured = {name: control.results[EvaluateStage.name] for name, control in controls.items()}
         stages = {name: asdict(record) for name, record in self.records.items()}
@@ -277,11 +278,10 @@ class _Run:
         self.warnings.append(line)
         self.announce(f"warning: {line}")
 
-    def _write(self, controls: dict[str, Work]) -> None:
-        """Write the run folder; other processes wait until it is there."""
+    def _write_results(self) -> None:
+        """Write the recipe, the images and the model into the run folder."""
         work, folder = self.work, self.folder
         if not work.runtime.ranks.leads:
-            work.runtime.ranks.wait()
             return
         images, stored = work.results[ImagesStage.name], work.results[QuantizeStage.name]
         write_text(folder / "recipe.toml", to_toml(work.recipe.to_dict()))
@@ -290,7 +290,12 @@ class _Run:
         (folder / MEASURES_FILE).unlink(missing_ok=True)  # measured on the images that were here before
         shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
         shutil.copy(stored / "sites.json", folder / "sites.json")
-        found = facts(work, folder, self.started, self.records, self.warnings, controls)
-        write_text(folder / "run.json", json.dumps(found, indent=1) + "\n")
-        write_report(folder)
+
+    def _write_record(self, controls: dict[str, Work]) -> None:
+        """Write ``run.json`` and the report; other processes wait until they are there."""
+        work, folder = self.work, self.folder
+        if work.runtime.ranks.leads:
+            found = facts(work, folder, self.started, self.records, self.warnings, controls)
+            write_text(folder / "run.json", json.dumps(found, indent=1) + "\n")
+            write_report(folder)
         work.runtime.ranks.wait()

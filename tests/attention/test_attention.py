@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from support.attention import BOTH, NAMES, images_for
 from support.backends import images as colour_images
 from support.backends import quantized
+from support.memory import Largest
 from support.networks import ARCHITECTURES, build
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spdfq.attention import (
     ATTENTION_OUTPUTS,
@@ -275,19 +275,6 @@ def test_a_nan_image_gives_nan_rows_and_not_an_error():
 
 
 # cost
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor any operator returned, in elements."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
 
 
 BATCH, HEADS, SIDE = 2, 8, 28

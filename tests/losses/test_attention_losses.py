@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.losses import exactly, pictures, random, recorded
+from support.memory import Largest
 from torch.autograd import gradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spdfq.attention import QUERIES_AND_KEYS, AttentionRecord
 from spdfq.errors import SpdfqError
@@ -38,19 +38,6 @@ def test_chunks_cover_every_row_once_and_keep_to_the_limit(rows, elements):
     assert [row for chunk in found for row in range(rows)[chunk]] == list(range(rows))
     longest = max(len(range(rows)[chunk]) for chunk in found)
     assert longest == 1 or longest * elements <= 2**18
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor any operator returned, in elements."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("loss", [HeadSimilarityLoss, PatchSimilarityEntropyLoss])
