@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdfq.errors import DataError, ModelError, SpdfqError
+from spdfq.errors import DataError, ModelError, SpdfqError, writing
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT, Site
 from spdfq.quantizers import Quantizer
@@ -41,7 +41,8 @@ def save_quantized(
         SpdfqError: a quantizer was not calibrated.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / TENSORS, _packed(model))
     config = {
         "format": FORMAT,
