@@ -111,13 +111,13 @@ def run_bench(
 
 
 def check_plan(plan: Plan) -> list[str]:
-    """Check every combination's recipe, and return the warnings.
+    """Check every combination's recipe, and return the warnings, with those of the plan.
 
     Raises:
         RecipeError: with every problem once, and the cells that have it.
     """
     problems: dict[str, list[str]] = {}
-    warnings: dict[str, None] = {}
+    warnings: dict[str, None] = dict.fromkeys(plan.warnings)
     for combination in plan.combinations:
         try:
             recipe = evolve(load_recipe(combination.data, seed=plan.seeds[0]), controls={})
