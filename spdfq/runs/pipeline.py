@@ -51,7 +51,7 @@ class RunResult:
         folder: the run folder.
         recipe: as it was run.
         metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher in percent, the
-            number of ``images`` that could be read, and the names of the ``damaged`` ones that could not; for a model
+            number of ``images`` that could be read, and the ``damaged`` ones that could not, with reasons; for a model
             without a head k-NN top-1, and ``similarity``, the mean cosine of its features to the teacher's.
         controls: metrics of each control, by its name.
         stages: seconds, key, and whether it was reused, for each stage.
