@@ -9,7 +9,7 @@ import torch
 from attrs import astuple
 from torch import Tensor, nn
 
-from spdfq.errors import DataError, ModelError, SpdfqError
+from spdfq.errors import DataError, ModelError, SpdfqError, writing
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.multiplications import Multiplications
 from spdfq.quantized.sites import WEIGHT, Site
@@ -49,7 +49,8 @@ def save_quantized(
     packed, extra = _packed(model), extra_states(model.network)
     plain = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
     packed |= {_extra(name): value for name, value in extra.items() if name not in plain}
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / TENSORS, packed)
     config = {
         "format": FORMAT,
