@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import astuple
 from torch import Tensor, nn
 
 from spdfq.errors import DataError, ModelError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.multiplications import Multiplications
 from spdfq.quantized.sites import WEIGHT, Site
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.packing import pack, unpack
@@ -50,6 +52,7 @@ def save_quantized(
         "quantizers": {name: unstructure(quantizer, "quantizer") for name, quantizer in model.quantizers.items()},
         "leftovers": model.leftovers,
         "biases": model.biases,
+        "multiplications": [astuple(product) for product in model.multiplications],
         "recipe": recipe or {},
         "tensors_sha256": _file_digest(folder / TENSORS),
     }
@@ -83,7 +86,11 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     restored = {name: _built_quantizer(name, table, folder) for name, table in config["quantizers"].items()}
     biases = config.get("biases", [])  # missing in files that are older than the first step that adds biases
     _check_fit(teacher.module, [sites[name] for name in restored], biases, folder)
-    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases)
+    counted = [
+        Multiplications(name, operator, tuple(operands), count)
+        for name, operator, operands, count in config.get("multiplications", [])  # missing in older files
+    ]
+    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases, counted)
     _fill(model, tensors, folder)
     return model, teacher, config["recipe"]
 

@@ -7,12 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import ModelError, SpdfqError, is_out_of_memory
+from spdfq.quantized.multiplications import FloatShare, Multiplications, float_share
 from spdfq.quantized.sites import POINTS, WEIGHT, Site
 from spdfq.quantized.visiting import OnProduct, Visit, ignore, visit_sites
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.affine import AffineQuantizer
 from spdfq.registry import quantizers as registered_quantizers
+
+UNSEEN = "product that no site accounts for"
+# smaller products, such as the angles of a rotary embedding, count in the share and are not listed
+_LISTED_PERCENT = 0.01
 
 
 class QuantizedModel(nn.Module):
@@ -28,6 +33,7 @@ class QuantizedModel(nn.Module):
         quantizers: the quantizers of the quantized sites, by site.
         leftovers: products whose operands cannot be replaced: site and function.
         biases: names of biases that steps added to layers without one.
+        multiplications: those of one forward pass, by product; empty if they could not be counted.
     """
 
     def __init__(
@@ -37,12 +43,14 @@ class QuantizedModel(nn.Module):
         quantizers: dict[str, Quantizer],
         leftovers: dict[str, str],
         biases: Iterable[str] = (),
+        multiplications: Iterable[Multiplications] = (),
     ) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network = _copied(network).eval().requires_grad_(False)
         self.sites, self.quantizers, self.leftovers = sites, dict(quantizers), leftovers
         self.biases: list[str] = []
         self.notes: list[str] = []
+        self.multiplications = list(multiplications)
         self.points = frozenset(site.kind for site in sites.values()) & POINTS
         for name, quantizer in quantizers.items():
             self.replace_quantizer(name, quantizer)
@@ -95,10 +103,10 @@ class QuantizedModel(nn.Module):
 
     def bias(self, name: str) -> nn.Parameter:
         """The bias of a layer. A layer without a bias gets one of zeros, which is listed in ``biases``."""
-        owner = self.network.get_submodule(name.rpartition(".")[0])
-        if owner.bias is None:
+        owner, leaf = self.network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if getattr(owner, leaf) is None:
             weight = self.network.get_parameter(name.removesuffix("bias") + "weight")
-            owner.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
+            setattr(owner, leaf, nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False))
             self.biases.append(name)
         return self.network.get_parameter(name)
 
@@ -131,10 +139,16 @@ class QuantizedModel(nn.Module):
         """Names of the quantized weights that start with a prefix."""
         return [name for name in self.quantizers if self.sites[name].kind == WEIGHT and name.startswith(prefix)]
 
-    def site_table(self) -> dict[str, list[Any]]:
+    def float_share(self) -> FloatShare:
+        """How many multiplications of a forward pass have an operand in float."""
+        return float_share(self.multiplications, lambda site: site in self.sites and site not in self.quantizers)
+
+    def site_table(self) -> dict[str, Any]:
         """What is quantized and how, what stays in float, and what steps left undone, as plain data."""
-        notes: dict[str, list[Any]] = {"notes": self.notes} if self.notes else {}
-        return {"quantized": self._quantized_rows(), "float": self._float_rows(), **notes}
+        share = self.float_share()
+        counts = {"total": share.total, "float": share.floating, "percent_in_float": round(share.percent, 4)}
+        notes: dict[str, Any] = {"notes": self.notes} if self.notes else {}
+        return {"quantized": self._quantized_rows(), "float": self._float_rows(), "multiplications": counts, **notes}
 
     def _quantized_rows(self) -> list[dict[str, Any]]:
         return [
@@ -155,12 +169,30 @@ class QuantizedModel(nn.Module):
         rows += [
             {"name": name, "what": f"{what}, not quantized", "parameters": 0} for name, what in self.leftovers.items()
         ]
+        unseen = {name: percent for name, percent in self.float_share().unseen.items() if name not in self.leftovers}
+        rows += [
+            {"name": name, "what": f"{UNSEEN}, not quantized", "parameters": 0}
+            for name, percent in unseen.items()
+            if percent is None or percent >= _LISTED_PERCENT
+        ]
         for name, parameter in self.network.named_parameters():
             if name not in self.quantizers:
                 owner = type(self.network.get_submodule(name.rpartition(".")[0])).__name__
                 what = f"weight of {owner}, left in float" if name in self.sites else f"parameter of {owner}"
                 rows.append({"name": name, "what": what, "parameters": parameter.numel()})
         return rows
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:  # whatever the attributes of the module raise
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{type(network).__name__}: cannot be copied ({error}); an attribute of one of its modules is in the way, "
+            "such as a scripted function: take it out of the module"
+        ) from None
 
 
 def _description(kind: str) -> str:

@@ -14,6 +14,7 @@ from spdfq.evaluation.accuracy import accuracy, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.evaluation.published import check_full_precision
 from spdfq.quantized.checkpoint import load_checkpoint
+from spdfq.quantized.place import place
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.report import write_pictures, write_report
 from spdfq.report.image_quality import MEASURES_FILE
@@ -130,6 +131,12 @@ def check(
     """
     recipe = load_recipe(source, overrides, seed)
     return check_fit(recipe, load_teacher(recipe.model, weights=False))
+
+
+def percent_in_float(source: Recipe | str | Path | dict[str, Any], *, overrides: Iterable[str] = ()) -> float:
+    """Share of the multiplications with an operand in float, in percent, of the model that a recipe would make."""
+    recipe = load_recipe(source, overrides)
+    return place(load_teacher(recipe.model, weights=False), recipe.quantization).float_share().percent
 
 
 @own_threads()
