@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from spdfq.attention.record import (
 )
 from spdfq.attention.token_grid import TokenGrids, prefix_tokens
 from spdfq.errors import ModelError
+from spdfq.runtime.shared_modules import own_hooks
 
 _POOLING_HEAD = "attn_pool"
 _SOFTMAX_NUMBER = "_spdfq_softmax"
@@ -60,14 +62,11 @@ def record_attention(
     if not needs:
         yield AttentionRecord()
         return
-    with ExitStack() as stack:
-        stack.enter_context(fused_attention(model))
-        names = stack.enter_context(module_names(model))
+    with fused_attention(model), module_names(model) as names:
         recorder = _Recorder(model, names, frozenset(needs), rows, grid)
-        stack.callback(model.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
-        stack.callback(model.register_forward_hook(recorder.end).remove)
-        stack.enter_context(recorder)
-        yield recorder.record
+        begin = partial(model.register_forward_pre_hook, with_kwargs=True), recorder.begin
+        with own_hooks([begin, (model.register_forward_hook, recorder.end)]), recorder:
+            yield recorder.record
 
 
 class _Recorder(AttentionMode):

@@ -1,6 +1,5 @@
 """The quantized model: a copy of a network with a quantizer at each of its quantized sites."""
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from spdfq.quantized.visiting import OnProduct, Visit, ignore, visit_sites
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.affine import AffineQuantizer
 from spdfq.registry import quantizers as registered_quantizers
+from spdfq.runtime.shared_modules import copied
 
 
 class QuantizedModel(nn.Module):
@@ -39,7 +39,7 @@ class QuantizedModel(nn.Module):
         biases: Iterable[str] = (),
     ) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network = copied(network).eval().requires_grad_(False)
         self.sites, self.quantizers, self.leftovers = sites, dict(quantizers), leftovers
         self.biases: list[str] = []
         self.notes: list[str] = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spdfq.errors import ModelError, is_out_of_memory
 from spdfq.recipe import ModelSpec
+from spdfq.runtime.shared_modules import as_written, held
 from spdfq.teacher.architectures import build, first_line
 
 
@@ -22,12 +23,8 @@ def _floats(values: Iterable[Any]) -> tuple[float, ...]:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
     """The module in evaluation mode; on exit, the mode of every submodule is restored."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
+    with held((part, "training", False) for part in module.modules()):
         yield module.eval()
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @define(eq=False)
@@ -110,13 +107,10 @@ class Teacher:
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
         """The module in evaluation mode and without parameter gradients; both are restored on exit."""
-        wanted = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
-        try:
-            with evaluation_mode(self.module) as module:
-                yield module.requires_grad_(False)
-        finally:
-            for parameter, flag in wanted:
-                parameter.requires_grad_(flag)
+        without_gradients = ((parameter, "requires_grad", False) for parameter in self.module.parameters())
+        written = as_written(self.module.modules())
+        with held([*without_gradients, *written]), evaluation_mode(self.module) as module:
+            yield module
 
     def fingerprint(self) -> str:
         """A hash of the module's printed architecture, of every weight and of the input description."""
