@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from spdfq.attention.module_checks import refuse_hidden
 from spdfq.errors import ModelError
 from spdfq.runtime.shared_modules import Hook, as_written, held, own_hooks, uncompiled
 
@@ -84,6 +85,7 @@ def module_names(model: nn.Module) -> Iterator[list[str]]:
 
     hooks: list[Hook] = []
     for name, module in model.named_modules():
+        refuse_hidden(model, name, module)
         if next(module.children(), None) is not None:
             hooks.append((module.register_forward_pre_hook, lambda *_, name=name: stack.append(name)))
             hooks.append((partial(module.register_forward_hook, always_call=True), leave))

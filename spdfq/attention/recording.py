@@ -16,6 +16,7 @@ from spdfq.attention.interception import (
     fused_attention,
     module_names,
 )
+from spdfq.attention.module_checks import uncompiled_module
 from spdfq.attention.operations import attend, attention_probabilities
 from spdfq.attention.record import (
     ATTENTION_OUTPUTS,
@@ -62,7 +63,8 @@ def record_attention(
     if not needs:
         yield AttentionRecord()
         return
-    with fused_attention(model), module_names(model) as names:
+    model = uncompiled_module(model)
+    with module_names(model) as names, fused_attention(model):
         recorder = _Recorder(model, names, frozenset(needs), rows, grid)
         begin = partial(model.register_forward_pre_hook, with_kwargs=True), recorder.begin
         with own_hooks([begin, (model.register_forward_hook, recorder.end)]), recorder:

@@ -10,6 +10,7 @@ from attrs import define, field
 from einops import rearrange
 from torch import Tensor, nn
 
+from spdfq.attention import watchable
 from spdfq.errors import ModelError, is_out_of_memory
 from spdfq.recipe import ModelSpec
 from spdfq.runtime.shared_modules import as_written, held
@@ -33,7 +34,7 @@ class Teacher:
 
     Args:
         module: any network in float32 from normalised images ``[B, C, H, W]`` to logits ``[B, num_classes]``, or to
-            features ``[B, D]`` if it has no head.
+            features ``[B, D]`` if it has no head. Of a compiled module, the one inside is used.
         mean: of each channel, for pixels in 0..1.
         std: of each channel, for pixels in 0..1.
         num_classes: number of logits; 0 for a model without a head.
@@ -55,6 +56,7 @@ class Teacher:
     crop_mode: str = field(default="center", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        self.module = watchable(self.module)
         self.name = self.name or type(self.module).__name__
         if self.input_size is None:
             self.input_size = (len(self.mean), *_own_size(self.module))
