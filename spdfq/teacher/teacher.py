@@ -12,8 +12,10 @@ from attrs import define, field
 from einops import rearrange
 from torch import Tensor, nn
 
+from spdfq.attention import watchable
 from spdfq.errors import ModelError, is_out_of_memory
 from spdfq.recipe import ModelSpec
+from spdfq.runtime.shared_modules import as_written, held
 from spdfq.teacher.architectures import build, first_line
 from spdfq.teacher.state import check_dense, extra_states
 
@@ -25,12 +27,8 @@ def _floats(values: Iterable[Any]) -> tuple[float, ...]:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
     """The module in evaluation mode; on exit, the mode of every submodule is restored."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
+    with held((part, "training", False) for part in module.modules()):
         yield module.eval()
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @define(eq=False)
@@ -39,7 +37,7 @@ class Teacher:
 
     Args:
         module: any network in float32 from normalised images ``[B, C, H, W]`` to logits ``[B, num_classes]``, or to
-            features ``[B, D]`` if it has no head.
+            features ``[B, D]`` if it has no head. Of a compiled module, the one inside is used.
         mean: of each channel, for pixels in 0..1.
         std: of each channel, for pixels in 0..1.
         num_classes: number of logits; 0 for a model without a head.
@@ -61,6 +59,7 @@ class Teacher:
     crop_mode: str = field(default="center", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        self.module = watchable(self.module)
         self.name = self.name or type(self.module).__name__
         if self.input_size is None:
             self.input_size = (len(self.mean), *_own_size(self.module))
@@ -113,13 +112,10 @@ class Teacher:
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
         """The module in evaluation mode and without parameter gradients; both are restored on exit."""
-        wanted = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
-        try:
-            with evaluation_mode(self.module) as module:
-                yield module.requires_grad_(False)
-        finally:
-            for parameter, flag in wanted:
-                parameter.requires_grad_(flag)
+        without_gradients = ((parameter, "requires_grad", False) for parameter in self.module.parameters())
+        written = as_written(self.module.modules())
+        with held([*without_gradients, *written]), evaluation_mode(self.module) as module:
+            yield module
 
     def fingerprint(self) -> str:
         """A hash of the module's printed architecture, of all parameters, buffers and extra state, and of the input.
