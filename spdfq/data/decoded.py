@@ -101,7 +101,7 @@ class DecodedImages(LabelledImages):
         """
         entries = self.used()
         asked = entries if indices is None else [entries[index] for index in indices]
-        decoded = _DecodedDataset(asked, self.reader(), _transform(teacher), teacher.input_size)
+        decoded = _DecodedDataset(asked, self.reader(), teacher.transform(), teacher.input_size)
         loader = DataLoader(decoded, batch, num_workers=self.workers, collate_fn=decoded.collate)
         for images, labels, unreadable in self._report_killed_worker(loader):
             if unreadable and self.damaged == "refuse":
@@ -187,20 +187,6 @@ def _start(loader: DataLoader) -> Iterator[Any]:
     return batches
 
 
-def _transform(teacher: Teacher) -> Callable[[Any], Tensor]:
-    from timm.data import create_transform
-
-    return create_transform(
-        teacher.input_size,
-        is_training=False,
-        mean=teacher.mean,
-        std=teacher.std,
-        crop_pct=teacher.crop_pct,
-        crop_mode=teacher.crop_mode,
-        interpolation=teacher.interpolation,
-    )
-
-
 @frozen
 class _DecodedDataset(Dataset):
     entries: list[Entry]
@@ -217,11 +203,9 @@ class _DecodedDataset(Dataset):
         entry = self.entries[index]
         try:
             with Image.open(self.read(entry.location)) as image:
-                if image.mode.startswith(("I", "F")):  # their range is unknown, and Pillow would clip them at 255
-                    return Unreadable(
-                        entry.name, f"{image.mode} pixels instead of 8 bits per channel; convert it first"
-                    )
-                return self.transform(image.convert("L" if self.size[0] == 1 else "RGB")), entry.label
+                return self.transform(image), entry.label
+        except DataError as error:
+            return Unreadable(entry.name, str(error))
         except UnidentifiedImageError:
             return Unreadable(entry.name, "not an image format that Pillow knows")
         except Exception as error:  # decoders raise all kinds of errors for broken data

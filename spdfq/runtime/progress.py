@@ -1,10 +1,15 @@
 """Progress of long work: nothing, or bars on standard error."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from typing import Any
 
 from attrs import define, field
+
+from spdfq.errors import SpdfqError, shown
 
 Advance = Callable[..., None]
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
@@ -14,6 +19,32 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 def silent(_: str, __: int) -> Iterator[Advance]:
     """A progress bar that shows nothing."""
     yield lambda steps=1, **values: None
+
+
+def pick_progress(progress: Any) -> Progress:
+    """What shows the progress of a call.
+
+    Args:
+        progress: ``None`` for bars in a terminal and in a notebook, and nothing elsewhere; true or false for bars or
+            nothing everywhere; or a `Progress`.
+
+    Raises:
+        SpdfqError: none of these.
+    """
+    if progress is None:
+        progress = in_notebook() or sys.stderr.isatty()
+    if isinstance(progress, bool):
+        return RichProgress() if progress else silent
+    if not callable(progress) or isinstance(progress, type):
+        raise SpdfqError(f"progress: expected True, False, None or a RichProgress(), got {shown(progress)}")
+    chosen: Progress = progress
+    return chosen
+
+
+def in_notebook() -> bool:
+    """Whether the code runs in a cell of a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
 
 
 @define
@@ -77,7 +108,8 @@ class RichProgress:
         )
         task = bar.add_task(f"{self.label}{description}", total=total, rate="", left="")
         shown = Text("", style="dim")  # below the bar, where it wraps: no value is cut off
-        console = Console(stderr=True)
+        # in a notebook, bars that move need ipywidgets; without them the finished bars are printed
+        console = Console(stderr=True, force_jupyter=None if find_spec("ipywidgets") else False)
         with Live(bar, console=console, refresh_per_second=8) as live:
 
             def advance(steps: int = 1, **values: float) -> None:

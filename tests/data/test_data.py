@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from support.data import GREY, RED, teacher, write
 
-from spdfq.data import FashionMnist, ImageFolder, decoded
+from spdfq.data import FashionMnist, ImageFolder
 from spdfq.errors import DataError
 from spdfq.registry import datasets
+from spdfq.teacher import Teacher
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_an_image_that_cannot_be_preprocessed_counts_as_damaged(folder, monkeypa
 
     dataset = folder({"a": {"1.png": RED, "2.png": RED}})
     Image.new("L", (2000, 1)).save(dataset.entries()[1].location)
-    monkeypatch.setattr(decoded, "_transform", lambda teacher: full)
+    monkeypatch.setattr(Teacher, "transform", lambda self: full)
     ((images, _, damaged),) = dataset.batches(teacher(), 2)
     assert (len(images), damaged) == (1, ("a/2.png",))
 
