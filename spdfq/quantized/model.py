@@ -95,10 +95,10 @@ class QuantizedModel(nn.Module):
 
     def bias(self, name: str) -> nn.Parameter:
         """The bias of a layer. A layer without a bias gets one of zeros, which is listed in ``biases``."""
-        owner = self.network.get_submodule(name.rpartition(".")[0])
-        if owner.bias is None:
+        owner, leaf = self.network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if getattr(owner, leaf) is None:
             weight = self.network.get_parameter(name.removesuffix("bias") + "weight")
-            owner.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
+            setattr(owner, leaf, nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False))
             self.biases.append(name)
         return self.network.get_parameter(name)
 

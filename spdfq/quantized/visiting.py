@@ -115,7 +115,8 @@ def visit_sites(
     """Inside the ``with`` block, calls of ``network`` or of a part of it pass all operands of products to ``visit``.
 
     Sites are named after the module that multiplies: ``blocks.0.mlp.fc1.weight`` and ``.input``,
-    ``blocks.0.attn.query``, ``.key``, ``.softmax``, ``.value``. Operands of an explicit product of two activations are
+    ``blocks.0.attn.query``, ``.key``, ``.softmax``, ``.value``. If a product takes some rows of a weight only, its
+    input is called ``in_proj_input_rows64``. Operands of an explicit product of two activations are
     called ``.product0_left`` and ``.product0_right``, then ``.product1_left`` and so on. Weights are known by identity,
     so weights that a module passes to `F.linear` itself (BEiT) are seen too. Any other product cannot be replaced; it
     is reported to ``on_leftover`` and named after its function.
@@ -208,6 +209,12 @@ class _VisitingMode(AttentionMode):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention by explicit products of visited operands."""
+        return self.attend_with_probabilities(query, key, value, mask, scale)[0]
+
+    def attend_with_probabilities(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the visited probabilities."""
         call = self._call
         suffix = str(call.products) if call.products else ""
         call.products += 1
@@ -220,7 +227,8 @@ class _VisitingMode(AttentionMode):
         probabilities = attention_probabilities(query, key, mask, scale, change_scores).to(value.dtype)
         self.on_product(names[VALUE], Product(float_value, lambda other: probabilities @ other))
         self.on_product(names[SOFTMAX], Product(probabilities, lambda other: other @ float_value))
-        return self.visit(names[SOFTMAX], SOFTMAX, probabilities) @ value
+        visited = self.visit(names[SOFTMAX], SOFTMAX, probabilities)
+        return visited @ value, visited
 
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Any function but scaled dot-product attention."""
@@ -284,13 +292,24 @@ class _VisitingMode(AttentionMode):
     def _product_with_weight(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self.weights.get(id(weight))
         if name is None:
-            self._leave_over(func)
-            return func(input, weight, *args, **kwargs)
+            return self._product_with_rows(func, input, weight, *args, **kwargs)
         input_name = input_site(name)
         self.on_product(input_name, Product(input, lambda other: func(other, weight, *args, **kwargs)))
         channels = OUTPUT_CHANNELS.get(func)
         self.on_product(name, Product(weight, lambda other: func(input, other, *args, **kwargs), channels))
         return func(self.visit(input_name, INPUT, input), self.visit(name, WEIGHT, weight), *args, **kwargs)
+
+    def _product_with_rows(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A product with some rows of a weight: the whole weight is visited, and each input is a site of its own."""
+        whole, rows = weight._base, _rows_of_base(weight)
+        name = self.weights.get(id(whole))
+        if name is None or whole is None or rows is None:
+            self._leave_over(func)
+            return func(input, weight, *args, **kwargs)
+        input_name = f"{input_site(name)}_rows{rows.start}"
+        self.on_product(input_name, Product(input, lambda other: func(other, weight, *args, **kwargs)))
+        input = self.visit(input_name, INPUT, input)
+        return func(input, self.visit(name, WEIGHT, whole)[rows], *args, **kwargs)
 
     def _product_of_activations(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         equation, operands = (args[:1], args[1:]) if func is torch.einsum else ((), args)
@@ -313,6 +332,15 @@ class _VisitingMode(AttentionMode):
         call, what = self._call, getattr(func, "__name__", str(func)).strip("_")
         self.on_leftover(site_name(call.name, what + (str(call.leftovers) if call.leftovers else "")), what)
         call.leftovers += 1
+
+
+def _rows_of_base(weight: Tensor) -> slice | None:
+    """Which rows of another tensor a tensor is a view of; ``None`` for any other view and for no view."""
+    whole = weight._base
+    if whole is None or whole.stride() != weight.stride() or whole.shape[1:] != weight.shape[1:] or not whole.stride(0):
+        return None
+    first, rest = divmod(int(weight.storage_offset() - whole.storage_offset()), whole.stride(0))
+    return None if rest else slice(first, first + len(weight))
 
 
 def _is_branch(summand: Any, skip: Tensor) -> bool:

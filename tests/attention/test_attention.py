@@ -375,3 +375,26 @@ def test_every_option_of_a_intercepted_call_is_honoured(options):
         found = model(x)
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.equal(record.attention_outputs[0], found)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_method_or_a_part_of_the_model_is_recorded_once_for_each_call(name):
+    model = build(name)
+    images = images_for(model)
+    with record_attention(model) as record:
+        model(images)
+        whole = [row.clone() for row in record.class_attention]
+        for call in (model.forward_features, model.forward_features, model, model.forward_features):
+            call(images)
+            assert record.names == NAMES[name]
+            assert all(map(torch.equal, record.class_attention, whole))
+
+
+def test_the_blocks_alone_are_recorded_once_for_each_call():
+    model = build("vit")
+    with record_attention(model) as record:
+        for _ in range(2):
+            model.blocks(torch.randn(3, 17, 32))
+            assert record.names == NAMES["vit"]
+        model.blocks[1](torch.randn(3, 17, 32))
+        assert record.names == NAMES["vit"][1:]
