@@ -44,7 +44,7 @@ MODULES = {
     "spdfq.attention": ("record_attention", "AttentionRecord"),
     "spdfq.registry": ("Registry", "registry"),
     "spdfq.recipe.structure": ("component", "components", "component_list"),
-    "spdfq.errors": ("SpdfqError", "RecipeError", "ModelError", "DataError", "NonFiniteError"),
+    "spdfq.errors": ("SpdfqError", "RecipeError", "ComponentError", "ModelError", "DataError", "NonFiniteError"),
 }
 _WIDTH = 100
 _SECTION = re.compile(r"(Args|Returns|Raises|Yields):")

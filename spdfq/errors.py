@@ -16,6 +16,10 @@ class RecipeError(SpdfqError):
         self.problems = problems
 
 
+class ComponentError(SpdfqError, ValueError, TypeError):
+    """A component made from wrong values, or a class that lacks a method; also a ValueError and a TypeError."""
+
+
 class ModelError(SpdfqError):
     """A model that cannot be loaded, or that a component cannot work with."""
 

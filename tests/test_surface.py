@@ -22,10 +22,11 @@ PUBLIC = {
         AttentionEntropyLoss AttentionPriorLoss CrossEntropyLoss FrequencyConsistencyLoss GaussianMixturePrior
         HeadSimilarityLoss LaplacePrior Loss LossInputs MapPictures MaskedAttentionAlignmentLoss PatchContrastLoss
         PatchSimilarityEntropyLoss Prior SoftCrossEntropyLoss TeacherStudentDiscrepancyLoss TotalVariationLoss
+        attention_prior_loss draw_priors
     """,
     "spdfq.losses.functional": """
-        attention_entropy attention_prior_loss cross_entropy frequency_consistency frequency_split head_similarity
-        head_ssim masked_attention_distance patch_contrast patch_similarity_entropy soft_cross_entropy
+        attention_entropy attention_prior_loss cross_entropy draw_priors frequency_consistency frequency_split
+        head_similarity head_ssim masked_attention_distance patch_contrast patch_similarity_entropy soft_cross_entropy
         teacher_student_discrepancy total_variation
     """,
     "spdfq.quantized": """
@@ -44,7 +45,7 @@ PUBLIC = {
         check_sheet write_pictures write_report write_sheet
     """,
     "spdfq.runtime": """
-        Advance Progress RichProgress Runtime generator make_runtime own_threads pick_device pick_precision
+        Advance Draws Progress RichProgress Runtime generator make_runtime own_threads pick_device pick_precision
         pick_progress silent
     """,
     "spdfq.teacher": """
@@ -63,7 +64,7 @@ ALSO_PUBLIC = {
         ATTENTION_OUTPUTS AttentionRecord CLASS_ATTENTION QUERIES_AND_KEYS record_attention
     """,
     "spdfq.errors": """
-        DataError ModelError NonFiniteError RecipeError SpdfqError
+        ComponentError DataError ModelError NonFiniteError RecipeError SpdfqError
     """,
     "spdfq.evaluation.accuracy": """
         accuracy agreement logits_over

@@ -15,6 +15,7 @@ from spdfq.quantizers.observers import MinMaxObserver, Observer
 from spdfq.quantizers.option_checks import check_bits
 from spdfq.quantizers.product import Product
 from spdfq.quantizers.statistics import Statistics
+from spdfq.recipe.structure import Checked
 
 Parameters = dict[str, Tensor]
 """The tensors that a frozen quantizer consists of, by the names in `Quantizer.stores`."""
@@ -33,7 +34,7 @@ def bounded(x: Tensor, low: float, high: float) -> Tensor:
 
 
 @define(eq=False, slots=False, kw_only=True)
-class Quantizer(nn.Module, ABC):
+class Quantizer(nn.Module, Checked, ABC):
     """Base class: maps each element of a tensor to one of ``2**bits`` values; only the rounding is straight-through.
 
     `observe` data, `freeze` the range, then call it. A child class defines three pure functions, `fitted`, `encode` and

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spdfq.quantizers.option_checks import check_count, check_smallest_factor
 from spdfq.quantizers.statistics import Range, Statistics
+from spdfq.recipe.structure import Checked
 from spdfq.registry import observers
 
 
@@ -26,7 +27,7 @@ class RangedQuantizer(Protocol):
         """The error ``[C]`` of the quantizer with these parameters; ``samples`` are float32 ``[C, n]``."""
 
 
-class Observer(ABC):
+class Observer(Checked, ABC):
     """Base class: chooses the range of a quantizer from the values it observed."""
 
     def range_of(self, seen: Statistics, quantizer: RangedQuantizer) -> Range:

@@ -6,6 +6,8 @@ import torch
 from attrs import field, frozen, validators
 from einops import rearrange
 
+from spdfq.errors import ComponentError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import augmentations
 from spdfq.synth.changes import Change, Crop, Moment, Move
 
@@ -14,7 +16,7 @@ _PROBABILITY = (validators.ge(0.0), validators.le(1.0))
 
 
 @frozen(kw_only=True)
-class Augmentation:
+class Augmentation(Checked):
     """Base class of augmentations. A subclass defines `draw`."""
 
     followable: ClassVar[bool] = True
@@ -22,7 +24,7 @@ class Augmentation:
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Change:
         """What to do to the images of one iteration. It must depend on the generator and the moment alone."""
-        raise TypeError(f"{type(self).__name__} does not define draw")
+        raise ComponentError(f"{type(self).__name__} does not define draw")
 
 
 def _shifts(_: object, __: object, value: int | tuple[int, ...]) -> None:

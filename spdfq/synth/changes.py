@@ -9,11 +9,12 @@ from torch import Tensor
 
 from spdfq.errors import SpdfqError
 from spdfq.losses.frequency import frequency_split
+from spdfq.recipe.structure import Checked
 from spdfq.synth.crops import CropPlan
 
 
 @frozen(kw_only=True)
-class Moment:
+class Moment(Checked):
     """When an augmentation is drawn, and for which images.
 
     Args:

@@ -5,11 +5,13 @@ from attrs import define, field
 from einops import rearrange
 from torch import Tensor
 
+from spdfq.recipe.structure import Checked
+
 Size = tuple[int, int]
 
 
 @define(eq=False, kw_only=True)
-class CropPlan:
+class CropPlan(Checked):
     """Where the labelled crops of a group of images lie.
 
     Args:

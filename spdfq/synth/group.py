@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from spdfq.attention import AttentionRecord
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.losses.base import Loss, LossInputs
-from spdfq.runtime import Advance, Runtime
+from spdfq.runtime import Advance, Draws, Runtime
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.changes import Change, Moment, apply_all, follow_all
 from spdfq.synth.crops import CropPlan
@@ -55,7 +54,7 @@ class Group:
         self.spec, self.teacher, self.runtime, self.index, self.count = spec, teacher, runtime, index, count
         self.size: tuple[int, int] = teacher.input_size[1:]
         self.columns = (*spec.losses, *LOOP_COLUMNS)
-        self.kept: dict[Any, Any] = {}
+        self.draws = Draws(runtime.seed, index)
         self.redraws = 0
         self.plan: CropPlan = spec.sampler.sample(count, self.size, teacher.num_classes, self.generator("sampler"))
         self.labels: Tensor | None = None
@@ -71,7 +70,7 @@ class Group:
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """A fresh generator for a purpose of this group."""
-        return self.runtime.generator("group", self.index, *purpose)
+        return self.draws.generator(*purpose)
 
     def run(self, advance: Advance, folder: Path | None = None) -> SyntheticImages:
         """Run the iterations that remain, and return the result.
@@ -204,8 +203,7 @@ class Group:
             forward=self.passes.logits,
             follow=lambda maps: follow_all(changes, maps, self.size),
             tokens=tokens,
-            generator=self.generator,
-            kept=self.kept,
+            draws=self.draws,
         )
 
     def _changes(self, iteration: int) -> tuple[Change, ...]:

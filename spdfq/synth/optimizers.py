@@ -7,6 +7,8 @@ import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
+from spdfq.errors import ComponentError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import optimizers
 
 LEARNING_RATE = (validators.gt(0.0), validators.lt(math.inf))
@@ -18,7 +20,7 @@ def _betas(_: Any, __: Any, value: tuple[float, float]) -> None:
 
 
 @frozen(kw_only=True)
-class Optimizer:
+class Optimizer(Checked):
     """Base class of optimizers. A subclass defines `build`.
 
     Args:
@@ -33,7 +35,7 @@ class Optimizer:
 
     def build(self, images: Tensor) -> torch.optim.Optimizer:
         """A torch optimizer of one tensor. The loop sets its learning rate before each step."""
-        raise TypeError(f"{type(self).__name__} does not define build")
+        raise ComponentError(f"{type(self).__name__} does not define build")
 
 
 @optimizers.register("adam", paper="arXiv:1412.6980")

@@ -1,12 +1,13 @@
 """Samplers: which classes an image shows, and where (multi-semantic reinforcement, arXiv 2412.16553, section 3.3)."""
 
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from attrs import evolve, field, frozen, validators
 from torch import Tensor
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import ComponentError, SpdfqError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import samplers
 from spdfq.synth.crops import CropPlan
 
@@ -17,7 +18,7 @@ SMALLEST_SIDE = 4
 
 
 @frozen
-class Sampler:
+class Sampler(Checked):
     """Base class of samplers.
 
     A subclass defines `sample`. It also defines `redrawn` if its plans set ``CropPlan.redraw``.
@@ -38,11 +39,11 @@ class Sampler:
             num_classes: number of classes to draw from; 0 if the teacher has no head.
             generator: CPU generator. The plan must depend on the arguments and on nothing else.
         """
-        raise TypeError(f"{type(self).__name__} does not define sample")
+        raise ComponentError(f"{type(self).__name__} does not define sample")
 
     def redrawn(self, plan: CropPlan, size: tuple[int, int], generator: torch.Generator) -> CropPlan:
         """The same plan with other boxes. The number of crops of each image and their classes must stay."""
-        raise TypeError(f"{type(self).__name__} does not define redrawn")
+        raise ComponentError(f"{type(self).__name__} does not define redrawn")
 
 
 def draw_labels(count: int, num_classes: int, classes: ClassDraw, generator: torch.Generator) -> Tensor:
@@ -68,7 +69,7 @@ class WholeImageSampler(Sampler):
 
     needs_classes: ClassVar[bool] = False
 
-    classes: ClassDraw = field(default="random", validator=validators.in_(get_args(ClassDraw)), kw_only=True)
+    classes: ClassDraw = field(default="random", kw_only=True)
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """A plan with one crop, the whole image, for each image; an empty plan if there are no classes."""
@@ -100,11 +101,11 @@ class MultiSemanticSampler(Sampler):
     several_classes: ClassVar[bool] = True
 
     max_patches: int = field(default=4, validator=[validators.ge(1), validators.le(4)])
-    layout: CropLayout = field(default="cells", validator=validators.in_(get_args(CropLayout)), kw_only=True)
+    layout: CropLayout = field(default="cells", kw_only=True)
     jitter: float = field(default=0.1, validator=[validators.ge(0.0), validators.le(0.3)], kw_only=True)
     every: int = field(default=1, validator=validators.ge(1), kw_only=True)
     redraw: int = field(default=0, validator=validators.ge(0), kw_only=True)
-    classes: ClassDraw = field(default="random", validator=validators.in_(get_args(ClassDraw)), kw_only=True)
+    classes: ClassDraw = field(default="random", kw_only=True)
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """Draw the crops of a group; see `Sampler.sample`.

@@ -4,16 +4,18 @@ import math
 
 from attrs import field, frozen, validators
 
+from spdfq.errors import ComponentError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import schedules
 
 
 @frozen(kw_only=True)
-class Schedule:
+class Schedule(Checked):
     """Base class of schedules. A subclass defines `factor`."""
 
     def factor(self, iteration: int, iterations: int) -> float:
         """Factor of the learning rate in an iteration, 0 to 1."""
-        raise TypeError(f"{type(self).__name__} does not define factor")
+        raise ComponentError(f"{type(self).__name__} does not define factor")
 
     def restarts(self, iteration: int, iterations: int) -> bool:
         """Whether the optimizer forgets its moments before this iteration."""

@@ -1,13 +1,14 @@
 """Targets: the distributions that the teacher's outputs are pulled towards."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import ComponentError, SpdfqError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import targets
 
 Elsewhere = Literal["normal", "uniform", "zero"]
@@ -16,7 +17,7 @@ _LOGIT = (validators.ge(-1e4), validators.le(1e4))
 
 
 @frozen
-class Target:
+class Target(Checked):
     """Base class of targets. A subclass defines `sample`, or sets ``gives_labels`` to false."""
 
     gives_labels: ClassVar[bool] = True
@@ -39,7 +40,7 @@ class Target:
         Raises:
             SpdfqError: a view shows no class, or a class outside 0 to K - 1; `label_mask` checks this.
         """
-        raise TypeError(f"{type(self).__name__} does not define sample")
+        raise ComponentError(f"{type(self).__name__} does not define sample")
 
 
 @targets.register("soft_label", paper="arXiv:2412.16553")
@@ -57,7 +58,7 @@ class SoftLabelTarget(Target):
 
     low: float = field(default=5.0, validator=list(_LOGIT))
     high: float = field(default=10.0, validator=list(_LOGIT))
-    elsewhere: Elsewhere = field(default="normal", validator=validators.in_(get_args(Elsewhere)), kw_only=True)
+    elsewhere: Elsewhere = field(default="normal", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if self.high < self.low:
