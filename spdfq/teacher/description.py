@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from spdfq.errors import ModelError, shown
+from spdfq.teacher.state import check_dense
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
@@ -63,6 +64,8 @@ def check_module(module: Any) -> None:
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"Teacher: module must be an nn.Module, got {shown(module)}")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        check_dense(name, tensor)
     parameters = list(module.parameters())
     coarse = {p.dtype for p in parameters if p.is_floating_point()} - {torch.float32}
     if coarse:

@@ -1,8 +1,10 @@
 """The teacher: a pretrained transformer with the normalisation and size of its input."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from attrs import define, field
@@ -15,6 +17,7 @@ from spdfq.recipe.structure import structure, unstructure
 from spdfq.teacher.architectures import build, first_line
 from spdfq.teacher.description import check_description, check_module, mean_of_channels, std_of_channels
 from spdfq.teacher.forward import device_of, evaluation_mode, returning_tensor
+from spdfq.teacher.state import check_dense, extra_states
 from spdfq.teacher.transform import ImageTransform
 
 
@@ -134,10 +137,19 @@ class Teacher:
                 parameter.requires_grad_(flag)
 
     def fingerprint(self) -> str:
-        """A hash of the module's printed architecture, of every weight and of the input description."""
+        """A hash of the module's printed architecture, of all parameters, buffers and extra state, and of the input.
+
+        Raises:
+            ModelError: a tensor is sparse, quantized or without a shape, or extra state is not plain data.
+        """
         described = (str(self.module), self.mean, self.std, self.num_classes, self.input_size, self.crop_pct)
         state = hashlib.sha256(repr((*described, self.interpolation, self.crop_mode, self.output)).encode())
-        for name, tensor in self.module.state_dict().items():
+        extra = extra_states(self.module)
+        tensors = {f"{name}:": value for name, value in extra.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
+        state.update(json.dumps(plain, sort_keys=True).encode())
+        for name, tensor in chain(self.module.named_parameters(), self.module.named_buffers(), tensors.items()):
+            check_dense(name, tensor)
             state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()[:20]

@@ -164,8 +164,9 @@ def test_the_quantized_forward_at_the_points_is_the_closed_form():
     with torch.no_grad():
         x, block = plain.patch(images()).flatten(2).mT, plain.body
         ranges = [tensor.aminmax() for tensor in (block.norm(x), block.linear(block.norm(x)), block(x))]
-        steps = block.linear.weight.abs().amax(1, keepdim=True) / 3
-        weight = (block.linear.weight / steps).round().clamp(-4, 3) * steps
+        low, high = block.linear.weight.aminmax(dim=1, keepdim=True)
+        assert (high < 0).any()  # a channel of one sign: its range is extended to zero
+        weight = rounded(block.linear.weight, low.clamp(max=0), high.clamp(min=0))
         branch = rounded(rounded(block.norm(x), *ranges[0]) @ weight.T + block.linear.bias, *ranges[1])
         expected = plain.head(rounded(x + branch, *ranges[2]).mean(1))
         torch.testing.assert_close(model(images()), expected)
