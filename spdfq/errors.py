@@ -1,6 +1,9 @@
 """Errors whose message tells a user what to do; the command line prints only the message and exits with 2."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -45,3 +48,17 @@ def shown(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return text if len(text) <= 40 and "\n" not in text else type(value).__name__
+
+
+@contextmanager
+def writing(place: Path, remedy: str = "make room there, make it writable, or choose another folder") -> Iterator[None]:
+    """Turn a refusal of the operating system to write into one line.
+
+    Raises:
+        DataError: it refused; the message names the place, the reason and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        raise DataError(f"{place}: cannot be written ({reason}); {remedy}") from None

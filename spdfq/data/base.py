@@ -20,7 +20,8 @@ class Batch(NamedTuple):
     Args:
         images: normalised, ``[b, C, H, W]``.
         labels: int64 ``[b]``.
-        damaged: names of the images that are left out because they could not be read.
+        damaged: the images that are left out because they could not be read, each as its name and, in parentheses, the
+            reason.
     """
 
     images: Tensor

@@ -20,6 +20,7 @@ from spdfq.data.shards import stamp
 from spdfq.errors import DataError
 from spdfq.registry import datasets
 from spdfq.teacher import Teacher
+from spdfq.teacher.architectures import first_line
 
 _RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these formats, but cannot load their pixels
 
@@ -96,8 +97,8 @@ class DecodedImages(LabelledImages):
         """The images, resized, cropped and normalised as timm does for evaluation; see `LabelledImages.batches`.
 
         Raises:
-            DataError: the dataset does not exist, an image cannot be read and ``damaged`` is ``refuse``, or a worker
-                was killed.
+            DataError: the dataset does not exist, an image cannot be read and ``damaged`` is ``refuse``, a worker was
+                killed, or the teacher takes more than 4 channels.
         """
         entries = self.used()
         asked = entries if indices is None else [entries[index] for index in indices]
@@ -109,7 +110,7 @@ class DecodedImages(LabelledImages):
                     f"{self.title}: {unreadable[0].name}: not a readable image ({unreadable[0].reason}); replace it, "
                     "or set damaged = 'skip'"
                 )
-            yield Batch(images, labels, tuple(image.name for image in unreadable))
+            yield Batch(images, labels, tuple(f"{image.name} ({image.reason})" for image in unreadable))
 
     def fingerprint(self) -> str:
         """A hash of the names and labels of the images used, and of the sizes and modification times of their files."""
@@ -204,12 +205,12 @@ class _DecodedDataset(Dataset):
         try:
             with Image.open(self.read(entry.location)) as image:
                 return self.transform(image), entry.label
-        except DataError as error:
-            return Unreadable(entry.name, str(error))
         except UnidentifiedImageError:
             return Unreadable(entry.name, "not an image format that Pillow knows")
+        except DataError as error:
+            return Unreadable(entry.name, str(error))
         except Exception as error:  # decoders raise all kinds of errors for broken data
-            return Unreadable(entry.name, f"{type(error).__name__}: {error}")
+            return Unreadable(entry.name, first_line(error))
 
     def collate(self, items: list[tuple[Tensor, int] | Unreadable]) -> tuple[Tensor, Tensor, list[Unreadable]]:
         """Images ``[b, C, H, W]`` and labels ``[b]`` of the readable items, and the unreadable items."""

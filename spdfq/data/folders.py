@@ -58,8 +58,7 @@ class ImageFolder(DecodedImages):
         found = [
             Entry(str(path.relative_to(self.root)), label, path)
             for label, folder in enumerate(self._folders())
-            for path in sorted(_files(folder))
-            if path.suffix.lower() in image_suffixes()
+            for path in sorted(_images(folder))
         ]
         if not found:
             raise DataError(
@@ -69,8 +68,8 @@ class ImageFolder(DecodedImages):
         return found
 
     def _folders(self) -> list[Path]:
-        found = _folder("image_folder", self.root).iterdir()
-        return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
+        found = [path for path in _folder("image_folder", self.root).iterdir() if not path.name.startswith(".")]
+        return sorted(path for path in found if _unbroken(path).is_dir())
 
 
 @datasets.register("image_list")
@@ -115,15 +114,36 @@ class ImageList(DecodedImages):
         return read_labels(Path(self.labels))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, without hidden ones. A folder without read permission is an error, not empty."""
+def _images(folder: Path) -> Iterator[Path]:
+    """All images below a folder and the folders that links in it lead to, without hidden ones.
+
+    A folder that is met again, as in a loop of links, is not read twice. A folder without read permission, and a link
+    that leads nowhere and may stand for a folder, are errors, not empty.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
 
-    for above, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(above) / name for name in names if not name.startswith("."))
+    met = {os.path.realpath(path) for path in (folder, *folder.absolute().parents)}
+    for above, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        visible = sorted((name for name in folders if not name.startswith(".")), reverse=True)
+        found = {os.path.realpath(os.path.join(above, name)): name for name in visible}
+        folders[:] = [name for real, name in found.items() if real not in met]
+        met |= found.keys()
+        for path in (Path(above, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in image_suffixes():
+                yield path
+            else:
+                _unbroken(path)
+
+
+def _unbroken(path: Path) -> Path:
+    """The path itself; a link that leads nowhere is an error, because it may stand for a folder of images."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"image_folder: {path}: is a link to {os.readlink(path)}, which does not exist; mend or remove it"
+        )
+    return path
 
 
 def _folder(title: str, root: str) -> Path:

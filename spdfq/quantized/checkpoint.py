@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdfq.errors import DataError, ModelError, SpdfqError, shown
+from spdfq.errors import DataError, ModelError, SpdfqError, shown, writing
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT, Site
 from spdfq.quantizers import Quantizer
@@ -48,7 +48,8 @@ def save_quantized(
     packed, extra = _packed(model), extra_states(model.network)
     plain = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
     packed |= {_extra(name): value for name, value in extra.items() if name not in plain}
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / TENSORS, packed)
     config = {
         "format": FORMAT,

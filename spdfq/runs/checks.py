@@ -12,6 +12,7 @@ from spdfq.recipe import Recipe
 from spdfq.runs.finished import run_record
 from spdfq.runs.provenance import data_fingerprints
 from spdfq.teacher import Teacher, load_teacher
+from spdfq.teacher.architectures import notes
 
 
 def refuse_own_recipe(source: Any, folder: Path) -> None:
@@ -35,7 +36,7 @@ def checked_teacher(recipe: Recipe) -> tuple[Teacher, list[str]]:
     data_fingerprints((recipe.synthesis, recipe.controls, recipe.evaluation))
     teacher = load_teacher(recipe.model)
     shared = [line for key, source in recipe.sources() for line in _shared_images(key, source, recipe)]
-    return teacher, [*check_fit(recipe, teacher), *shared]
+    return teacher, [*check_fit(recipe, teacher), *notes(recipe.model, teacher.module), *shared]
 
 
 def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:

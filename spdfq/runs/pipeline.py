@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import asdict, define, field, frozen
 
-from spdfq.errors import SpdfqError, shown
+from spdfq.errors import SpdfqError, shown, writing
 from spdfq.evaluation.accuracy import accuracy, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.evaluation.published import check_full_precision
@@ -52,7 +52,7 @@ class RunResult:
         folder: the run folder.
         recipe: as it was run.
         metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher in percent, the
-            number of ``images`` that could be read, and the names of the ``damaged`` ones that could not; for a model
+            number of ``images`` that could be read, and the ``damaged`` ones that could not, with reasons; for a model
             without a head k-NN top-1, and ``similarity``, the mean cosine of its features to the teacher's.
         controls: metrics of each control, by its name.
         stages: seconds, key, and whether it was reused, for each stage.
@@ -308,10 +308,11 @@ class _Run:
         images, stored = work.results[ImagesStage.name], work.results[QuantizeStage.name]
         write_text(folder / "recipe.toml", to_toml(work.recipe.to_dict()))
         images.save(folder / "synthetic.safetensors")
-        write_pictures(folder, images, work.teacher)
-        (folder / MEASURES_FILE).unlink(missing_ok=True)  # measured on the images that were here before
-        shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
-        shutil.copy(stored / "sites.json", folder / "sites.json")
+        with writing(folder, "make its files writable, or choose another --out"):
+            write_pictures(folder, images, work.teacher)
+            (folder / MEASURES_FILE).unlink(missing_ok=True)  # measured on the images that were here before
+            shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
+            shutil.copy(stored / "sites.json", folder / "sites.json")
 
     def _write_record(self, controls: dict[str, Work]) -> None:
         """Write ``run.json`` and the report; other processes wait until they are there."""

@@ -11,14 +11,14 @@ from attrs import define, field
 from einops import rearrange
 from torch import Tensor, nn
 
-from spdfq.errors import ModelError, is_out_of_memory, shown
+from spdfq.errors import DataError, ModelError, is_out_of_memory, shown
 from spdfq.recipe import ModelSpec
 from spdfq.recipe.structure import structure, unstructure
 from spdfq.teacher.architectures import build, first_line
 from spdfq.teacher.description import check_description, check_module, mean_of_channels, std_of_channels
 from spdfq.teacher.forward import device_of, evaluation_mode, returning_tensor
 from spdfq.teacher.state import check_dense, extra_states
-from spdfq.teacher.transform import ImageTransform
+from spdfq.teacher.transform import MODES, ImageTransform
 
 
 @define(eq=False)
@@ -102,11 +102,13 @@ class Teacher:
         """timm's evaluation transform of this model: from a PIL image to a normalised tensor ``[C, H, W]``.
 
         Raises:
-            ModelError: the model takes neither one nor three channels.
+            DataError: the model takes more than 4 channels.
         """
-        channels = self.input_size[0]
-        if channels not in (1, 3):
-            raise ModelError(f"{self.name}: takes {channels} channels, but image files are read as grey or RGB")
+        if self.input_size[0] not in MODES:
+            raise DataError(
+                f"{self.name}: takes {self.input_size[0]} channels, but image files give 1 to 4 (grey, grey and alpha, "
+                "RGB, RGBA); write a dataset of your own"
+            )
         from timm.data import create_transform
 
         steps = create_transform(
@@ -118,7 +120,7 @@ class Teacher:
             crop_mode=self.crop_mode,
             interpolation=self.interpolation,
         )
-        return ImageTransform("L" if channels == 1 else "RGB", steps)
+        return ImageTransform(MODES[self.input_size[0]], steps)
 
     def pixel_range(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest and highest normalised value of each channel, ``[1, C, 1, 1]``."""
