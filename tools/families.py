@@ -1,22 +1,70 @@
-"""The timm families with attention, each with a small member. Its depth is reduced where timm allows it."""
+"""The timm families with attention, each with a small member, and three networks of other libraries.
+
+The depth of a member is reduced where its library allows it.
+"""
 
 from typing import Any
+
+from torch import nn
 
 from attrs import field, frozen
 
 
 @frozen
 class Family:
-    """A family: its name, its timm member, the member's input side, and the options to build it with."""
+    """A family: its name, a member, the member's input side, and the options to build it with."""
 
     name: str
     member: str
     side: int = 224
     options: dict[str, Any] = field(factory=dict)
+    classes: int = 10
 
     @property
     def size(self) -> tuple[int, int]:
         return self.side, self.side
+
+    def build(self) -> nn.Module:
+        """The member with random weights; its ``library/`` is timm unless it is named."""
+        library, _, member = self.member.rpartition("/")
+        return _BUILDERS[library or "timm"](member, self.classes, self.options)
+
+
+def _of_timm(member: str, classes: int, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    module: nn.Module = timm.create_model(member, pretrained=False, num_classes=classes, **options)
+    return module
+
+
+def _of_torchvision(member: str, classes: int, options: dict[str, Any]) -> nn.Module:
+    import torchvision
+
+    module: nn.Module = torchvision.models.get_model(member, weights=None, num_classes=classes, **options)
+    return module
+
+
+def _of_open_clip(member: str, _: int, options: dict[str, Any]) -> nn.Module:
+    import open_clip
+
+    module: nn.Module = open_clip.create_model(member, pretrained=None, **options).visual
+    return module
+
+
+def _of_transformers(member: str, classes: int, options: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    config = transformers.ViTConfig(num_labels=classes, **options)
+    module: nn.Module = getattr(transformers, member)(config)
+    return module
+
+
+_BUILDERS = {
+    "timm": _of_timm,
+    "torchvision": _of_torchvision,
+    "open_clip": _of_open_clip,
+    "transformers": _of_transformers,
+}
 
 
 def _plain(name: str, member: str, side: int = 64, **options: Any) -> Family:
@@ -110,4 +158,9 @@ FAMILIES = [
     _any("BoTNet", "botnet26t_256", 256),
     _any("HaloNet", "halonet26t", 256),
     _any("LambdaNet", "lambda_resnet26t", 256),
+    Family("torchvision's ViT", "torchvision/vit_b_16", 64, {"image_size": 64}),
+    Family("CLIP's image tower", "open_clip/ViT-B-32", 224, classes=512),
+    Family(
+        "Hugging Face's ViT", "transformers/ViTForImageClassification", 64, {"image_size": 64, "num_hidden_layers": 2}
+    ),
 ]

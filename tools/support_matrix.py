@@ -1,4 +1,4 @@
-"""Measure which timm families work, and write the table of docs/models.md.
+"""Measure which models work, and write the table of docs/models.md. It needs open_clip_torch and transformers too.
 
 python tools/support_matrix.py                # all families
 python tools/support_matrix.py --only swin    # only the rows of matching families; the others stay unchanged
@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from attrs import define, field
 from families import FAMILIES, Family
@@ -49,6 +48,7 @@ class Row:
     found: dict[str, str] = field(factory=dict)
     why: dict[str, str] = field(factory=dict)
     leftovers: list[str] = field(factory=list)
+    in_float: str = "**?**"
     seconds: float = 0.0
 
     def check(self, name: str, run: Callable[[], str]) -> None:
@@ -62,7 +62,7 @@ class Row:
 def teacher_of(family: Family, seed: int = 0) -> Teacher:
     """A member with random weights, all perturbed so that none is zero, and with batch norm statistics."""
     torch.manual_seed(seed)
-    module = timm.create_model(family.member, pretrained=False, num_classes=10, **family.options).eval()
+    module = family.build().eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.01))
@@ -73,7 +73,9 @@ def teacher_of(family: Family, seed: int = 0) -> Teacher:
         if norms:
             module(torch.randn(4, *size))
         module.eval()
-    return Teacher(module, mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=10, input_size=size, name=family.member)
+    return Teacher(
+        module, mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=family.classes, input_size=size, name=family.member
+    )
 
 
 def measure(family: Family) -> Row:
@@ -116,6 +118,8 @@ def _measure(row: Row, teacher: Teacher, images: torch.Tensor) -> None:
         spec = load_recipe(given, [_MINMAX, "quantization.overrides=[]", *_bits(8)]).quantization
         made["model"] = quantize(teacher, images, spec, RUNTIME)
         made["logits"] = made["model"](images)
+        share = made["model"].float_share()
+        row.in_float = f"{share.percent:.2f} %" if None not in share.unseen.values() else "**unknown**"
         assert made["logits"].isfinite().all(), "the quantized logits are not finite"
         return "yes"
 
@@ -171,8 +175,8 @@ def _one_step(teacher: Teacher, recorded: bool) -> str:
 def table(rows: list[Row]) -> str:
     """The Markdown table, one row per family."""
     lines = [
-        f"| family | member | {' | '.join(CHECKS)} | float products | why not |",
-        "| --- " * (len(CHECKS) + 4) + "|",
+        f"| family | member | {' | '.join(CHECKS)} | multiplications in float | float products | why not |",
+        "| --- " * (len(CHECKS) + 5) + "|",
     ]
     return "\n".join([*lines, *map(line, rows)])
 
@@ -181,7 +185,7 @@ def line(row: Row) -> str:
     """The row of one family."""
     cells = [row.found.get(check, "**no**") for check in CHECKS]
     why = "; ".join(dict.fromkeys(f"{reason}" for reason in row.why.values()))
-    return f"{_start(row.family)} {' | '.join(cells)} | {len(row.leftovers)} | {why} |"
+    return f"{_start(row.family)} {' | '.join(cells)} | {row.in_float} | {len(row.leftovers)} | {why} |"
 
 
 def _start(family: Family) -> str:

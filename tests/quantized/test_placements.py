@@ -292,7 +292,10 @@ def test_overrides_that_leave_nothing_of_the_label_are_told():
 
 @pytest.mark.parametrize(("name", "told"), [("test_resnet", True), ("test_vit", False)])
 def test_a_network_without_attention_is_told(name, told):
-    recipe = {"extends": ["images/gaussian_noise", "backends/repq"], "model": {"name": name, "pretrained": False}}
+    recipe = {
+        "extends": ["images/gaussian_noise", "backends/repq"],
+        "model": {"name": name, "pretrained": False, "num_classes": 10},
+    }
     recipe["evaluation"] = {"dataset": {"type": "fashion_mnist"}}
     line = f"no attention was seen in {name}; spdfq is made for vision transformers"
     assert any(found.startswith(line) for found in check(recipe)) == told
