@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class SpdfqError(Exception):
@@ -16,6 +17,10 @@ class RecipeError(SpdfqError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class ComponentError(SpdfqError, ValueError, TypeError):
+    """A component made from wrong values, or a class that lacks a method; also a ValueError and a TypeError."""
 
 
 class ModelError(SpdfqError):
@@ -39,6 +44,14 @@ def is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     full = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
     return isinstance(error, full) or "DefaultCPUAllocator" in str(error) or "CUDA error: out of memory" in str(error)
+
+
+def shown(value: Any) -> str:
+    """A wrong argument in a few words, for an error message: a short value itself, otherwise its type."""
+    text = repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return text if len(text) <= 40 and "\n" not in text else type(value).__name__
 
 
 @contextmanager
