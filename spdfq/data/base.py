@@ -7,7 +7,7 @@ import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
-from spdfq.data.classes import compared
+from spdfq.data.classes import Comparison, compared
 from spdfq.errors import DataError
 from spdfq.teacher import Teacher
 
@@ -87,7 +87,7 @@ class LabelledImages:
         Raises:
             DataError: they cannot: another number of classes, or names that timm knows in another order.
         """
-        if problem := compared(self.label_names, teacher, self._states_order).problem:
+        if problem := self._compared(teacher).problem:
             raise DataError(f"evaluation.dataset: {problem}")
         if self.classes != teacher.num_classes:
             raise DataError(
@@ -97,12 +97,13 @@ class LabelledImages:
 
     def class_warnings(self, teacher: Teacher) -> list[str]:
         """A line if the classes may have another order than the teacher's."""
-        doubt = compared(self.label_names, teacher, self._states_order).doubt
+        doubt = self._compared(teacher).doubt
         return [f"evaluation.dataset: {doubt}"] if doubt else []
 
-    @property
-    def _states_order(self) -> bool:
-        return getattr(self, "class_order", None) is not None
+    def _compared(self, teacher: Teacher) -> Comparison:
+        stated = getattr(self, "class_order", None) is not None
+        key = "class_order, the names" if hasattr(self, "class_order") else "numbers"
+        return compared(self.label_names, teacher, stated, f"give {key} in the order of the model's classes")
 
     def chosen(self, count: int) -> list[int]:
         """The positions that are used, of a dataset with ``count`` images, ascending."""

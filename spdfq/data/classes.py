@@ -109,7 +109,7 @@ def model_classes(teacher: Teacher) -> ModelClasses | None:
 
     configured: dict[str, Any] = getattr(teacher.module, "pretrained_cfg", None) or {}
     names, described = configured.get("label_names"), configured.get("label_descriptions") or ()
-    if names and len(names) == teacher.num_classes:
+    if isinstance(names, (list, tuple)) and len(names) == teacher.num_classes > 0:
         if isinstance(described, dict):
             described = [described.get(name, name) for name in names]
         return ModelClasses("the model", names, described if len(described) == len(names) else ())
@@ -145,13 +145,14 @@ class Comparison:
     doubt: str = ""
 
 
-def compared(names: Sequence[str], teacher: Teacher, stated: bool) -> Comparison:
+def compared(names: Sequence[str], teacher: Teacher, stated: bool, remedy: str) -> Comparison:
     """Compare the names of a dataset's classes with those of a model.
 
     Args:
         names: in the order of the labels.
         teacher: the model.
         stated: whether the user has stated this order. A different order is then a doubt and not a problem.
+        remedy: how the user can state another order.
     """
     known = model_classes(teacher)
     if not names or known is None:
@@ -161,9 +162,9 @@ def compared(names: Sequence[str], teacher: Teacher, stated: bool) -> Comparison
     if 2 * sum(map(bool, named)) > len(names):
         if not stated and (problem := _not_the_same(names, known)):
             return Comparison(problem)
-        return _ordered(names, named, known, teacher, stated)
+        return _ordered(names, named, known, teacher.name, stated, remedy)
     if 2 * sum(map(bool, worded)) > len(names):
-        return _ordered(names, worded, known, teacher, stated)
+        return _ordered(names, worded, known, teacher.name, stated, remedy)
     if stated or len(names) != teacher.num_classes:
         return Comparison()
     first = (
@@ -172,7 +173,7 @@ def compared(names: Sequence[str], teacher: Teacher, stated: bool) -> Comparison
     ids = "; numbers from 1 on are often ILSVRC's own, which are in another order" if names[0] == "1" else ""
     return Comparison(
         doubt=f"the classes are not named as those of {known.title}, so their order cannot be compared with the "
-        f"model's: {first}{ids}; give class_order if that is wrong, or to say that it is right"
+        f"model's: {first}{ids}; if that is wrong, or to say that it is right, {remedy}"
     )
 
 
@@ -187,15 +188,15 @@ def _not_the_same(names: Sequence[str], known: ModelClasses) -> str:
 
 
 def _ordered(
-    names: Sequence[str], positions: Sequence[set[int]], known: ModelClasses, teacher: Teacher, stated: bool
+    names: Sequence[str], positions: Sequence[set[int]], known: ModelClasses, model: str, stated: bool, remedy: str
 ) -> Comparison:
     wrong = next((index for index, found in enumerate(positions) if found and index not in found), None)
     if wrong is None or wrong >= len(known.names):
         return Comparison()
-    line = f"class {wrong} is {names[wrong]} here and {known.shown(wrong)} in {teacher.name}"
+    line = f"class {wrong} is {names[wrong]} here and {known.shown(wrong)} in {model}"
     if stated:
         return Comparison(doubt=f"class_order: {line}; leave class_order as it is only if the model's order is another")
-    return Comparison(f"{line}; give class_order, the names in the order of the model's classes")
+    return Comparison(f"{line}; {remedy}")
 
 
 def as_characters(names: Sequence[str]) -> str:

@@ -111,8 +111,8 @@ def test_folders_are_compared_with_the_names_in_the_models_configuration(folders
     (line,) = told(dataset, knowing("x", "y", "z"))
     assert line == (
         "evaluation.dataset: the classes are not named as those of the model, so their order cannot be compared with "
-        "the model's: class 0 is Ant here and x there, class 1 is cat here and y there; give class_order if that is "
-        "wrong, or to say that it is right"
+        "the model's: class 0 is Ant here and x there, class 1 is cat here and y there; if that is wrong, or to "
+        "say that it is right, give class_order, the names in the order of the model's classes"
     )
     assert refused(dataset, knowing("ant", "cat", "dog")) == (
         "holds honey_bee (not in the model) and lacks dog of the model's classes; a class without images is an empty "
@@ -260,4 +260,6 @@ def test_synsets_in_a_list_are_compared_with_the_names_of_the_model(tmp_path):
     (tmp_path / "list").write_text(f"1.png {SYNSETS[0]}\n")
     dataset = ImageList(root=str(tmp_path / "val"), labels=str(tmp_path / "list"))
     assert told(dataset, teacher(1000)) == []
-    assert refused(dataset, knowing(*SYNSETS[::-1])).startswith("class 0 is n01440764 here and n15075141 in Means; ")
+    assert refused(dataset, knowing(*SYNSETS[::-1])) == (
+        "class 0 is n01440764 here and n15075141 in Means; give numbers in the order of the model's classes"
+    )

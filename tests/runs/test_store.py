@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +191,7 @@ def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path):
 
 # places that cannot be written
 
+EMPTY = SimpleNamespace(network=torch.nn.Module(), quantizers={}, weight_names=tuple)
 ANOTHER = "make room there, make it writable, or choose another folder"
 
 
@@ -200,7 +202,7 @@ ANOTHER = "make room there, make it writable, or choose another folder"
         (lambda path: write_text(path, "text"), "file/run.json", ANOTHER),
         (lambda path: write_tensors(path, {"a": torch.ones(1)}), "file/a.safetensors", ANOTHER),
         (lambda path: write_sheet(path, [("run", torch.zeros(1, 3, 8, 8))]), "folder.png", ANOTHER),
-        (lambda path: save_quantized(None, path, None), "file/run", ANOTHER),
+        (lambda path: save_quantized(EMPTY, path, None), "file/run", ANOTHER),
         (
             lambda path: Store(path).stage("images", "abc", None, None),
             "file/store",
