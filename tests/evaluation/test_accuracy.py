@@ -68,6 +68,13 @@ def test_accuracy_of_a_case_done_by_hand():
     assert accuracy(logits[:, :3], torch.tensor([0, 0, 2, 1])) == {"top1": 75.0}
 
 
+@pytest.mark.parametrize("classes", [6, 7, 20])
+def test_the_five_best_classes_count_and_no_others(classes):
+    logits = torch.arange(float(classes)).flip(0).expand(classes, classes)  # class 0 is the best of each image
+    assert accuracy(logits, torch.arange(classes)) == {"top1": 100 / classes, "top5": 500 / classes}
+    assert accuracy(logits[:5, :5], torch.arange(5)) == {"top1": 20.0}
+
+
 def test_agreement_of_a_case_done_by_hand():
     ours, theirs = torch.tensor([[1.0, 0], [0, 1], [0, 1], [1, 0]]), torch.tensor([[2.0, 1], [2, 1], [1, 2], [3, 0]])
     assert agreement(ours, theirs) == 75.0

@@ -291,6 +291,17 @@ def test_overrides_that_leave_nothing_of_the_label_are_told():
     assert check(recipe, overrides=["quantization.overrides=[{sites=['blocks.*.weight'], bits=8}]"]) == []
 
 
+@pytest.mark.parametrize(("name", "told"), [("test_resnet", True), ("test_vit", False)])
+def test_a_network_without_attention_is_told(name, told):
+    recipe = {"extends": ["images/gaussian_noise", "backends/repq"], "model": {"name": name, "pretrained": False}}
+    recipe["evaluation"] = {"dataset": {"type": "fashion_mnist"}}
+    line = f"no attention was seen in {name}; spdfq is made for vision transformers"
+    assert any(found.startswith(line) for found in check(recipe)) == told
+    loaded = load_recipe(recipe)
+    notes = place(load_teacher(loaded.model, weights=False), loaded.quantization).site_table().get("notes", [])
+    assert any(found.startswith(f"model: {line}") for found in notes) == told
+
+
 def test_a_last_layer_whose_input_is_quantized_before_it_is_noted():
     def placed(model):
         recipe = load_recipe({"extends": [f"models/{model}", "images/gaussian_noise", "backends/minmax"]})
