@@ -1,14 +1,17 @@
 """Attention priors: random maps of one or more bumps on the token grid (SPDFQ, arXiv 2412.16553, section 3.2)."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from attrs import field, frozen, validators
 from einops import rearrange, repeat
 from torch import Tensor
 
+from spdfq.errors import ComponentError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import priors
+from spdfq.runtime.arguments import check_generator, check_size, check_whole
 
 Combine = Literal["sum", "max"]
 # below this, the square of a distance divided by sigma overflows float32
@@ -16,7 +19,7 @@ _NARROWEST = 1e-6
 
 
 @frozen
-class Prior:
+class Prior(Checked):
     """Base class of attention priors. A subclass defines `sample`."""
 
     def sample(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -29,8 +32,11 @@ class Prior:
 
         Returns:
             float32 ``[count, h*w]``, non-negative, each map summing to 1.
+
+        Raises:
+            SpdfqError: an argument of another type.
         """
-        raise TypeError(f"{type(self).__name__} does not define sample")
+        raise ComponentError(f"{type(self).__name__} does not define sample")
 
 
 def _ordered_pair(_: object, __: object, value: tuple[float, float]) -> None:
@@ -54,14 +60,17 @@ class MixturePrior(Prior):
     max_components: int = field(default=5, validator=validators.ge(1))
     sigma: tuple[float, float] = field(default=(0.05, 0.25), validator=_ordered_pair, kw_only=True)
     correlation: float = field(default=0.5, validator=[validators.ge(0.0), validators.lt(1.0)], kw_only=True)
-    combine: Combine = field(default="sum", validator=validators.in_(get_args(Combine)), kw_only=True)
+    combine: Combine = field(default="sum", kw_only=True)
 
     def log_profile(self, squared: Tensor) -> Tensor:
         """Logarithm of a bump's height at a squared Mahalanobis distance from its centre; 0 at the centre."""
-        raise TypeError(f"{type(self).__name__} does not define log_profile")
+        raise ComponentError(f"{type(self).__name__} does not define log_profile")
 
     def sample(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Draw maps; see `Prior.sample`."""
+        check_whole("count", count, 1)
+        check_size("grid", grid)
+        check_generator(generator)
         shape = (count, self.max_components, 1)
         draw = torch.rand(5, *shape, generator=generator)
         low, high = self.sigma

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from spdfq.attention import AttentionRecord, prefix_tokens, record_attention
 from spdfq.errors import DataError, SpdfqError
+from spdfq.recipe.structure import Checked
+from spdfq.runtime.shared_modules import own_hooks
 from spdfq.synth.changes import Change, follow_all
 from spdfq.synth.sources import noise
 from spdfq.teacher import Teacher
@@ -26,7 +28,7 @@ def _ascending(_: Any, __: Any, value: tuple[int, ...]) -> None:
 
 
 @frozen(kw_only=True)
-class TokenPruning:
+class TokenPruning(Checked):
     """Leave out the patches that the class token attends to least (Sparse Model Inversion, arXiv 2510.27186).
 
     The teacher's blocks no longer see these patches, so an iteration costs less and no loss of the model reaches their
@@ -143,11 +145,8 @@ class TokenLayout:
         def gather(_: nn.Module, args: tuple) -> tuple:
             return args[0].gather(1, repeat(chosen, "b n -> b n d", d=args[0].shape[-1])), *args[1:]
 
-        handle = network.get_submodule(self.block).register_forward_pre_hook(gather)
-        try:
+        with own_hooks([(network.get_submodule(self.block).register_forward_pre_hook, gather)]):
             yield
-        finally:
-            handle.remove()
 
     def scores(self, record: AttentionRecord) -> Tensor:
         """``[B, K]``: attention of the class token in the last block, mean over heads."""

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from spdfq.errors import DataError, SpdfqError
 from spdfq.losses.teacher_student import teacher_student_discrepancy
+from spdfq.recipe.structure import Checked
 from spdfq.synth.group_state import strip_prefix
 
 _WEIGHTS, _MOMENTS = "state.", "optimizer."
 
 
 @frozen(kw_only=True)
-class StudentTraining:
+class StudentTraining(Checked):
     """How the quantized student of an adversarial synthesis is trained (PSAQ-ViT V2, arXiv 2209.05687).
 
     The recipe's ``[quantization]`` decides which tensors of the student are quantized. Its steps run until every
