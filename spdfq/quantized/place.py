@@ -167,7 +167,8 @@ def float_warnings(model: QuantizedModel, spec: Quantization) -> list[str]:
 
 def attention_warnings(teacher: Teacher, model: QuantizedModel) -> list[str]:
     """A warning for a network that multiplies no activations with each other, such as a convolutional one."""
-    if any(site.kind in (QUERY, KEY, VALUE, SOFTMAX, PRODUCT) for site in model.sites.values()):
+    attention = any(site.kind in (QUERY, KEY, VALUE, SOFTMAX, PRODUCT) for site in model.sites.values())
+    if attention or model.float_share().unseen:  # what no site accounts for may be attention
         return []
     return [
         f"no attention was seen in {teacher.name}; spdfq is made for vision transformers, and most losses and some "

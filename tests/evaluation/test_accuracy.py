@@ -1,5 +1,6 @@
 """Accuracy on labelled images, unreadable images, and interrupted evaluations."""
 
+import math
 import os
 import signal
 import subprocess
@@ -132,6 +133,14 @@ def test_logits_that_are_not_finite_are_refused(folder):
     owner.module.scale.data.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="fp: the logits of 2 of 2 images are NaN or infinite"):
         evaluated(owner.module, owner, dataset)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_logit_that_is_not_finite_is_enough(folder, value):
+    owner = teacher()
+    owner.module.register_forward_hook(lambda _, __, logits: logits.__setitem__((0, 1), value))
+    with pytest.raises(NonFiniteError, match="fp: the logits of 1 of 2 images are NaN or infinite"):
+        evaluated(owner.module, owner, folder({"a": {"1.png": RED}, "b": {"1.png": RED}}))
 
 
 # damaged images

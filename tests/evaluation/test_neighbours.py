@@ -131,6 +131,7 @@ def test_a_bank_is_for_models_without_a_head_and_they_need_one(spec, teacher, me
 def test_a_bank_with_too_few_images_or_other_classes_is_refused(tmp_path):
     with pytest.raises(DataError, match="has 19 readable images; at least 20 are needed"):
         EVALUATOR.reference(own(), evolve(EVALUATION, bank=evolve(TRAIN, limit=19)), Runtime())
+    EVALUATOR.reference(own(), evolve(EVALUATION, bank=evolve(TRAIN, limit=20)), Runtime())
     (tmp_path / "only").mkdir()
     with pytest.raises(DataError, match=r"evaluation.bank: has 1 classes, evaluation.dataset 10"):
         EVALUATOR.reference(own(), evolve(EVALUATION, bank=ImageFolder(root=str(tmp_path))), Runtime())
@@ -182,3 +183,5 @@ def test_a_bank_of_bare_numbers_has_the_classes_of_the_dataset():
     assert found.logits.shape == (40, 10)
     with pytest.raises(DataError, match=r"evaluation.bank: has label 9, but the other one's classes are 0 to 4"):
         neighbours._check_labels(5, torch.tensor([9]), torch.tensor([4]))
+    with pytest.raises(DataError, match=r"evaluation.dataset: has label 5, but the other one's classes are 0 to 4"):
+        neighbours._check_labels(5, torch.tensor([4]), torch.tensor([5]))

@@ -188,10 +188,10 @@ def test_dropping_changes_what_is_learned_and_is_decided_by_the_seed(spec):
 
 
 def test_scales_are_learned_where_a_rate_is_given():
-    chosen, still = teacher("vit"), Blockwise(iterations=30, lr=1e-9, batch=BATCH)
+    chosen, still = teacher("vit"), Blockwise(iterations=10, lr=1e-9, batch=BATCH)
     model = quantized(chosen, UNIFORM)
     before, error = state_of(model), off_after_a_block(model, chosen)
-    reconstruct(model, chosen, evolve(still, scale_lr=5e-3))
+    reconstruct(model, chosen, evolve(still, scale_lr=2e-2))
     scales = {name for name in changed(model, before) if "_quantizer" in name}
     assert scales == {
         f"{name}_quantizer.scale"
