@@ -65,7 +65,13 @@ def evaluate(folder: Path, overrides: tuple[str, ...], device: str | None, quiet
     from spdfq.runs import pipeline
     from spdfq.runtime.ranks import join
 
-    metrics = pipeline.evaluate_run(folder, overrides=overrides, device=device, progress=options.progress(quiet))
+    metrics = pipeline.evaluate_run(
+        folder,
+        overrides=overrides,
+        device=device,
+        progress=options.progress(quiet),
+        announce=options.announce(quiet),
+    )
     if not join().leads:
         return
     if as_json:

@@ -1,6 +1,9 @@
 """Errors whose message tells a user what to do; the command line prints only the message and exits with 2."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class SpdfqError(Exception):
@@ -27,6 +30,10 @@ class DataError(SpdfqError):
     """Images, weights or checkpoints that are missing, damaged or of the wrong type."""
 
 
+class MissingDataError(DataError):
+    """A file or folder of images or labels that does not exist."""
+
+
 class NonFiniteError(SpdfqError):
     """A loss, gradient or observed value that is NaN or infinite."""
 
@@ -36,3 +43,17 @@ def is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     full = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
     return isinstance(error, full) or "DefaultCPUAllocator" in str(error) or "CUDA error: out of memory" in str(error)
+
+
+@contextmanager
+def writing(place: Path, remedy: str = "make room there, make it writable, or choose another folder") -> Iterator[None]:
+    """Turn a refusal of the operating system to write into one line.
+
+    Raises:
+        DataError: it refused; the message names the place, the reason and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        raise DataError(f"{place}: cannot be written ({reason}); {remedy}") from None

@@ -20,7 +20,9 @@ from spdfq.data.shards import stamp
 from spdfq.errors import DataError
 from spdfq.registry import datasets
 from spdfq.teacher import Teacher
+from spdfq.teacher.architectures import first_line
 
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's modes of 8 bits, by the channels of a model
 _RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these formats, but cannot load their pixels
 
 
@@ -96,9 +98,14 @@ class DecodedImages(LabelledImages):
         """The images, resized, cropped and normalised as timm does for evaluation; see `LabelledImages.batches`.
 
         Raises:
-            DataError: the dataset does not exist, an image cannot be read and ``damaged`` is ``refuse``, or a worker
-                was killed.
+            DataError: the dataset does not exist, an image cannot be read and ``damaged`` is ``refuse``, a worker was
+                killed, or the teacher takes more than 4 channels.
         """
+        if teacher.input_size[0] not in _MODES:
+            raise DataError(
+                f"{self.title}: gives 1 to 4 channels (grey, grey and alpha, RGB, RGBA), but {teacher.name} takes "
+                f"{teacher.input_size[0]}; write a dataset of your own"
+            )
         entries = self.used()
         asked = entries if indices is None else [entries[index] for index in indices]
         decoded = _DecodedDataset(asked, self.reader(), _transform(teacher), teacher.input_size)
@@ -109,7 +116,7 @@ class DecodedImages(LabelledImages):
                     f"{self.title}: {unreadable[0].name}: not a readable image ({unreadable[0].reason}); replace it, "
                     "or set damaged = 'skip'"
                 )
-            yield Batch(images, labels, tuple(image.name for image in unreadable))
+            yield Batch(images, labels, tuple(f"{image.name} ({image.reason})" for image in unreadable))
 
     def fingerprint(self) -> str:
         """A hash of the names and labels of the images used, and of the sizes and modification times of their files."""
@@ -152,11 +159,14 @@ class DecodedImages(LabelledImages):
         """
         if self.classes is not None:
             return super().check_classes(teacher)
-        worst = max(self.entries(), key=lambda entry: entry.label)
+        entries = self.entries()
+        worst = max(entries, key=lambda entry: entry.label)
         if worst.label >= teacher.num_classes:
+            from_one = worst.label == teacher.num_classes and min(entry.label for entry in entries) == 1
             raise DataError(
                 f"evaluation.dataset: {worst.name} has label {worst.label}, but the classes of {teacher.name} are 0 to "
-                f"{teacher.num_classes - 1}; labels are positions in the model's list of classes"
+                f"{teacher.num_classes - 1}; labels are positions in the model's list of classes, counted from 0"
+                + (", and these seem to be counted from 1" if from_one else "")
             )
 
     def _report_killed_worker(self, loader: DataLoader) -> Iterator[Any]:
@@ -217,15 +227,13 @@ class _DecodedDataset(Dataset):
         entry = self.entries[index]
         try:
             with Image.open(self.read(entry.location)) as image:
-                if image.mode.startswith(("I", "F")):  # their range is unknown, and Pillow would clip them at 255
-                    return Unreadable(
-                        entry.name, f"{image.mode} pixels instead of 8 bits per channel; convert it first"
-                    )
-                return self.transform(image.convert("L" if self.size[0] == 1 else "RGB")), entry.label
+                return self.transform(_pixels(image, _MODES[self.size[0]])), entry.label
         except UnidentifiedImageError:
             return Unreadable(entry.name, "not an image format that Pillow knows")
+        except DataError as error:
+            return Unreadable(entry.name, str(error))
         except Exception as error:  # decoders raise all kinds of errors for broken data
-            return Unreadable(entry.name, f"{type(error).__name__}: {error}")
+            return Unreadable(entry.name, first_line(error))
 
     def collate(self, items: list[tuple[Tensor, int] | Unreadable]) -> tuple[Tensor, Tensor, list[Unreadable]]:
         """Images ``[b, C, H, W]`` and labels ``[b]`` of the readable items, and the unreadable items."""
@@ -233,3 +241,21 @@ class _DecodedDataset(Dataset):
         images = torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0, *self.size)
         labels = torch.tensor([label for _, label in pairs], dtype=torch.long)
         return images, labels, [item for item in items if isinstance(item, Unreadable)]
+
+
+def _pixels(image: Any, mode: str) -> Any:
+    """An opened image in a mode of 8 bits per channel.
+
+    Raises:
+        DataError: the image does not say which value is white, or has no alpha channel for a mode that needs one.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if image.format == "PNG" and image.mode.startswith("I"):  # 16 bits, and 65,535 is white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
+        raise DataError(f"{image.mode} pixels instead of 8 bits per channel; convert it first")
+    if mode.endswith("A") and not image.has_transparency_data:
+        raise DataError(f"no alpha channel, but the model takes {len(mode)} channels: {mode}")
+    return image.convert(mode)

@@ -9,7 +9,7 @@ import torch
 from attrs import astuple
 from torch import Tensor, nn
 
-from spdfq.errors import DataError, ModelError, SpdfqError
+from spdfq.errors import DataError, ModelError, SpdfqError, writing
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.multiplications import Multiplications
 from spdfq.quantized.sites import WEIGHT, Site
@@ -20,6 +20,7 @@ from spdfq.recipe.structure import structure, unstructure
 from spdfq.registry import quantizers
 from spdfq.runtime.files import read_tensors, write_tensors, write_text
 from spdfq.teacher import Teacher, load_teacher
+from spdfq.teacher.state import extra_states, persistent_tensors
 
 FORMAT = 1
 TENSORS, CONFIG = "model.safetensors", "config.json"
@@ -39,12 +40,18 @@ def save_quantized(
         recipe: the resolved recipe, stored as information; its ``model`` section says how to build the network.
 
     Raises:
-        DataError: the model is in another precision, or has a weight that is NaN.
+        DataError: the model is in another precision, has a weight that is NaN, or a tensor of a type that safetensors
+            does not store.
+        ModelError: a tensor is sparse, quantized or without a shape, or extra state is not plain data.
         SpdfqError: a quantizer was not calibrated.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / TENSORS, _packed(model))
+    packed, extra = _packed(model), extra_states(model.network)
+    plain = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
+    packed |= {_extra(name): value for name, value in extra.items() if name not in plain}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / TENSORS, packed)
     config = {
         "format": FORMAT,
         "teacher": {field: getattr(teacher, field) for field in _TEACHER_FIELDS},
@@ -53,6 +60,7 @@ def save_quantized(
         "leftovers": model.leftovers,
         "biases": model.biases,
         "multiplications": [astuple(product) for product in model.multiplications],
+        "extra_states": plain,
         "recipe": recipe or {},
         "tensors_sha256": _file_digest(folder / TENSORS),
     }
@@ -91,7 +99,7 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
         for name, operator, operands, count in config.get("multiplications", [])  # missing in older files
     ]
     model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases, counted)
-    _fill(model, tensors, folder)
+    _fill(model, tensors, config.get("extra_states", {}), folder)
     return model, teacher, config["recipe"]
 
 
@@ -120,21 +128,16 @@ def _packed(model: QuantizedModel) -> dict[str, Tensor]:
     for name in weights:
         quantizer = model.quantizers[name]
         tensors[f"{name}.codes"] = pack(quantizer.codes(model.weight(name)), quantizer.bits)
-    owned = {name for name, _ in model.network.named_parameters()} | _float_buffers(model)
-    state = model.network.state_dict()
-    return tensors | {name: state[name].clone() for name in owned if name not in weights}
+    own = persistent_tensors(model.network)
+    for name, tensor in own.items():
+        if tensor.is_complex() and tensor.dtype != torch.complex64:
+            raise DataError(f"{name}: is {tensor.dtype}, which safetensors does not store; convert it to complex64")
+    return tensors | {name: tensor.clone() for name, tensor in own.items() if name not in weights}
 
 
-def _float_buffers(model: QuantizedModel) -> set[str]:
-    """Names of the buffers in the state dict that do not belong to a quantizer."""
-    own = {id(module) for module in model.quantizers.values()}
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.network.named_modules()
-        if id(module) not in own
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
+def _extra(module: str) -> str:
+    """The name of a module's extra state in its network's state dict."""
+    return f"{module}._extra_state" if module else "_extra_state"
 
 
 def verified(folder: str | Path) -> dict[str, Any]:
@@ -201,9 +204,10 @@ def _built_quantizer(name: str, table: dict[str, Any], folder: str | Path) -> Qu
     return built
 
 
-def _fill(model: QuantizedModel, tensors: dict[str, Tensor], folder: str | Path) -> None:
-    """Puts the stored tensors into a newly built model; all of them must be used."""
-    left = dict(tensors)
+@torch.no_grad()
+def _fill(model: QuantizedModel, tensors: dict[str, Tensor], plain: dict[str, Any], folder: str | Path) -> None:
+    """Puts the stored tensors and extra states into a newly built model; all of them must be used."""
+    left: dict[str, Any] = dict(tensors)
     try:
         for name, quantizer in model.quantizers.items():
             quantizer.restore({key: left.pop(f"{name}.{key}") for key in quantizer.stores})
@@ -213,10 +217,17 @@ def _fill(model: QuantizedModel, tensors: dict[str, Tensor], folder: str | Path)
             weights[name] = quantizer.decode(unpack(left.pop(f"{name}.codes"), quantizer.bits, shape))
     except KeyError as error:
         raise DataError(f"{folder}: {error.args[0]} is missing; save the model again") from None
-    state = model.network.state_dict()
-    wanted = {name for name, _ in model.network.named_parameters()} | _float_buffers(model)
+    left |= {_extra(name): value for name, value in plain.items()}
+    own = persistent_tensors(model.network)
+    extra = {_extra(name): name for name in extra_states(model.network)}
+    wanted = own.keys() | extra.keys()
     stray = (wanted - left.keys() - weights.keys()) | (left.keys() - wanted)
-    stray |= {name for name in left.keys() & wanted if left[name].shape != state[name].shape}
+    stray |= {name for name in left.keys() & own.keys() if left[name].shape != own[name].shape}
     if stray:
         raise ModelError(_NO_FIT.format(folder, min(stray)))
-    model.network.load_state_dict({**left, **weights}, strict=False)
+    for name, module in extra.items():
+        model.network.get_submodule(module).set_extra_state(left.pop(name))
+    for name, tensor in left.items():
+        own[name].copy_(tensor)
+    for name, tensor in weights.items():
+        model.weight(name).copy_(tensor)

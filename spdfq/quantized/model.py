@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spdfq.errors import ModelError, SpdfqError, is_out_of_memory
@@ -14,6 +15,7 @@ from spdfq.quantized.visiting import OnProduct, Visit, ignore, visit_sites
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.affine import AffineQuantizer
 from spdfq.registry import quantizers as registered_quantizers
+from spdfq.teacher.architectures import first_line
 
 UNSEEN = "product that no site accounts for"
 # smaller products, such as the angles of a rotary embedding, count in the share and are not listed
@@ -23,9 +25,8 @@ _LISTED_PERCENT = 0.01
 class QuantizedModel(nn.Module):
     """A fake-quantized copy of a network: the tensors at its sites pass quantizers before they are used.
 
-    The network keeps its modules and attributes. A quantizer is a child of the module that multiplies, so its state is
-    called ``network.blocks.0.attn.qkv.weight_quantizer.scale``. (A Sequential would run the quantizer as a layer; there
-    the quantizer is a child of this model.)
+    The network keeps its modules, attributes and names. The quantizers are children of this model: a module of the
+    network could run one as a layer, or have a child of its own under the same name.
 
     Args:
         network: a float model; it is copied and not changed.
@@ -48,6 +49,7 @@ class QuantizedModel(nn.Module):
         super().__init__()
         self.network = _copied(network).eval().requires_grad_(False)
         self.sites, self.quantizers, self.leftovers = sites, dict(quantizers), leftovers
+        self.site_quantizers = nn.ModuleDict()
         self.biases: list[str] = []
         self.notes: list[str] = []
         self.multiplications = list(multiplications)
@@ -124,12 +126,19 @@ class QuantizedModel(nn.Module):
     def replace_quantizer(self, name: str, quantizer: Quantizer) -> None:
         """Gives a site a new quantizer."""
         self.quantizers[name] = quantizer
-        owner, _, leaf = name.rpartition(".")
-        module = self.network.get_submodule(owner)
-        if isinstance(module, nn.Sequential):  # it would run the quantizer as one of its layers
-            self.add_module(f"{name}_quantizer".replace(".", "_"), quantizer)
-        else:
-            module.add_module(f"{leaf}_quantizer", quantizer)
+        self.site_quantizers[f"{name}_quantizer".replace(".", "/")] = quantizer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that steps can change, by name and not copied: parameters, and the tensors of frozen quantizers.
+
+        A shared parameter has each of its names. Tensors of quantizers are called
+        ``blocks.0.attn.qkv.weight_quantizer.scale``.
+        """
+        found: dict[str, Tensor] = dict(self.network.named_parameters(remove_duplicate=False))
+        for name, quantizer in self.quantizers.items():
+            if quantizer.frozen:
+                found |= {f"{name}_quantizer.{key}": tensor for key, tensor in quantizer.tensors().items()}
+        return found
 
     def note(self, step: str, lines: Iterable[str]) -> None:
         """Keeps lines about what a step left undone, and why, for ``sites.json``."""
@@ -184,15 +193,23 @@ class QuantizedModel(nn.Module):
 
 
 def _copied(network: nn.Module) -> nn.Module:
+    """A copy of a network, in which no two numbers of a buffer share memory, so that all of them can be restored."""
+    # a tensor with a graph cannot be copied; the hooks of `torch.nn.utils.weight_norm` leave one
+    attributes = [value for part in network.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    memo = {id(value): value.detach().clone() for value in attributes if not value.is_leaf}
     try:
-        return copy.deepcopy(network)
-    except Exception as error:  # whatever the attributes of the module raise
+        copied = copy.deepcopy(network, memo)
+    except Exception as error:  # whatever the network's attributes raise
         if is_out_of_memory(error):
             raise
         raise ModelError(
-            f"{type(network).__name__}: cannot be copied ({error}); an attribute of one of its modules is in the way, "
-            "such as a scripted function: take it out of the module"
+            f"{type(network).__name__}: cannot be copied ({first_line(error)}); remove the attribute that cannot"
         ) from None
+    for part in copied.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.layout == torch.strided and not buffer.is_contiguous():
+                setattr(part, name, buffer.contiguous())
+    return copied
 
 
 def _description(kind: str) -> str:

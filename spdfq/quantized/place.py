@@ -8,7 +8,7 @@ import torch
 
 from spdfq.errors import RecipeError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.sites import GELU, INPUT, POINTS, SOFTMAX, WEIGHT, Site, input_site
+from spdfq.quantized.sites import GELU, INPUT, KEY, POINTS, PRODUCT, QUERY, SOFTMAX, VALUE, WEIGHT, Site, input_site
 from spdfq.quantized.visiting import count_multiplications, find_sites
 from spdfq.quantizers import Quantizer
 from spdfq.recipe import Override, Quantization
@@ -45,6 +45,7 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
     model = QuantizedModel(teacher.module, sites, quantizers, leftovers, (), multiplications).to(teacher.device)
     if spec.gelu is not None and not any(sites[name].maker == GELU for name in quantizers):
         model.note("gelu", ["no quantized site has the output of a GELU"])
+    model.note("model", attention_warnings(teacher, model))
     model.note("overrides", _inputs_quantized_earlier(teacher, spec, model))
     return model
 
@@ -162,6 +163,16 @@ def float_warnings(model: QuantizedModel, spec: Quantization) -> list[str]:
             f"stays in float, so the model may not be {spec.label} throughout"
         )
     return lines
+
+
+def attention_warnings(teacher: Teacher, model: QuantizedModel) -> list[str]:
+    """A warning for a network that multiplies no activations with each other, such as a convolutional one."""
+    if any(site.kind in (QUERY, KEY, VALUE, SOFTMAX, PRODUCT) for site in model.sites.values()):
+        return []
+    return [
+        f"no attention was seen in {teacher.name}; spdfq is made for vision transformers, and most losses and some "
+        "back-end steps need attention or LayerNorms"
+    ]
 
 
 def _inputs_quantized_earlier(teacher: Teacher, spec: Quantization, model: QuantizedModel) -> list[str]:

@@ -31,7 +31,8 @@ class ModelSpec(Checked):
     """The teacher: a timm name, or ``bundled:vit_fmnist``, or a timm architecture with a local checkpoint.
 
     Args:
-        name: timm model name with its tag, or ``bundled:`` and the name of a bundled model.
+        name: timm model name with its tag; or ``bundled:`` and the name of a bundled model, ``hf-hub:owner/name`` for a
+            timm model on the Hugging Face hub, ``local-dir:`` and a folder that timm's ``save_for_hf`` wrote.
         pretrained: download timm's weights from the hub (ignored for bundled models and local checkpoints).
         checkpoint: safetensors file with local weights, used instead of the hub's.
         num_classes: number of classes of the head, if it differs from the architecture's default; 0 removes the head.

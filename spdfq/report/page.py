@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from spdfq.errors import DataError
+from spdfq.errors import DataError, writing
 from spdfq.report.curves import curves
 from spdfq.report.image_quality import MEASURES_FILE, quality_section
 from spdfq.report.pictures import SHOWN
@@ -30,7 +30,7 @@ def write_report(folder: Path) -> Path:
         The path of the page.
 
     Raises:
-        DataError: ``run.json`` is missing, or a file of the folder is damaged.
+        DataError: ``run.json`` is missing, a file of the folder is damaged, or the page cannot be written.
     """
     run = _read_json(folder / "run.json")
     if run is None:
@@ -42,7 +42,8 @@ def write_report(folder: Path) -> Path:
             f"{folder}: run.json, sites.json or {MEASURES_FILE} lacks {error}; run the recipe again with --fresh"
         ) from None
     path = folder / "report.html"
-    path.write_text(_templates().get_template("page.html").render(content), encoding="utf-8")
+    with writing(path):
+        path.write_text(_templates().get_template("page.html").render(content), encoding="utf-8")
     return path
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from attrs import asdict, define, field, frozen
 
-from spdfq.errors import SpdfqError
-from spdfq.evaluation.accuracy import accuracy, left_out
+from spdfq.errors import SpdfqError, writing
+from spdfq.evaluation.accuracy import accuracy, another_order, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.evaluation.published import check_full_precision
 from spdfq.quantized.checkpoint import load_checkpoint
@@ -18,7 +18,7 @@ from spdfq.quantized.place import place
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.report import write_pictures, write_report
 from spdfq.report.image_quality import MEASURES_FILE
-from spdfq.runs.checks import check_fit, checked_teacher, placed, refuse_own_recipe
+from spdfq.runs.checks import check_classes, check_fit, checked_teacher, placed, refuse_own_recipe
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
 from spdfq.runs.forecast import Forecast
 from spdfq.runs.record import facts, now
@@ -52,7 +52,7 @@ class RunResult:
         folder: the run folder.
         recipe: as it was run.
         metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher in percent, the
-            number of ``images`` that could be read, and the names of the ``damaged`` ones that could not; for a model
+            number of ``images`` that could be read, and the ``damaged`` ones that could not, with reasons; for a model
             without a head k-NN top-1, and ``similarity``, the mean cosine of its features to the teacher's.
         controls: metrics of each control, by its name.
         stages: seconds, key, and whether it was reused, for each stage.
@@ -121,7 +121,7 @@ def run(
 def check(
     source: Recipe | str | Path | dict[str, Any], *, overrides: Iterable[str] = (), seed: int | None = None
 ) -> list[str]:
-    """Check everything that can be checked without weights and data.
+    """Check everything that can be checked without weights and data, and the classes if the data are there.
 
     Returns:
         The warnings.
@@ -141,7 +141,12 @@ def percent_in_float(source: Recipe | str | Path | dict[str, Any], *, overrides:
 
 @own_threads()
 def evaluate_run(
-    folder: str | Path, *, overrides: Iterable[str] = (), device: str | None = None, progress: Progress = silent
+    folder: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    device: str | None = None,
+    progress: Progress = silent,
+    announce: Announce = lambda line: None,
 ) -> dict[str, Any]:
     """Measure the saved model of a run again, on the run's own evaluation section or a changed one.
 
@@ -152,6 +157,7 @@ def evaluate_run(
         overrides: ``evaluation.key=value`` or ``runtime.key=value`` pairs; the model itself does not change.
         device: replaces ``runtime.device``.
         progress: see `spdfq.runtime.Runtime`.
+        announce: called with one line for each warning.
 
     Returns:
         The metrics, as in `RunResult`.
@@ -171,8 +177,12 @@ def evaluate_run(
     key = stage_key(fingerprint, saved, evaluation_key(recipe), runtime.device.type)
     teacher.module.to(runtime.device)
     evaluator.check(spec, teacher)
+    for line in check_classes(recipe, teacher) if ranks.leads else ():
+        announce(f"warning: {line}")
     with store_beside(Path(folder), ranks=ranks).unfinished("again", key) as state:
         fp = evaluator.reference(teacher, spec, runtime, state / "fp")
+        if ranks.leads and not teacher.headless and (doubt := another_order(fp.logits, fp.labels)):
+            announce(f"warning: evaluation.dataset: {doubt}")
         return evaluator.measure(model.to(runtime.device), teacher, spec, runtime, fp, state / "quantized")
 
 
@@ -280,6 +290,8 @@ class _Run:
             self._warn(f"evaluation.dataset: {left_out(fp.damaged)}")
         if line := check_full_precision(work.recipe, work.teacher, fp.logits, fp.labels):
             self.announce(line)
+        if not work.teacher.headless and (line := another_order(fp.logits, fp.labels)):
+            self._warn(f"evaluation.dataset: {line}")
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)
@@ -293,10 +305,11 @@ class _Run:
         images, stored = work.results[ImagesStage.name], work.results[QuantizeStage.name]
         write_text(folder / "recipe.toml", to_toml(work.recipe.to_dict()))
         images.save(folder / "synthetic.safetensors")
-        write_pictures(folder, images, work.teacher)
-        (folder / MEASURES_FILE).unlink(missing_ok=True)  # measured on the images that were here before
-        shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
-        shutil.copy(stored / "sites.json", folder / "sites.json")
+        with writing(folder, "make its files writable, or choose another --out"):
+            write_pictures(folder, images, work.teacher)
+            (folder / MEASURES_FILE).unlink(missing_ok=True)  # measured on the images that were here before
+            shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
+            shutil.copy(stored / "sites.json", folder / "sites.json")
 
     def _write_record(self, controls: dict[str, Work]) -> None:
         """Write ``run.json`` and the report; other processes wait until they are there."""

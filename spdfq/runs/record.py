@@ -15,6 +15,7 @@ from spdfq.recipe.structure import unstructure
 from spdfq.runs.provenance import device_name, git_commit, versions
 from spdfq.runs.stages import EvaluateStage, ImagesStage, QuantizeStage, Work
 from spdfq.runs.store import StageRecord
+from spdfq.teacher.state import persistent_tensors
 
 
 def now() -> str:
@@ -63,7 +64,7 @@ def facts(
             "std": list(teacher.std),
         },
         "size": {
-            "float": sum(tensor.numel() * tensor.element_size() for tensor in teacher.module.state_dict().values()),
+            "float": sum(tensor.nbytes for tensor in persistent_tensors(teacher.module).values()),
             "quantized": (work.results[QuantizeStage.name] / "quantized" / TENSORS).stat().st_size,
         },
         "images": _images(work),

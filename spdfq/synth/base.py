@@ -31,7 +31,7 @@ class SyntheticImages:
         prior: ``[m, blocks, h, w]`` attention priors of the first images' first head; empty if there are none.
         reached: the attention that was reached, of the same shape.
         first_block: index of the first block of ``prior``.
-        damaged: names of real images that were drawn but could not be read.
+        damaged: real images that were drawn but could not be read, with reasons.
     """
 
     images: Tensor

@@ -1,8 +1,10 @@
 """The teacher: a pretrained transformer with the normalisation and size of its input."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from spdfq.errors import ModelError, is_out_of_memory
 from spdfq.recipe import ModelSpec
 from spdfq.teacher.architectures import build, first_line
+from spdfq.teacher.state import check_dense, extra_states
 
 
 def _floats(values: Iterable[Any]) -> tuple[float, ...]:
@@ -119,10 +122,19 @@ class Teacher:
                 parameter.requires_grad_(flag)
 
     def fingerprint(self) -> str:
-        """A hash of the module's printed architecture, of every weight and of the input description."""
+        """A hash of the module's printed architecture, of all parameters, buffers and extra state, and of the input.
+
+        Raises:
+            ModelError: a tensor is sparse, quantized or without a shape, or extra state is not plain data.
+        """
         described = (str(self.module), self.mean, self.std, self.num_classes, self.input_size, self.crop_pct)
         state = hashlib.sha256(repr((*described, self.interpolation, self.crop_mode)).encode())
-        for name, tensor in self.module.state_dict().items():
+        extra = extra_states(self.module)
+        tensors = {f"{name}:": value for name, value in extra.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
+        state.update(json.dumps(plain, sort_keys=True).encode())
+        for name, tensor in chain(self.module.named_parameters(), self.module.named_buffers(), tensors.items()):
+            check_dense(name, tensor)
             state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()[:20]

@@ -117,7 +117,7 @@ def test_a_scripted_function_is_counted_and_named():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_a_model_that_cannot_be_copied_is_refused_in_one_line():
-    with pytest.raises(ModelError, match=r"VisionTransformer: cannot be copied .* such as a scripted function"):
+    with pytest.raises(ModelError, match=r"VisionTransformer: cannot be copied .* remove the attribute"):
         quantized(teacher_of(vit_with(torch.jit.script(_scripted))))
 
 

@@ -71,7 +71,7 @@ def taken(step, model, chosen, **changes):
 
 
 def state_of(model):
-    return {name: value.detach().clone() for name, value in model.network.state_dict().items()}
+    return {name: value.detach().clone() for name, value in model.tensors().items()}
 
 
 class Interrupted(Exception):

@@ -139,6 +139,34 @@ def test_the_fingerprint_follows_weights_architecture_and_input_description():
     assert len(known) == 6
 
 
+def test_the_fingerprint_follows_what_is_not_in_the_state_dict():
+    class Extra(Linear):
+        def __init__(self):
+            super().__init__()
+            self.extra = {"step": 1}
+
+        def get_extra_state(self):
+            return self.extra
+
+    def printed(**changes):
+        torch.manual_seed(0)
+        module = Extra()
+        module.register_buffer("made", torch.zeros(1).expand(3), persistent=False)
+        module.register_state_dict_post_hook(lambda _, state, *__: state.clear())
+        for name, value in changes.items():
+            setattr(module, name, value)
+        return Teacher(module, mean=(0, 0), std=(1, 1), num_classes=3, input_size=(2, 4, 4)).fingerprint()
+
+    changes = [{}, {"made": torch.ones(3)}, {"extra": {"step": 2}}, {"extra": None}, {"extra": torch.ones(2)}]
+    found = [printed(**change) for change in changes]
+    assert found == [printed(**change) for change in changes]
+    assert len(set(found)) == len(changes)
+    with pytest.raises(ModelError, match=r"^Extra: get_extra_state returns a object that only pickle"):
+        printed(extra=object())
+    with pytest.raises(ModelError, match=r"^made: is sparse or quantized"):
+        printed(made=torch.eye(3).to_sparse())
+
+
 def test_two_depths_of_one_architecture_differ_in_fingerprint():
     shallow, deep = (Teacher(build("vit", depth=n), mean=[0] * 3, std=[1] * 3, num_classes=10) for n in (1, 2))
     assert shallow.fingerprint() != deep.fingerprint()

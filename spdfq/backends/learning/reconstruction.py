@@ -135,7 +135,7 @@ class Reconstruction(Step, ABC):
             SpdfqError: a site was not calibrated.
         """
         model.check_calibrated()
-        finished = FinishedParts.of(model.network, calibration, self.name)
+        finished = FinishedParts.of(model, calibration, self.name)
         with calibration.teacher.frozen() as float_network:
             calls = block_calls(float_network, block_names(model), calibration.images[:1])
             teacher = Propagation(float_network, calibration.images, self.batch)

@@ -218,13 +218,13 @@ def test_a_block_that_runs_twice_is_reconstructed_once(watched):
 @pytest.mark.parametrize("biases", [False, True])
 def test_the_quantized_weights_of_the_blocks_are_learned_and_nothing_else(biases):
     model = quantized("vit")
-    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    before = {name: value.clone() for name, value in model.tensors().items()}
     reconstruct(model, teacher("vit"), evolve(STEP, biases=biases))
     layers = [
         f"{block}.{layer}" for block in BLOCKS["vit"] for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     ]
     learned = {f"{layer}.{leaf}" for layer in layers for leaf in (("weight", "bias") if biases else ("weight",))}
-    changed = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {name for name, value in model.tensors().items() if not torch.equal(value, before[name])}
     assert changed == learned
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.network.parameters())
 
