@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class SpdfqError(Exception):
@@ -43,6 +44,14 @@ def is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     full = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
     return isinstance(error, full) or "DefaultCPUAllocator" in str(error) or "CUDA error: out of memory" in str(error)
+
+
+def shown(value: Any) -> str:
+    """A wrong argument in a few words, for an error message: a short value itself, otherwise its type."""
+    text = repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return text if len(text) <= 40 and "\n" not in text else type(value).__name__
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from spdfq.registry import REGISTRIES
 
 PUBLIC = {
     "spdfq": """
-        Recipe RunResult SpdfqError Teacher load_quantized load_recipe load_teacher quantize run synthesize
+        Recipe RunResult SpdfqError Teacher evaluate load_quantized load_recipe load_teacher quantize run synthesize
     """,
     "spdfq.backends": """
         AdaLog AdaRound Blockwise Calibrate Calibration Distill PowerOfTwoFactors RepQ Ridge Step quantize
@@ -45,7 +45,8 @@ PUBLIC = {
         check_sheet write_pictures write_report write_sheet
     """,
     "spdfq.runtime": """
-        Advance Draws Progress RichProgress Runtime generator make_runtime own_threads pick_device pick_precision silent
+        Advance Draws Progress RichProgress Runtime generator make_runtime own_threads pick_device pick_precision
+        pick_progress silent
     """,
     "spdfq.teacher": """
         Teacher evaluation_mode load_teacher

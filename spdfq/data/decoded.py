@@ -22,7 +22,6 @@ from spdfq.registry import datasets
 from spdfq.teacher import Teacher
 from spdfq.teacher.architectures import first_line
 
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's modes of 8 bits, by the channels of a model
 _RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these formats, but cannot load their pixels
 
 
@@ -101,14 +100,9 @@ class DecodedImages(LabelledImages):
             DataError: the dataset does not exist, an image cannot be read and ``damaged`` is ``refuse``, a worker was
                 killed, or the teacher takes more than 4 channels.
         """
-        if teacher.input_size[0] not in _MODES:
-            raise DataError(
-                f"{self.title}: gives 1 to 4 channels (grey, grey and alpha, RGB, RGBA), but {teacher.name} takes "
-                f"{teacher.input_size[0]}; write a dataset of your own"
-            )
         entries = self.used()
         asked = entries if indices is None else [entries[index] for index in indices]
-        decoded = _DecodedDataset(asked, self.reader(), _transform(teacher), teacher.input_size)
+        decoded = _DecodedDataset(asked, self.reader(), teacher.transform(), teacher.input_size)
         loader = DataLoader(decoded, batch, num_workers=self.workers, collate_fn=decoded.collate)
         for images, labels, unreadable in self._report_killed_worker(loader):
             if unreadable and self.damaged == "refuse":
@@ -197,20 +191,6 @@ def _start(loader: DataLoader) -> Iterator[Any]:
     return batches
 
 
-def _transform(teacher: Teacher) -> Callable[[Any], Tensor]:
-    from timm.data import create_transform
-
-    return create_transform(
-        teacher.input_size,
-        is_training=False,
-        mean=teacher.mean,
-        std=teacher.std,
-        crop_pct=teacher.crop_pct,
-        crop_mode=teacher.crop_mode,
-        interpolation=teacher.interpolation,
-    )
-
-
 @frozen
 class _DecodedDataset(Dataset):
     entries: list[Entry]
@@ -227,7 +207,7 @@ class _DecodedDataset(Dataset):
         entry = self.entries[index]
         try:
             with Image.open(self.read(entry.location)) as image:
-                return self.transform(_pixels(image, _MODES[self.size[0]])), entry.label
+                return self.transform(image), entry.label
         except UnidentifiedImageError:
             return Unreadable(entry.name, "not an image format that Pillow knows")
         except DataError as error:
@@ -241,21 +221,3 @@ class _DecodedDataset(Dataset):
         images = torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0, *self.size)
         labels = torch.tensor([label for _, label in pairs], dtype=torch.long)
         return images, labels, [item for item in items if isinstance(item, Unreadable)]
-
-
-def _pixels(image: Any, mode: str) -> Any:
-    """An opened image in a mode of 8 bits per channel.
-
-    Raises:
-        DataError: the image does not say which value is white, or has no alpha channel for a mode that needs one.
-    """
-    import numpy as np
-    from PIL import Image
-
-    if image.format == "PNG" and image.mode.startswith("I"):  # 16 bits, and 65,535 is white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
-        raise DataError(f"{image.mode} pixels instead of 8 bits per channel; convert it first")
-    if mode.endswith("A") and not image.has_transparency_data:
-        raise DataError(f"no alpha channel, but the model takes {len(mode)} channels: {mode}")
-    return image.convert(mode)

@@ -9,7 +9,7 @@ import torch
 from attrs import astuple
 from torch import Tensor, nn
 
-from spdfq.errors import DataError, ModelError, SpdfqError, writing
+from spdfq.errors import DataError, ModelError, SpdfqError, shown, writing
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.multiplications import Multiplications
 from spdfq.quantized.sites import WEIGHT, Site
@@ -20,6 +20,7 @@ from spdfq.recipe.structure import structure, unstructure
 from spdfq.registry import quantizers
 from spdfq.runtime.files import read_tensors, write_tensors, write_text
 from spdfq.teacher import Teacher, load_teacher
+from spdfq.teacher.description import check_module
 from spdfq.teacher.state import extra_states, persistent_tensors
 
 FORMAT = 1
@@ -54,7 +55,7 @@ def save_quantized(
     write_tensors(folder / TENSORS, packed)
     config = {
         "format": FORMAT,
-        "teacher": {field: getattr(teacher, field) for field in _TEACHER_FIELDS},
+        "teacher": {field: value for field in _TEACHER_FIELDS if (value := getattr(teacher, field)) is not None},
         "sites": {name: [site.kind, list(site.shape), site.maker] for name, site in model.sites.items()},
         "quantizers": {name: unstructure(quantizer, "quantizer") for name, quantizer in model.quantizers.items()},
         "leftovers": model.leftovers,
@@ -68,7 +69,17 @@ def save_quantized(
     write_text(folder / CONFIG, json.dumps({**config, "config_digest": digest(config)}, indent=1) + "\n")
 
 
-_TEACHER_FIELDS = ("name", "mean", "std", "num_classes", "input_size", "crop_pct", "interpolation", "crop_mode")
+_TEACHER_FIELDS = (
+    "name",
+    "mean",
+    "std",
+    "num_classes",
+    "input_size",
+    "crop_pct",
+    "interpolation",
+    "crop_mode",
+    "output",  # left out for a module that returns a tensor
+)
 
 
 def load_quantized(folder: str | Path, module: nn.Module | None = None) -> QuantizedModel:
@@ -89,11 +100,12 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     """The quantized model, its teacher (without the trained weights) and the recipe."""
     config = verified(folder)
     tensors = read_tensors(Path(folder) / TENSORS, "copy it again")[0]
-    teacher = _architecture(config, module)
+    network = _architecture(config, module)
     sites = {name: Site(name, kind, tuple(shape), *maker) for name, (kind, shape, *maker) in config["sites"].items()}
     restored = {name: _built_quantizer(name, table, folder) for name, table in config["quantizers"].items()}
     biases = config.get("biases", [])  # missing in files that are older than the first step that adds biases
-    _check_fit(teacher.module, [sites[name] for name in restored], biases, folder)
+    _check_fit(network, [sites[name] for name in restored], biases, folder)
+    teacher = Teacher(network, **config["teacher"])
     counted = [
         Multiplications(name, operator, tuple(operands), count)
         for name, operator, operands, count in config.get("multiplications", [])  # missing in older files
@@ -146,6 +158,8 @@ def verified(folder: str | Path) -> dict[str, Any]:
     Raises:
         DataError: a file is missing, truncated, edited or of another format version.
     """
+    if not isinstance(folder, (str, Path)):
+        raise DataError(f"load_quantized: expected the folder of a quantized model, got {shown(folder)}")
     folder = Path(folder)
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
@@ -177,18 +191,18 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _architecture(config: dict[str, Any], module: nn.Module | None) -> Teacher:
-    described = {**config["teacher"], "input_size": tuple(config["teacher"]["input_size"])}
+def _architecture(config: dict[str, Any], module: nn.Module | None) -> nn.Module:
     if module is not None:
-        return Teacher(module, **described)
-    name, table = described["name"], config["recipe"].get("model", {})
+        check_module(module)
+        return module
+    name, table = config["teacher"]["name"], config["recipe"].get("model", {})
     if table.get("name") != name:
         raise ModelError(f"{name} is not a model that a recipe names; give its module: load_quantized(folder, module)")
     problems: list[str] = []
     spec: ModelSpec = structure(ModelSpec, table, "model", problems)
     if problems:
         raise ModelError("; ".join(problems))
-    return Teacher(load_teacher(spec, weights=False).module, **described)
+    return load_teacher(spec, weights=False).module
 
 
 def _built_quantizer(name: str, table: dict[str, Any], folder: str | Path) -> Quantizer:

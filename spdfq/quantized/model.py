@@ -1,6 +1,5 @@
 """The quantized model: a copy of a network with a quantizer at each of its quantized sites."""
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from spdfq.quantized.visiting import OnProduct, Visit, ignore, visit_sites
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.affine import AffineQuantizer
 from spdfq.registry import quantizers as registered_quantizers
+from spdfq.runtime.shared_modules import copied
 from spdfq.teacher.architectures import first_line
 
 UNSEEN = "product that no site accounts for"
@@ -62,6 +62,9 @@ class QuantizedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits of normalised images ``[B, C, H, W]``."""
+        if torch.compiler.is_dynamo_compiling():  # a compiler sees neither hooks nor function modes
+            logits: Tensor = torch.compiler.disable(self.forward)(images)
+            return logits
         with self.quantizing():
             return self.network(images)
 
@@ -198,18 +201,18 @@ def _copied(network: nn.Module) -> nn.Module:
     attributes = [value for part in network.modules() for value in vars(part).values() if isinstance(value, Tensor)]
     memo = {id(value): value.detach().clone() for value in attributes if not value.is_leaf}
     try:
-        copied = copy.deepcopy(network, memo)
+        twin = copied(network, memo)
     except Exception as error:  # whatever the network's attributes raise
         if is_out_of_memory(error):
             raise
         raise ModelError(
             f"{type(network).__name__}: cannot be copied ({first_line(error)}); remove the attribute that cannot"
         ) from None
-    for part in copied.modules():
+    for part in twin.modules():
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.layout == torch.strided and not buffer.is_contiguous():
                 setattr(part, name, buffer.contiguous())
-    return copied
+    return twin
 
 
 def _description(kind: str) -> str:

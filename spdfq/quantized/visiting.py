@@ -7,7 +7,7 @@ the functions that the network calls.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,7 @@ from spdfq.quantized.sites import (
     site_name,
 )
 from spdfq.quantizers import Product, Quantizer
+from spdfq.runtime.shared_modules import Hook, own_hooks
 
 _MAKER_MARK = "_spdfq_maker"
 
@@ -151,20 +152,16 @@ def visit_sites(
             return visit(LOGITS, LOGITS, output)
         return None
 
-    with ExitStack() as stack:
-        stack.enter_context(fused_attention(network))
-        for name, module in network.named_modules():
-            if isinstance(module, Quantizer):
-                continue
-            begin = module.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: enter(name, args, kwargs), with_kwargs=True
-            )
-            stack.callback(begin.remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(_VisitingMode(network, calls, visit, on_leftover, points, on_product, counter))
-        if counter:
-            counter.module = lambda: calls[-1].name if calls else ""
-            stack.enter_context(counter)
+    hooks: list[Hook] = []
+    for name, module in network.named_modules():
+        if not isinstance(module, Quantizer):
+            begin = partial(module.register_forward_pre_hook, with_kwargs=True)
+            hooks.append((begin, lambda _, args, kwargs, name=name: enter(name, args, kwargs)))
+            hooks.append((partial(module.register_forward_hook, always_call=True), leave))
+    mode = _VisitingMode(network, calls, visit, on_leftover, points, on_product, counter)
+    if counter:
+        counter.module = lambda: calls[-1].name if calls else ""
+    with fused_attention(network), own_hooks(hooks), mode, counter or nullcontext():
         yield
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from attrs import asdict, define, field, frozen
 
-from spdfq.errors import SpdfqError, writing
+from spdfq.errors import SpdfqError, shown, writing
 from spdfq.evaluation.accuracy import accuracy, another_order, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.evaluation.published import check_full_precision
 from spdfq.quantized.checkpoint import load_checkpoint
 from spdfq.quantized.place import place
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
+from spdfq.recipe.files import listed
 from spdfq.report import write_pictures, write_report
 from spdfq.report.image_quality import MEASURES_FILE
 from spdfq.runs.checks import check_classes, check_fit, checked_teacher, placed, refuse_own_recipe
@@ -34,7 +35,7 @@ from spdfq.runs.stages import (
     stage_key,
 )
 from spdfq.runs.store import StageRecord, Store, lock_folder, store_beside
-from spdfq.runtime import Progress, make_runtime, own_threads, silent
+from spdfq.runtime import Progress, make_runtime, own_threads, pick_progress
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
 from spdfq.synth import GaussianNoise, RealImages
@@ -74,8 +75,8 @@ def run(
     out: str | Path | None = None,
     device: str | None = None,
     fresh: bool = False,
-    store: Path | None = None,
-    progress: Progress = silent,
+    store: str | Path | None = None,
+    progress: Progress | bool | None = None,
     announce: Announce = lambda line: None,
 ) -> RunResult:
     """Run a recipe; stages that are already in the store are reused.
@@ -88,21 +89,22 @@ def run(
         device: replaces ``runtime.device``.
         fresh: do finished stages again.
         store: where finished stages are kept; by default ``.store`` beside the run folder, or ``SPDFQ_STORE``.
-        progress: see `spdfq.runtime.Runtime`. If it has a method ``stage``, as `spdfq.runtime.RichProgress` has, a run
+        progress: as in `spdfq.synthesize`. If it has a method ``stage``, as `spdfq.runtime.RichProgress` has, a run
             calls it at the start of each stage.
         announce: called with one line for each stage and each warning.
 
     Raises:
         SpdfqError: anything the user can fix; the message says where and how.
     """
-    overrides = tuple(overrides)
+    overrides, progress = listed(overrides), pick_progress(progress)
+    _check_types(out, store, fresh, announce)
     recipe = load_recipe(source, overrides, seed)
     folder = Path(out) if out else _default_folder(source, recipe, bool(overrides or seed is not None))
     refuse_own_recipe(source, folder)
     teacher, warnings = checked_teacher(recipe)
     ranks = join()
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
-    kept = Store(store, fresh, ranks) if store else store_beside(folder, fresh, ranks)
+    kept = Store(Path(store), fresh, ranks) if store else store_beside(folder, fresh, ranks)
     new = not folder.exists()
     lock = lock_folder(folder) if ranks.leads else None
     try:
@@ -116,6 +118,22 @@ def run(
                 if new and [path.name for path in folder.iterdir()] == [Path(lock.lock_file).name]:
                     shutil.rmtree(folder)  # the run failed before it wrote anything
             lock.release()
+
+
+def _check_types(out: Any, store: Any, fresh: Any, announce: Any) -> None:
+    path = (str, Path, type(None))
+    problems = [
+        f"{key}: expected {wanted}, got {shown(value)}"
+        for key, value, right, wanted in (
+            ("out", out, isinstance(out, path), "the path of a folder"),
+            ("store", store, isinstance(store, path), "the path of a folder"),
+            ("fresh", fresh, isinstance(fresh, bool), "True or False"),
+            ("announce", announce, callable(announce), "a function of one line"),
+        )
+        if not right
+    ]
+    if problems:
+        raise SpdfqError("\n".join(problems))
 
 
 def check(
@@ -145,7 +163,7 @@ def evaluate_run(
     *,
     overrides: Iterable[str] = (),
     device: str | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool | None = None,
     announce: Announce = lambda line: None,
 ) -> dict[str, Any]:
     """Measure the saved model of a run again, on the run's own evaluation section or a changed one.
@@ -156,7 +174,7 @@ def evaluate_run(
         folder: of a finished run.
         overrides: ``evaluation.key=value`` or ``runtime.key=value`` pairs; the model itself does not change.
         device: replaces ``runtime.device``.
-        progress: see `spdfq.runtime.Runtime`.
+        progress: as in `spdfq.synthesize`.
         announce: called with one line for each warning.
 
     Returns:
@@ -168,7 +186,7 @@ def evaluate_run(
     recipe = finished_recipe(folder, overrides)
     spec, ranks = recipe.evaluation, join()
     model, _, _ = load_checkpoint(Path(folder) / "quantized")
-    runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
+    runtime = make_runtime(recipe.runtime, recipe.seed, device, pick_progress(progress), ranks)
     teacher = load_teacher(recipe.model)
     fingerprint = teacher.fingerprint()
     check_teacher(folder, run_record(folder), fingerprint)

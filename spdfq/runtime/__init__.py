@@ -1,7 +1,7 @@
 """What every stage is given: device, precision, seeds, progress, the processes of a run, and atomic writes of files."""
 
 from spdfq.runtime.draws import Draws
-from spdfq.runtime.progress import Advance, Progress, RichProgress, silent
+from spdfq.runtime.progress import Advance, Progress, RichProgress, pick_progress, silent
 from spdfq.runtime.runtime import Runtime, generator, make_runtime, own_threads, pick_device, pick_precision
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "own_threads",
     "pick_device",
     "pick_precision",
+    "pick_progress",
     "silent",
 ]

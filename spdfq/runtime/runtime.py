@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from attrs import field, frozen
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import SpdfqError, shown
 from spdfq.runtime.progress import Progress, silent
 from spdfq.runtime.ranks import Ranks
 
@@ -52,40 +52,57 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
+_calls: list[int] = []
+"""For each running call of `own_threads`, the number of CPU threads before the first of them."""
+
+
 @contextmanager
 def own_threads() -> Iterator[None]:
     """Restore the number of CPU threads on exit, so that a runtime may change it inside. Also a decorator."""
-    before = torch.get_num_threads()
+    _calls.append(_calls[0] if _calls else torch.get_num_threads())
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(_calls.pop())
 
 
 def make_runtime(
-    spec: Any, seed: int, device: str | None = None, progress: Any = silent, ranks: Ranks = ALONE
+    spec: Any, seed: int, device: str | torch.device | None = None, progress: Any = silent, ranks: Ranks = ALONE
 ) -> Runtime:
     """A runtime for a recipe's ``[runtime]`` section; ``device`` replaces the section's own. See `own_threads`.
 
     Raises:
         SpdfqError: the device is not there.
     """
+    chosen = pick_device(spec.device) if device is None else pick_device(device, "device")
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    chosen = pick_device(device or spec.device)
     shown = progress if ranks.leads else silent
     precision = pick_precision(spec.precision, chosen)
     return Runtime(device=chosen, precision=precision, seed=seed, progress=shown, ranks=ranks)
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is an accelerator where there is one."""
+def pick_device(name: str | torch.device, key: str = "runtime.device") -> torch.device:
+    """``auto`` is an accelerator where there is one.
+
+    Args:
+        name: ``auto``, ``cpu``, or the type of the accelerator.
+        key: where the name comes from, for errors.
+
+    Raises:
+        SpdfqError: the device is not there.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
+    if not isinstance(name, (str, torch.device)) or name == "":
+        raise SpdfqError(f"{key}: expected 'auto', 'cpu' or the type of an accelerator, got {shown(name)}")
+    wanted, _, index = str(name).partition(":")
+    if index:
+        raise SpdfqError(f"{key}: leave out ':{index}' of '{name}'; CUDA_VISIBLE_DEVICES={index} chooses the device")
+    if wanted == "auto":
         return accelerator or torch.device("cpu")
-    if name != "cpu" and (accelerator is None or accelerator.type != name):
-        raise SpdfqError(f"runtime.device: this machine has no {name} device; use 'auto' or 'cpu'")
-    return torch.device(name)
+    if wanted != "cpu" and (accelerator is None or accelerator.type != wanted):
+        raise SpdfqError(f"{key}: this machine has no {wanted} device; use 'auto' or 'cpu'")
+    return torch.device(wanted)
 
 
 def pick_precision(name: str, device: torch.device) -> Precision:

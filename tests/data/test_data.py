@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from support.data import GREY, RED, teacher, write
 
-from spdfq.data import FashionMnist, ImageFolder, decoded
+from spdfq.data import FashionMnist, ImageFolder
 from spdfq.errors import DataError
 from spdfq.registry import datasets
+from spdfq.teacher import Teacher
 
 
 @pytest.fixture
@@ -114,7 +115,9 @@ def test_a_model_of_four_channels_sees_colours_and_transparency(folder, tmp_path
     assert damaged == ("a/2.png (no alpha channel, but the model takes 4 channels: RGBA)",)
     ((images, _, _),) = dataset.batches(owner := teacher(size=(2, 8, 8)), 2, [0])
     assert (owner.denormalise(images) * 255).round()[:, :, 0, 0].tolist() == [[82, 102]]
-    with pytest.raises(DataError, match=r"^image_folder: gives 1 to 4 channels .*, but Means takes 5; write a dataset"):
+    with pytest.raises(
+        DataError, match=r"^Means: takes 5 channels, but image files give 1 to 4 .*; write a dataset of"
+    ):
         list(dataset.batches(teacher(size=(5, 8, 8)), 2))
 
 
@@ -157,7 +160,7 @@ def test_an_image_that_cannot_be_preprocessed_counts_as_damaged(folder, monkeypa
 
     dataset = folder({"a": {"1.png": RED, "2.png": RED}})
     Image.new("L", (2000, 1)).save(dataset.entries()[1].location)
-    monkeypatch.setattr(decoded, "_transform", lambda teacher: full)
+    monkeypatch.setattr(Teacher, "transform", lambda self: full)
     ((images, _, damaged),) = dataset.batches(teacher(), 2)
     assert (len(images), damaged) == (1, ("a/2.png (MemoryError: )",))
 

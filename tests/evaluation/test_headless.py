@@ -93,7 +93,7 @@ def test_a_timm_model_without_its_head_is_a_backbone():
 
 
 def test_one_class_is_still_no_classifier():
-    with pytest.raises(ModelError, match="needs at least 2 classes, or 0 for a backbone without a head, got 1"):
+    with pytest.raises(ModelError, match="at least 2, or 0 for a backbone without a head, got 1"):
         own(classes=1)
     with pytest.raises(
         RecipeError, match=r"model.num_classes: must be at least 2, or 0 for the model without its head"

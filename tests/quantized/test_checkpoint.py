@@ -453,7 +453,6 @@ def test_a_config_that_is_none_is_refused(saved, text):
         ("vit", {"depth": 1}, "blocks.1.[a-z0-9_.]+"),
         ("vit", {"depth": 3}, "blocks.2.[a-z0-9_.]+"),
         ("vit", {"num_classes": 7}, "head.[a-z]+"),
-        ("vit", {"img_size": 40}, "pos_embed"),
         ("vit", {"class_token": False, "global_pool": "avg"}, "[a-z_]+"),
         ("swin", {}, "[a-z0-9_.]+"),
     ],
@@ -462,6 +461,23 @@ def test_a_config_that_is_none_is_refused(saved, text):
 def test_another_architecture_is_refused(saved, name, changes, stray):
     with pytest.raises(ModelError, match=rf": {stray} does not fit this architecture; the file was saved from another"):
         load_quantized(saved[0], network(name, **changes))
+
+
+def test_an_architecture_for_images_of_another_size_is_refused(saved):
+    with pytest.raises(ModelError, match=r"VisionTransformer: cannot run on one image 3x32x32 \(AssertionError: Input"):
+        load_quantized(saved[0], network("vit", img_size=40))
+
+
+@pytest.mark.parametrize("folder", [5, None, ["quantized"]])
+def test_a_folder_that_is_no_path_is_refused(folder):
+    with pytest.raises(DataError, match="load_quantized: expected the folder of a quantized model, got "):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize("module", ["vit", torch.nn.Linear])
+def test_a_module_that_is_none_is_refused(saved, module):
+    with pytest.raises(ModelError, match=r"Teacher: module must be an nn\.Module, got ('vit'|the class Linear)"):
+        load_quantized(saved[0], module)
 
 
 def test_a_module_of_ones_own_has_to_be_given(saved, tmp_path):
