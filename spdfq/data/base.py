@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spdfq.data.classes import Comparison, compared
 from spdfq.errors import DataError
+from spdfq.recipe.structure import Checked
 from spdfq.teacher import Teacher
 
 # larger labels are a mistake, and labels beyond int64 do not fit into a tensor
@@ -31,7 +32,7 @@ class Batch(NamedTuple):
 
 
 @frozen(kw_only=True)
-class LabelledImages:
+class LabelledImages(Checked):
     """Base class of datasets.
 
     A subclass defines ``__len__``, `classes`, `batches` and `fingerprint`.

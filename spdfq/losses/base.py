@@ -1,11 +1,12 @@
 """The base class of losses, and what each iteration hands to them."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from attrs import define, evolve, field
+from attrs import define, field
 from torch import Tensor
 
 from spdfq.attention import QUERIES_AND_KEYS, AttentionRecord
@@ -86,7 +87,9 @@ class LossInputs(Checked):
 
     def scoped(self, name: str) -> "LossInputs":
         """The same inputs for the loss of that name. What it keeps and draws is separate from other losses."""
-        return self if self.draws is None else evolve(self, draws=self.draws.scoped(name))
+        inputs = copy.copy(self)  # unlike evolve, it does not check everything again
+        inputs.draws = self.draws.scoped(name) if self.draws else None
+        return inputs
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """A fresh generator for a purpose; within a group, the same purpose always gives the same state."""

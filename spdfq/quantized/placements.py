@@ -18,12 +18,13 @@ from spdfq.quantized.sites import (
     VALUE,
     WEIGHT,
 )
+from spdfq.recipe.structure import Checked
 from spdfq.registry import placements
 
 
 @placements.register("matmul_inputs", paper="arXiv:2212.08254")
 @frozen(kw_only=True)
-class MatmulInputs:
+class MatmulInputs(Checked):
     """Both operands of every product: inputs and weights of linear and convolution layers, q, k, v, softmax output."""
 
     kinds: ClassVar[frozenset[str]] = frozenset(OPERANDS)
@@ -31,7 +32,7 @@ class MatmulInputs:
 
 @placements.register("psaq", paper="arXiv:2203.02250")
 @frozen(kw_only=True)
-class Psaq:
+class Psaq(Checked):
     """PSAQ-ViT's sites: layer inputs, q, k, v, scores before the softmax, LayerNorm outputs, residual sums, logits.
 
     Both the residual sum and the branch that is added to it are quantized; the softmax output is not. A LayerNorm
@@ -46,7 +47,7 @@ class Psaq:
 
 @placements.register("weights_only")
 @frozen(kw_only=True)
-class WeightsOnly:
+class WeightsOnly(Checked):
     """Weights of linear and convolution layers; every activation stays in float."""
 
     kinds: ClassVar[frozenset[str]] = frozenset((WEIGHT,))

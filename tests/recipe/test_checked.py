@@ -7,6 +7,7 @@ from spdfq.backends import Blockwise, Calibrate
 from spdfq.errors import ComponentError, DataError, SpdfqError
 from spdfq.losses import AttentionPriorLoss, GaussianMixturePrior, LaplacePrior, TotalVariationLoss
 from spdfq.quantizers import GridMseObserver, UniformQuantizer
+from spdfq.recipe import Evaluation, ModelSpec, Override
 from spdfq.recipe.structure import Checked
 from spdfq.synth import (
     Adam,
@@ -59,6 +60,9 @@ MISTAKES = [
     (OptimizedImages, {"losses": LOSSES, "augmentations": [Jitter(), 3]}, "augmentations.1: expected an augmentation"),
     (OptimizedImages, {"losses": LOSSES, "pruning": {"share": 0.3}}, "pruning: expected a TokenPruning, got a table"),
     (Calibrate, {"observer": 3}, "observer: expected an observer such as .*, got 3"),
+    (ModelSpec, {"name": 3}, "name: expected a string, got 3"),
+    (Override, {"roles": "first", "bits": 8}, "roles: expected an array, got 'first'"),
+    (Evaluation, {"dataset": "fashion_mnist"}, "dataset: expected a dataset such as .*, got 'fashion_mnist'"),
     (Blockwise, {"fisher": "x"}, "fisher: expected true or false, got 'x'"),
 ]
 
