@@ -10,7 +10,7 @@ from attrs import field, frozen, validators
 
 from spdfq.errors import RecipeError
 from spdfq.recipe.files import is_complete, resolve, shipped
-from spdfq.recipe.structure import component, component_list, components, structure, unstructure
+from spdfq.recipe.structure import Checked, component, component_list, components, structure, unstructure
 
 SCHEMA = 1
 
@@ -27,7 +27,7 @@ def _sides(_: Any, __: Any, value: int | tuple[int, int] | None) -> None:
 
 
 @frozen(kw_only=True)
-class ModelSpec:
+class ModelSpec(Checked):
     """The teacher: a timm name, or ``bundled:vit_fmnist``, or a timm architecture with a local checkpoint.
 
     Args:
@@ -57,7 +57,7 @@ class ModelSpec:
 
 
 @frozen(kw_only=True)
-class Override:
+class Override(Checked):
     """A different bit-width for some sites.
 
     Args:
@@ -76,7 +76,7 @@ class Override:
 
 
 @frozen(kw_only=True)
-class Budget:
+class Budget(Checked):
     """A limit on the bits of all sites together; sites that are more sensitive get more of them.
 
     Sites with an override keep its bits, and count towards the budget.
@@ -105,7 +105,7 @@ class Budget:
 
 
 @frozen(kw_only=True)
-class Quantization:
+class Quantization(Checked):
     """The back-end: which tensors are quantized, with which quantizers, and by which steps.
 
     Args:
@@ -156,7 +156,7 @@ class Quantization:
 
 
 @frozen(kw_only=True)
-class Evaluation:
+class Evaluation(Checked):
     """How the accuracy is measured.
 
     Args:
@@ -171,7 +171,7 @@ class Evaluation:
 
 
 @frozen(kw_only=True)
-class RuntimeSpec:
+class RuntimeSpec(Checked):
     """How a recipe runs. Only the precision changes what is computed; device and threads can change the last digits.
 
     Args:
@@ -192,7 +192,7 @@ def _is_shipped(_: Any, __: Any, value: str) -> None:
 
 
 @frozen(kw_only=True)
-class PublishedRow:
+class PublishedRow(Checked):
     """One published number.
 
     Args:
@@ -209,7 +209,7 @@ class PublishedRow:
 
 
 @frozen(kw_only=True)
-class Published:
+class Published(Checked):
     """Published accuracies of the model, to check and compare with; no result depends on them.
 
     Args:
@@ -238,7 +238,7 @@ class Published:
 
 
 @frozen(kw_only=True)
-class Recipe:
+class Recipe(Checked):
     """Everything a run depends on.
 
     Args:

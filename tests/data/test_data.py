@@ -115,7 +115,9 @@ def test_a_model_of_four_channels_sees_colours_and_transparency(folder, tmp_path
     assert damaged == ("a/2.png (no alpha channel, but the model takes 4 channels: RGBA)",)
     ((images, _, _),) = dataset.batches(owner := teacher(size=(2, 8, 8)), 2, [0])
     assert (owner.denormalise(images) * 255).round()[:, :, 0, 0].tolist() == [[82, 102]]
-    with pytest.raises(DataError, match=r"^Means: takes 5 channels, but image files give 1 to 4 .*; write a dataset of"):
+    with pytest.raises(
+        DataError, match=r"^Means: takes 5 channels, but image files give 1 to 4 .*; write a dataset of"
+    ):
         list(dataset.batches(teacher(size=(5, 8, 8)), 2))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spdfq.errors import DataError, SpdfqError
-from spdfq.quantized.checkpoint import save_quantized
+from spdfq.quantized import QuantizedModel, save_quantized
 from spdfq.report import write_sheet
 from spdfq.runs.store import STATE, Store, lock_folder, store_beside
 from spdfq.runtime.files import read_tensors, replace_file, write_tensors, write_text
@@ -190,6 +190,7 @@ def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path):
 
 # places that cannot be written
 
+EMPTY = QuantizedModel(torch.nn.Identity(), {}, {}, {})
 ANOTHER = "make room there, make it writable, or choose another folder"
 
 
@@ -200,7 +201,7 @@ ANOTHER = "make room there, make it writable, or choose another folder"
         (lambda path: write_text(path, "text"), "file/run.json", ANOTHER),
         (lambda path: write_tensors(path, {"a": torch.ones(1)}), "file/a.safetensors", ANOTHER),
         (lambda path: write_sheet(path, [("run", torch.zeros(1, 3, 8, 8))]), "folder.png", ANOTHER),
-        (lambda path: save_quantized(None, path, None), "file/run", ANOTHER),
+        (lambda path: save_quantized(EMPTY, path, None), "file/run", ANOTHER),
         (
             lambda path: Store(path).stage("images", "abc", None, None),
             "file/store",
