@@ -18,9 +18,10 @@ from torch import nn
 import spdfq
 from spdfq.data import FashionMnist, ImageFolder
 from spdfq.errors import DataError, ModelError, RecipeError, SpdfqError
+from spdfq.losses import CrossEntropyLoss
 from spdfq.recipe import Evaluation
 from spdfq.runtime import RichProgress
-from spdfq.synth import GaussianNoise, SyntheticImages
+from spdfq.synth import GaussianNoise, MultiSemanticSampler, OneHotTarget, OptimizedImages, SyntheticImages
 from spdfq.teacher import load_teacher
 
 NO_OVERRIDES = "quantization.overrides=[]"
@@ -220,9 +221,15 @@ def test_settings_that_are_probably_mistakes_are_warned_of(teacher):
     both = {"extends": ["images/gaussian_noise", "backends/repq"], "quantization": {"softmax": {"bits": 5}}}
     with pytest.warns(UserWarning, match=expected):
         spdfq.synthesize(teacher, both)
-    late = ["synthesis.images=1", "synthesis.iterations=1", "synthesis.target='one_hot'"]
+    source = OptimizedImages(
+        images=1,
+        iterations=1,
+        sampler=MultiSemanticSampler(),
+        target=OneHotTarget(),
+        losses={"cross_entropy": CrossEntropyLoss()},
+    )
     with pytest.warns(UserWarning, match=r"^synthesis: .*without soft labels is known to lose accuracy"):
-        spdfq.synthesize(teacher, "images/mimiq", overrides=late)
+        spdfq.synthesize(teacher, source)
 
 
 # evaluation
