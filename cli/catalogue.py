@@ -28,7 +28,10 @@ def list_(kind: str | None) -> None:
 @click.argument("first", metavar="[KIND]")
 @click.argument("second", metavar="NAME", required=False)
 def show(first: str, second: str | None) -> None:
-    """Show one component or recipe in full; leave out the KIND of a name that only one kind has."""
+    """Show one component or recipe in full.
+
+    The KIND can be left out for a name that only one kind has.
+    """
     kind, name = (known(first), second) if second else (kind_of(first), first)
     if kind == "recipe":
         click.echo(recipe(name), nl=False)

@@ -31,6 +31,10 @@ class DataError(SpdfqError):
     """Images, weights or checkpoints that are missing, damaged or of the wrong type."""
 
 
+class MissingDataError(DataError):
+    """A file or folder of images or labels that does not exist."""
+
+
 class NonFiniteError(SpdfqError):
     """A loss, gradient or observed value that is NaN or infinite."""
 

@@ -55,7 +55,7 @@ PUBLIC = {
         Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter
         LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages Optimizer RandomResizedCrop
         RealImages Sampler Schedule SoftLabelTarget Source SpectralAdam StudentTraining SyntheticImages Target
-        TokenPruning WarmupCosine WholeImageSampler
+        TokenPruning WarmupCosine WholeImageSampler label_mask
     """,
 }
 # of modules that also hold names for use inside the library

@@ -4,7 +4,8 @@ Nearly every transformer calls `scaled_dot_product_attention`, so one function m
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from spdfq.attention.module_checks import refuse_hidden
 from spdfq.attention.multihead import attention_with_probabilities, multi_head_attention
 from spdfq.attention.operations import attention_probabilities
 from spdfq.errors import ModelError
+from spdfq.runtime.shared_modules import Hook, as_written, held, own_hooks, uncompiled
 
 SOFTMAX_FUNCTIONS = frozenset({torch.softmax, Tensor.softmax, F.softmax})
 PRODUCT_FUNCTIONS = frozenset(
@@ -86,17 +89,16 @@ def _operands(
 
 @contextmanager
 def fused_attention(model: nn.Module) -> Iterator[None]:
-    """Set timm's ``fused_attn`` flags, so that attention goes through one function; restore them on exit."""
-    flagged: list[tuple[Any, Any]] = [
-        (module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")
+    """Set timm's ``fused_attn`` flags, so that attention goes through one function; restore them on exit.
+
+    Compiled code and gradient checkpointing are off meanwhile: neither runs all functions under a function mode.
+    """
+    parts = list(model.modules())
+    flags = [
+        (part, "fused_attn", True) for part in parts if "fused_attn" in vars(part) or hasattr(type(part), "fused_attn")
     ]
-    try:
-        for module, _ in flagged:
-            module.fused_attn = True
+    with held([*flags, *as_written(parts)]), uncompiled():
         yield
-    finally:
-        for module, flag in flagged:
-            module.fused_attn = flag
 
 
 @contextmanager
@@ -107,10 +109,11 @@ def module_names(model: nn.Module) -> Iterator[list[str]]:
     def leave(*_: Any) -> None:
         stack.pop()
 
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if next(module.children(), None) is not None:
-                enter = module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
-                hooks.callback(enter.remove)
-                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+    hooks: list[Hook] = []
+    for name, module in model.named_modules():
+        refuse_hidden(model, name, module)
+        if next(module.children(), None) is not None:
+            hooks.append((module.register_forward_pre_hook, lambda *_, name=name: stack.append(name)))
+            hooks.append((partial(module.register_forward_hook, always_call=True), leave))
+    with own_hooks(hooks):
         yield stack

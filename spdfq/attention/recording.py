@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from spdfq.attention.interception import (
     fused_attention,
     module_names,
 )
+from spdfq.attention.module_checks import uncompiled_module
 from spdfq.attention.operations import attend, attention_probabilities
 from spdfq.attention.record import (
     ATTENTION_OUTPUTS,
@@ -27,6 +28,7 @@ from spdfq.attention.record import (
 )
 from spdfq.attention.token_grid import TokenGrids, prefix_tokens
 from spdfq.errors import ModelError
+from spdfq.runtime.shared_modules import Hook, own_hooks
 
 _POOLING_HEAD = "attn_pool"
 _SOFTMAX_NUMBER = "_spdfq_softmax"
@@ -62,17 +64,17 @@ def record_attention(
     if not needs:
         yield AttentionRecord()
         return
-    with ExitStack() as stack:
-        stack.enter_context(fused_attention(model))
-        names = stack.enter_context(module_names(model))
+    model = uncompiled_module(model)
+    with module_names(model) as names, fused_attention(model):
         recorder = _Recorder(model, names, frozenset(needs), rows, grid)
-        stack.callback(model.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
-        stack.callback(model.register_forward_hook(recorder.end).remove)
-        for name, part in model.named_modules():
-            if name:
-                stack.callback(part.register_forward_pre_hook(partial(recorder.begin_part, name)).remove)
-        stack.enter_context(recorder)
-        yield recorder.record
+        hooks: list[Hook] = [
+            (partial(model.register_forward_pre_hook, with_kwargs=True), recorder.begin),
+            (model.register_forward_hook, recorder.end),
+        ]
+        parts = [(name, part) for name, part in model.named_modules() if name]
+        hooks += [(part.register_forward_pre_hook, partial(recorder.begin_part, name)) for name, part in parts]
+        with own_hooks(hooks), recorder:
+            yield recorder.record
 
 
 class _Recorder(AttentionMode):

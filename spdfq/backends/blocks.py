@@ -2,16 +2,17 @@
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from spdfq.errors import ModelError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import ATTENTION
+from spdfq.runtime.shared_modules import Hook, own_hooks
 
 K = TypeVar("K")
 Hidden = tuple[Tensor, ...]
@@ -90,10 +91,10 @@ class BlockCall:
         kwargs = {key: value for key, value in given.items() if isinstance(key, str)}
         return self._returned_streams(network.get_submodule(self.name)(*args, **kwargs))
 
-    def on_output(self, network: nn.Module, function: Callable[[Hidden], object]) -> RemovableHandle:
-        """Has ``function`` called with the streams that the block returns, in every forward pass of the network."""
+    def on_output(self, network: nn.Module, function: Callable[[Hidden], object]) -> Hook:
+        """A hook for `own_hooks` that calls ``function`` with the streams that the block returns."""
         block = network.get_submodule(self.name)
-        return block.register_forward_hook(lambda *args: function(self._returned_streams(args[-1])))
+        return block.register_forward_hook, lambda *args: function(self._returned_streams(args[-1]))
 
     def _returned_streams(self, output: Any) -> Hidden:
         tensors = _tensors(output)
@@ -159,12 +160,11 @@ def _recorded_calls(network: nn.Module, names: list[str], images: Tensor) -> lis
 
         return record
 
-    handles = [network.get_submodule(name).register_forward_hook(recorder(name), with_kwargs=True) for name in names]
-    try:
+    blocks = {name: network.get_submodule(name) for name in names}
+    with own_hooks(
+        (partial(block.register_forward_hook, with_kwargs=True), recorder(name)) for name, block in blocks.items()
+    ):
         network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -1,6 +1,8 @@
 """Carries images through the blocks of a network, one block after the other."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from spdfq.backends.blocks import BlockCall, Hidden
+from spdfq.runtime.shared_modules import own_hooks
 
 
 def of_images(hidden: Hidden, images: int, chosen: Tensor | slice) -> Hidden:
@@ -65,13 +68,9 @@ class Propagation:
             found.append(call.streams_of(args, kwargs))
             raise _BlockReached
 
-        handle = self.network.get_submodule(call.name).register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        begin = partial(self.network.get_submodule(call.name).register_forward_pre_hook, with_kwargs=True)
+        with suppress(_BlockReached), own_hooks([(begin, stop)]):
             self.network(images)
-        except _BlockReached:
-            pass
-        finally:
-            handle.remove()
         return found[0]
 
 

@@ -11,7 +11,7 @@ from spdfq.backends.base import Calibration, check_calibrated_by
 from spdfq.backends.budget.allocation import bits_within, check_budget
 from spdfq.errors import DataError, RecipeError, SpdfqError, shown
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.place import label_warnings, override_bits, place
+from spdfq.quantized.place import attention_warnings, label_warnings, override_bits, place
 from spdfq.recipe import Quantization
 from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher
@@ -110,4 +110,4 @@ def check_quantization(teacher: Teacher, spec: Quantization) -> list[str]:
         check_calibrated_by(spec.steps, model)
     except SpdfqError as error:
         raise RecipeError([f"quantization.steps: {error}"]) from None
-    return label_warnings(model, spec)
+    return attention_warnings(teacher, model) + label_warnings(model, spec)

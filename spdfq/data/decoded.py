@@ -153,11 +153,14 @@ class DecodedImages(LabelledImages):
         """
         if self.classes is not None:
             return super().check_classes(teacher)
-        worst = max(self.entries(), key=lambda entry: entry.label)
+        entries = self.entries()
+        worst = max(entries, key=lambda entry: entry.label)
         if worst.label >= teacher.num_classes:
+            from_one = worst.label == teacher.num_classes and min(entry.label for entry in entries) == 1
             raise DataError(
                 f"evaluation.dataset: {worst.name} has label {worst.label}, but the classes of {teacher.name} are 0 to "
-                f"{teacher.num_classes - 1}; labels are positions in the model's list of classes"
+                f"{teacher.num_classes - 1}; labels are positions in the model's list of classes, counted from 0"
+                + (", and these seem to be counted from 1" if from_one else "")
             )
 
     def _report_killed_worker(self, loader: DataLoader) -> Iterator[Any]:

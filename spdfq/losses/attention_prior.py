@@ -84,6 +84,8 @@ def attention_prior_loss(attention: list[Tensor], prior: list[Tensor], start: in
     """
     if scale not in get_args(Scale):
         raise SpdfqError(f"scale must be one of {', '.join(map(repr, get_args(Scale)))}, got {scale!r}")
+    if not isinstance(attention, (list, tuple)) or not isinstance(prior, (list, tuple)):
+        raise SpdfqError("attention and prior must be lists of tensors: record.class_attention and draw_priors(...)")
     if len(attention) != len(prior):
         raise SpdfqError(f"{len(attention)} blocks of attention but {len(prior)} of priors; give one prior for each")
     if type(start) is not int or not 0 <= start < len(attention):
@@ -91,7 +93,7 @@ def attention_prior_loss(attention: list[Tensor], prior: list[Tensor], start: in
     terms = []
     for block in range(start, len(attention)):
         row, maps = attention[block], prior[block]
-        check_alike(f"attention of block {block}", row, "its prior", maps, "B, H, K")
+        check_alike(f"attention of block {block}", row, "its prior", maps, "B, heads, K")
         distance = (row - _scaled(maps, row, scale)).square().mean((0, 2)).sum()
         terms.append((block + 1) / len(attention) * distance)
     return torch.stack(terms).sum()

@@ -75,9 +75,10 @@ class LossInputs(Checked):
         check_tensor("images", self.images, "B, C, h, w")
         if self.logits is not None:
             check_tensor("logits", self.logits, "B, K")
-            for name in ("targets", "labels"):
-                if getattr(self, name) is not None:
-                    check_alike(name, getattr(self, name), "logits", self.logits, "B, K")
+            if self.targets is not None:
+                check_alike("targets", self.targets, "logits", self.logits, "B, K")
+            if self.labels is not None:
+                check_alike("labels (see spdfq.synth.label_mask)", self.labels, "logits", self.logits, "B, K")
             if self.view_weights is not None:
                 check_alike("view_weights", self.view_weights, "the logits' first axis", self.logits[:, 0], "B")
         if not 0 <= self.iteration < self.iterations:
@@ -97,7 +98,7 @@ class LossInputs(Checked):
 
     def _draws(self) -> Draws:
         if self.draws is None:
-            raise SpdfqError(f"draws is missing; {_REMEDIES['draws']}")
+            raise SpdfqError(f"got no draws; {_REMEDIES['draws']}")
         return self.draws
 
 
@@ -170,6 +171,10 @@ class Loss(Checked):
         Raises:
             SpdfqError: an input that this loss needs is missing, or one has the wrong type or shape.
         """
+        if isinstance(images, AttentionRecord):
+            raise SpdfqError("give the images first and then the record: loss.of(images, record)")
+        if "generator" in others:
+            raise SpdfqError("a generator forgets what it drew; give draws=Draws(seed), one for each group of images")
         record = AttentionRecord() if attention is None else attention
         inputs = LossInputs(images=images, attention=record, draws=draws, **others)
         name = losses.label(self)
@@ -188,7 +193,7 @@ class Loss(Checked):
             SpdfqError: it is missing; the message says what to give.
         """
         if getattr(inputs, name) is None:
-            raise SpdfqError(f"{losses.label(self)}: {name} is missing; {_REMEDIES.get(name, 'give it')}")
+            raise SpdfqError(f"{losses.label(self)}: got no {name}; {_REMEDIES.get(name, 'give it')}")
         return getattr(inputs, name)
 
     def recorded(self, inputs: LossInputs, name: str = "attention") -> AttentionRecord:

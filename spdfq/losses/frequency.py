@@ -7,10 +7,9 @@ from attrs import define, field
 from einops import rearrange
 from torch import Tensor
 
-from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
-from spdfq.runtime.arguments import check_alike, check_tensor
+from spdfq.runtime.arguments import check_alike, check_number, check_tensor
 
 
 def frequency_split(images: Tensor, radius: float) -> tuple[Tensor, Tensor]:
@@ -28,8 +27,7 @@ def frequency_split(images: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         SpdfqError: another shape, or a radius that is no number of at least 0.
     """
     check_tensor("images", images, "B, C, h, w")
-    if not isinstance(radius, (int, float)) or not radius >= 0:
-        raise SpdfqError(f"radius must be a number of at least 0, got {radius!r}")
+    check_number("radius", radius, 0)
     images = at_least_float32(images)
     height, width = images.shape[-2:]
     down = rearrange(torch.fft.fftfreq(height, device=images.device), "h -> h 1")

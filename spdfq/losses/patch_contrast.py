@@ -13,7 +13,7 @@ from spdfq.attention import ATTENTION_OUTPUTS, AttentionRecord
 from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
-from spdfq.runtime.arguments import check_tensor
+from spdfq.runtime.arguments import check_size, check_tensor
 
 # four of the eight neighbours; the other four are the same pairs in the opposite direction
 _DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
@@ -41,6 +41,7 @@ def patch_contrast(features: Tensor, grid: tuple[int, int], positives: int = 4, 
             that no patch has a negative.
     """
     check_tensor("features", features, "B, n, d")
+    check_size("grid", grid)
     if type(positives) is not int or not 1 <= positives < _NEIGHBOURS or not 0 < temperature < math.inf:
         raise SpdfqError(f"expected 1 to 7 positives and a temperature above 0, got {positives!r} and {temperature!r}")
     if features.shape[1] != grid[0] * grid[1]:

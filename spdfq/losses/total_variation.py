@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
-from spdfq.runtime.arguments import check_tensor
+from spdfq.runtime.arguments import check_number, check_tensor
 
 # the targets of PSAQ-ViT are meant for a group of 32 images of 3x224x224
 _PUBLISHED_PIXELS = 32 * 3 * 224 * 224
@@ -29,9 +29,10 @@ def total_variation(images: Tensor, diagonal: float = 1.0) -> Tensor:
         A scalar.
 
     Raises:
-        SpdfqError: another shape.
+        SpdfqError: another shape, or a factor that is no number.
     """
     check_tensor("images", images, "B, C, h, w")
+    check_number("diagonal", diagonal, 0)
     images = at_least_float32(images)
     straight = (images[..., :, 1:] - images[..., :, :-1]).norm() + (images[..., 1:, :] - images[..., :-1, :]).norm()
     main = (images[..., 1:, 1:] - images[..., :-1, :-1]).norm()

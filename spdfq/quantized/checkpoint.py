@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import astuple
 from torch import Tensor, nn
 
 from spdfq.errors import DataError, ModelError, SpdfqError, shown, writing
 from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.multiplications import Multiplications
 from spdfq.quantized.sites import WEIGHT, Site
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.packing import pack, unpack
@@ -58,6 +60,7 @@ def save_quantized(
         "quantizers": {name: unstructure(quantizer, "quantizer") for name, quantizer in model.quantizers.items()},
         "leftovers": model.leftovers,
         "biases": model.biases,
+        "multiplications": [astuple(product) for product in model.multiplications],
         "extra_states": plain,
         "recipe": recipe or {},
         "tensors_sha256": _file_digest(folder / TENSORS),
@@ -103,7 +106,11 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     biases = config.get("biases", [])  # missing in files that are older than the first step that adds biases
     _check_fit(network, [sites[name] for name in restored], biases, folder)
     teacher = Teacher(network, **config["teacher"])
-    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases)
+    counted = [
+        Multiplications(name, operator, tuple(operands), count)
+        for name, operator, operands, count in config.get("multiplications", [])  # missing in older files
+    ]
+    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases, counted)
     _fill(model, tensors, config.get("extra_states", {}), folder)
     return model, teacher, config["recipe"]
 

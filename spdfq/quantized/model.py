@@ -1,6 +1,5 @@
 """The quantized model: a copy of a network with a quantizer at each of its quantized sites."""
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from spdfq.errors import ModelError, SpdfqError, is_out_of_memory
+from spdfq.quantized.multiplications import FloatShare, Multiplications, float_share
 from spdfq.quantized.sites import POINTS, WEIGHT, Site
 from spdfq.quantized.visiting import OnProduct, Visit, ignore, visit_sites
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.affine import AffineQuantizer
 from spdfq.registry import quantizers as registered_quantizers
+from spdfq.runtime.shared_modules import copied
 from spdfq.teacher.architectures import first_line
+
+UNSEEN = "product that no site accounts for"
+# smaller products, such as the angles of a rotary embedding, count in the share and are not listed
+_LISTED_PERCENT = 0.01
 
 
 class QuantizedModel(nn.Module):
@@ -29,6 +34,7 @@ class QuantizedModel(nn.Module):
         quantizers: the quantizers of the quantized sites, by site.
         leftovers: products whose operands cannot be replaced: site and function.
         biases: names of biases that steps added to layers without one.
+        multiplications: those of one forward pass, by product; empty if they could not be counted.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class QuantizedModel(nn.Module):
         quantizers: dict[str, Quantizer],
         leftovers: dict[str, str],
         biases: Iterable[str] = (),
+        multiplications: Iterable[Multiplications] = (),
     ) -> None:
         super().__init__()
         self.network = _copied(network).eval().requires_grad_(False)
@@ -45,6 +52,7 @@ class QuantizedModel(nn.Module):
         self.site_quantizers = nn.ModuleDict()
         self.biases: list[str] = []
         self.notes: list[str] = []
+        self.multiplications = list(multiplications)
         self.points = frozenset(site.kind for site in sites.values()) & POINTS
         for name, quantizer in quantizers.items():
             self.replace_quantizer(name, quantizer)
@@ -54,6 +62,9 @@ class QuantizedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits of normalised images ``[B, C, H, W]``."""
+        if torch.compiler.is_dynamo_compiling():  # a compiler sees neither hooks nor function modes
+            logits: Tensor = torch.compiler.disable(self.forward)(images)
+            return logits
         with self.quantizing():
             return self.network(images)
 
@@ -140,10 +151,16 @@ class QuantizedModel(nn.Module):
         """Names of the quantized weights that start with a prefix."""
         return [name for name in self.quantizers if self.sites[name].kind == WEIGHT and name.startswith(prefix)]
 
-    def site_table(self) -> dict[str, list[Any]]:
+    def float_share(self) -> FloatShare:
+        """How many multiplications of a forward pass have an operand in float."""
+        return float_share(self.multiplications, lambda site: site in self.sites and site not in self.quantizers)
+
+    def site_table(self) -> dict[str, Any]:
         """What is quantized and how, what stays in float, and what steps left undone, as plain data."""
-        notes: dict[str, list[Any]] = {"notes": self.notes} if self.notes else {}
-        return {"quantized": self._quantized_rows(), "float": self._float_rows(), **notes}
+        share = self.float_share()
+        counts = {"total": share.total, "float": share.floating, "percent_in_float": round(share.percent, 4)}
+        notes: dict[str, Any] = {"notes": self.notes} if self.notes else {}
+        return {"quantized": self._quantized_rows(), "float": self._float_rows(), "multiplications": counts, **notes}
 
     def _quantized_rows(self) -> list[dict[str, Any]]:
         return [
@@ -164,6 +181,12 @@ class QuantizedModel(nn.Module):
         rows += [
             {"name": name, "what": f"{what}, not quantized", "parameters": 0} for name, what in self.leftovers.items()
         ]
+        unseen = {name: percent for name, percent in self.float_share().unseen.items() if name not in self.leftovers}
+        rows += [
+            {"name": name, "what": f"{UNSEEN}, not quantized", "parameters": 0}
+            for name, percent in unseen.items()
+            if percent is None or percent >= _LISTED_PERCENT
+        ]
         for name, parameter in self.network.named_parameters():
             if name not in self.quantizers:
                 owner = type(self.network.get_submodule(name.rpartition(".")[0])).__name__
@@ -178,18 +201,18 @@ def _copied(network: nn.Module) -> nn.Module:
     attributes = [value for part in network.modules() for value in vars(part).values() if isinstance(value, Tensor)]
     memo = {id(value): value.detach().clone() for value in attributes if not value.is_leaf}
     try:
-        copied = copy.deepcopy(network, memo)
+        twin = copied(network, memo)
     except Exception as error:  # whatever the network's attributes raise
         if is_out_of_memory(error):
             raise
         raise ModelError(
             f"{type(network).__name__}: cannot be copied ({first_line(error)}); remove the attribute that cannot"
         ) from None
-    for part in copied.modules():
+    for part in twin.modules():
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.layout == torch.strided and not buffer.is_contiguous():
                 setattr(part, name, buffer.contiguous())
-    return copied
+    return twin
 
 
 def _description(kind: str) -> str:

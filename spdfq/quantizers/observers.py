@@ -7,10 +7,12 @@ import torch
 from attrs import Attribute, field, frozen
 from torch import Tensor
 
+from spdfq.errors import SpdfqError
 from spdfq.quantizers.option_checks import check_count, check_smallest_factor
 from spdfq.quantizers.statistics import Range, Statistics
 from spdfq.recipe.structure import Checked
 from spdfq.registry import observers
+from spdfq.runtime.arguments import check_tensor
 
 
 class RangedQuantizer(Protocol):
@@ -46,11 +48,20 @@ class Observer(Checked, ABC):
 
         Returns:
             New ``low`` and ``high``, float32 ``[C]`` each.
+
+        Raises:
+            SpdfqError: an argument of another type or shape.
         """
 
 
 def least_error(candidates: list[Range], samples: Tensor, quantizer: RangedQuantizer) -> Range:
     """The best candidate of each row, by ``quantizer.error`` on ``samples`` ``[C, n]``; among equals the first."""
+    check_tensor("samples", samples, "C, n")
+    if not hasattr(quantizer, "fitted"):
+        raise SpdfqError(f"quantizer must be a quantizer such as UniformQuantizer(), got {type(quantizer).__name__}")
+    for low, high in candidates:
+        check_tensor("low", low, "C")
+        check_tensor("high", high, "C")
     errors = [quantizer.error(samples, quantizer.fitted(low, high)) for low, high in candidates]
     best = torch.stack(errors).argmin(dim=0, keepdim=True)
     lows, highs = (torch.stack(side).gather(0, best)[0] for side in zip(*candidates, strict=True))
@@ -112,6 +123,7 @@ def percentile_ranges(samples: Tensor, fractions: tuple[float, ...]) -> list[Ran
     Only the outermost values of a row are sorted, as many as the smallest p needs: `torch.quantile` refuses more than
     2**24 values.
     """
+    check_tensor("samples", samples, "C, n")
     last = samples.shape[1] - 1
     reach = min(int((1 - min(fractions)) * last) + 3, last + 1)
     lowest = samples.topk(reach, largest=False).values

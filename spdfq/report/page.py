@@ -68,7 +68,7 @@ def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "name": run["name"],
         "accuracy": accuracy_line(run),
         "model": _model(run["model"]),
-        "label": run["backend"]["label"],
+        "label": bits_label(run["backend"]),
         "full": percent(metrics["fp"]["top1"]),
         "low": percent(metrics["quantized"]["top1"]),
         "measured": _measured(metrics),
@@ -93,7 +93,14 @@ def accuracy_line(run: dict[str, Any]) -> str:
     """One line from the contents of a ``run.json``: both accuracies, on how many images, and the agreement."""
     metrics = run["metrics"]
     full, low = percent(metrics["fp"]["top1"]), percent(metrics["quantized"]["top1"])
-    return f"FP {full} → {run['backend']['label']} {low} {_measured(metrics)}"
+    return f"FP {full} → {bits_label(run['backend'])} {low} {_measured(metrics)}"
+
+
+def bits_label(backend: dict[str, Any]) -> str:
+    """The bits of the ``backend`` of a ``run.json``, with the share of multiplications in float if it is above 1 %."""
+    percent = backend.get("percent_in_float", 0.0)
+    weights_only = backend["label"].endswith("A32")  # which says it already
+    return f"{backend['label']} ({percent:.1f} % in float)" if percent > 1 and not weights_only else backend["label"]
 
 
 def percent(value: float) -> str:

@@ -10,15 +10,16 @@ from typing import Any
 from attrs import asdict, define, field, frozen
 
 from spdfq.errors import SpdfqError, shown, writing
-from spdfq.evaluation.accuracy import accuracy, left_out
+from spdfq.evaluation.accuracy import accuracy, another_order, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.evaluation.published import check_full_precision
 from spdfq.quantized.checkpoint import load_checkpoint
+from spdfq.quantized.place import place
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.recipe.files import listed
 from spdfq.report import write_pictures, write_report
 from spdfq.report.image_quality import MEASURES_FILE
-from spdfq.runs.checks import check_fit, checked_teacher, placed, refuse_own_recipe
+from spdfq.runs.checks import check_classes, check_fit, checked_teacher, placed, refuse_own_recipe
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
 from spdfq.runs.forecast import Forecast
 from spdfq.runs.record import facts, now
@@ -138,7 +139,7 @@ def _check_types(out: Any, store: Any, fresh: Any, announce: Any) -> None:
 def check(
     source: Recipe | str | Path | dict[str, Any], *, overrides: Iterable[str] = (), seed: int | None = None
 ) -> list[str]:
-    """Check everything that can be checked without weights and data.
+    """Check everything that can be checked without weights and data, and the classes if the data are there.
 
     Returns:
         The warnings.
@@ -150,6 +151,12 @@ def check(
     return check_fit(recipe, load_teacher(recipe.model, weights=False))
 
 
+def percent_in_float(source: Recipe | str | Path | dict[str, Any], *, overrides: Iterable[str] = ()) -> float:
+    """Share of the multiplications with an operand in float, in percent, of the model that a recipe would make."""
+    recipe = load_recipe(source, overrides)
+    return place(load_teacher(recipe.model, weights=False), recipe.quantization).float_share().percent
+
+
 @own_threads()
 def evaluate_run(
     folder: str | Path,
@@ -157,6 +164,7 @@ def evaluate_run(
     overrides: Iterable[str] = (),
     device: str | None = None,
     progress: Progress | bool | None = None,
+    announce: Announce = lambda line: None,
 ) -> dict[str, Any]:
     """Measure the saved model of a run again, on the run's own evaluation section or a changed one.
 
@@ -167,6 +175,7 @@ def evaluate_run(
         overrides: ``evaluation.key=value`` or ``runtime.key=value`` pairs; the model itself does not change.
         device: replaces ``runtime.device``.
         progress: as in `spdfq.synthesize`.
+        announce: called with one line for each warning.
 
     Returns:
         The metrics, as in `RunResult`.
@@ -186,8 +195,12 @@ def evaluate_run(
     key = stage_key(fingerprint, saved, evaluation_key(recipe), runtime.device.type)
     teacher.module.to(runtime.device)
     evaluator.check(spec, teacher)
+    for line in check_classes(recipe, teacher) if ranks.leads else ():
+        announce(f"warning: {line}")
     with store_beside(Path(folder), ranks=ranks).unfinished("again", key) as state:
         fp = evaluator.reference(teacher, spec, runtime, state / "fp")
+        if ranks.leads and not teacher.headless and (doubt := another_order(fp.logits, fp.labels)):
+            announce(f"warning: evaluation.dataset: {doubt}")
         return evaluator.measure(model.to(runtime.device), teacher, spec, runtime, fp, state / "quantized")
 
 
@@ -295,6 +308,8 @@ class _Run:
             self._warn(f"evaluation.dataset: {left_out(fp.damaged)}")
         if line := check_full_precision(work.recipe, work.teacher, fp.logits, fp.labels):
             self.announce(line)
+        if not work.teacher.headless and (line := another_order(fp.logits, fp.labels)):
+            self._warn(f"evaluation.dataset: {line}")
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)

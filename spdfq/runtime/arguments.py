@@ -1,5 +1,6 @@
 """Checks of arguments that a component is called with: each gives one line instead of an error from inside torch."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,14 +10,14 @@ from spdfq.errors import SpdfqError
 
 
 def check_tensor(name: str, value: Any, axes: str) -> None:
-    """Refuse what is not a tensor with these axes, given as ``"B, C, h, w"``.
+    """Refuse what is not a tensor with these axes, given as ``"B, C, h, w"``; ``"..."`` accepts any number of axes.
 
     Raises:
         SpdfqError: with the shape found.
     """
     if not isinstance(value, Tensor):
         raise SpdfqError(f"{name} must be a tensor [{axes}], got {type(value).__name__}")
-    if value.ndim != axes.count(",") + 1:
+    if axes != "..." and value.ndim != axes.count(",") + 1:
         raise SpdfqError(f"{name} must be [{axes}], got {list(value.shape)}")
 
 
@@ -29,13 +30,19 @@ def check_alike(first: str, one: Any, second: str, other: Any, axes: str) -> Non
     check_tensor(first, one, axes)
     check_tensor(second, other, axes)
     if one.shape != other.shape:
-        raise SpdfqError(f"{first} is {list(one.shape)}, but {second} is {list(other.shape)}; both must be [{axes}]")
+        raise SpdfqError(f"{first} and {second} must both be [{axes}], got {list(one.shape)} and {list(other.shape)}")
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
     """Refuse what is not a whole number of at least ``least``."""
     if type(value) is not int or value < least:
         raise SpdfqError(f"{name} must be a whole number from {least} up, got {_short(value)}")
+
+
+def check_number(name: str, value: Any, least: float) -> None:
+    """Refuse what is not a finite number of at least ``least``."""
+    if type(value) not in (int, float) or not least <= value < math.inf:
+        raise SpdfqError(f"{name} must be a finite number of at least {least}, got {_short(value)}")
 
 
 def check_size(name: str, value: Any) -> None:

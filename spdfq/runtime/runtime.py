@@ -52,14 +52,18 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
+_calls: list[int] = []
+"""For each running call of `own_threads`, the number of CPU threads before the first of them."""
+
+
 @contextmanager
 def own_threads() -> Iterator[None]:
     """Restore the number of CPU threads on exit, so that a runtime may change it inside. Also a decorator."""
-    before = torch.get_num_threads()
+    _calls.append(_calls[0] if _calls else torch.get_num_threads())
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(_calls.pop())
 
 
 def make_runtime(

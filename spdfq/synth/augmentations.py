@@ -5,10 +5,12 @@ from typing import ClassVar
 import torch
 from attrs import field, frozen, validators
 from einops import rearrange
+from torch import Tensor
 
-from spdfq.errors import ComponentError
+from spdfq.errors import ComponentError, SpdfqError
 from spdfq.recipe.structure import Checked
 from spdfq.registry import augmentations
+from spdfq.runtime.arguments import check_generator, check_tensor
 from spdfq.synth.changes import Change, Crop, Moment, Move
 
 _LARGEST_SHIFT = 100_000
@@ -22,9 +24,42 @@ class Augmentation(Checked):
     followable: ClassVar[bool] = True
     """Whether maps on the token grid can follow the images. If not, losses and pruning that need it are refused."""
 
+    def __call__(self, images: Tensor, generator: torch.Generator, iteration: int = 0, iterations: int = 1) -> Tensor:
+        """Draw a change and apply it.
+
+        Args:
+            images: ``[B, C, h, w]``.
+            generator: CPU generator.
+            iteration: counted from 0; some augmentations change in the course of a run.
+            iterations: number of iterations of the run.
+
+        Returns:
+            The changed images, differentiable. Maps follow them with what `draw` returns; see `Change.follow`.
+        """
+        check_tensor("images", images, "B, C, h, w")
+        channels, height, width = images.shape[1:]
+        size = (channels, height, width)
+        moment = Moment(iteration=iteration, iterations=iterations, count=len(images), size=size)
+        return self.draw(generator, moment).apply(images)
+
     def draw(self, generator: torch.Generator, moment: Moment) -> Change:
-        """What to do to the images of one iteration. It must depend on the generator and the moment alone."""
+        """What to do to the images of one iteration. It must depend on the generator and the moment alone.
+
+        Args:
+            generator: CPU generator.
+            moment: when, and for which images: their number and size.
+
+        Raises:
+            SpdfqError: an argument of another type.
+        """
         raise ComponentError(f"{type(self).__name__} does not define draw")
+
+
+def check_draw(generator: torch.Generator, moment: Moment) -> None:
+    """Refuse what is not a CPU generator and a moment."""
+    check_generator(generator)
+    if not isinstance(moment, Moment):
+        raise SpdfqError(f"moment must be Moment(count=B, size=(C, h, w), ...), got {type(moment).__name__}")
 
 
 def _shifts(_: object, __: object, value: int | tuple[int, ...]) -> None:
@@ -52,6 +87,7 @@ class Jitter(Augmentation):
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Move:
         """The movement of one iteration."""
+        check_draw(generator, moment)
         largest = self.largest_shift(moment)
         down, right = torch.randint(-largest, largest + 1, (2,), generator=generator).tolist()
         return Move(shift=(down, down if self.shared_axes else right))
@@ -78,6 +114,7 @@ class Flip(Augmentation):
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Move:
         """The movement of one iteration."""
+        check_draw(generator, moment)
         drawn = torch.rand(moment.count if self.per_image else 1, generator=generator) < self.probability
         return Move(flip=tuple(drawn.tolist()) if self.per_image else bool(drawn))
 
@@ -102,6 +139,7 @@ class RandomResizedCrop(Augmentation):
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Crop:
         """The boxes of one iteration."""
+        check_draw(generator, moment)
         area, aspect, down, right = torch.rand(4, moment.count, generator=generator)
         area = self.smallest + (1 - self.smallest) * area
         stretched = self.stretch ** (aspect - 0.5)  # factor of one side; the aspect changes by its square

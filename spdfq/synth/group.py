@@ -18,6 +18,7 @@ from spdfq.synth.group_state import GroupState, LossWeights
 from spdfq.synth.settings import LOOP_COLUMNS, SynthesisSettings
 from spdfq.synth.sources import noise
 from spdfq.synth.student_training import Student, StudentFactory, StudentTrainer
+from spdfq.synth.targets import label_mask
 from spdfq.teacher import Teacher
 
 # interval in iterations; reading losses back makes an accelerator wait
@@ -61,7 +62,7 @@ class Group:
         self.targets: Tensor | None = None
         if spec.target.gives_labels and not teacher.headless:
             self.labels, self.targets = self._labels_and_targets()
-        self.view_weights = self._view_weights()
+        self.view_weights = self.plan.view_weights(count).to(runtime.device)
         self.state = self._new_state()
         self.passes = ForwardPasses(teacher, runtime, count, new_pruner(spec.pruning, teacher, count))
         self.trainer = StudentTrainer(spec.student, _required(student)) if spec.student else None
@@ -131,17 +132,9 @@ class Group:
 
     def _labels_and_targets(self) -> tuple[Tensor, Tensor]:
         """Labels and targets ``[B+M, K]`` of the images and then of the crops."""
-        classes = self.teacher.num_classes
-        whole = self.plan.label_mask(self.count, classes)
-        crops = torch.nn.functional.one_hot(self.plan.labels, classes).bool()
-        mask = torch.cat([whole, crops])
-        shown = [row.nonzero().flatten() for row in mask]
+        classes, shown = self.teacher.num_classes, self.plan.view_classes(self.count)
         targets = self.spec.target.sample(shown, classes, self.generator("target"))
-        return mask.to(self.runtime.device), targets.to(self.runtime.device)
-
-    def _view_weights(self) -> Tensor:
-        crops = torch.bincount(self.plan.owners, minlength=self.count)[self.plan.owners]
-        return (torch.cat([torch.ones(self.count), 1 / crops]) / self.count).to(self.runtime.device)
+        return label_mask(shown, classes).to(self.runtime.device), targets.to(self.runtime.device)
 
     def _forward(self, iteration: int) -> LossInputs:
         """Pass the augmented images through the teacher and the student, and the crops through the teacher if due."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spdfq.attention import AttentionRecord, prefix_tokens, record_attention
 from spdfq.errors import DataError, SpdfqError
 from spdfq.recipe.structure import Checked
+from spdfq.runtime.shared_modules import own_hooks
 from spdfq.synth.changes import Change, follow_all
 from spdfq.synth.sources import noise
 from spdfq.teacher import Teacher
@@ -144,11 +145,8 @@ class TokenLayout:
         def gather(_: nn.Module, args: tuple) -> tuple:
             return args[0].gather(1, repeat(chosen, "b n -> b n d", d=args[0].shape[-1])), *args[1:]
 
-        handle = network.get_submodule(self.block).register_forward_pre_hook(gather)
-        try:
+        with own_hooks([(network.get_submodule(self.block).register_forward_pre_hook, gather)]):
             yield
-        finally:
-            handle.remove()
 
     def scores(self, record: AttentionRecord) -> Tensor:
         """``[B, K]``: attention of the class token in the last block, mean over heads."""

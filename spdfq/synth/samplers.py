@@ -9,6 +9,7 @@ from torch import Tensor
 from spdfq.errors import ComponentError, SpdfqError
 from spdfq.recipe.structure import Checked
 from spdfq.registry import samplers
+from spdfq.runtime.arguments import check_generator, check_size, check_whole
 from spdfq.synth.crops import CropPlan
 
 Box = tuple[int, int, int, int]
@@ -38,6 +39,9 @@ class Sampler(Checked):
             size: height and width of the images in pixels.
             num_classes: number of classes to draw from; 0 if the teacher has no head.
             generator: CPU generator. The plan must depend on the arguments and on nothing else.
+
+        Raises:
+            SpdfqError: an argument of another type or out of range.
         """
         raise ComponentError(f"{type(self).__name__} does not define sample")
 
@@ -46,11 +50,21 @@ class Sampler(Checked):
         raise ComponentError(f"{type(self).__name__} does not define redrawn")
 
 
+def _check(count: int, size: tuple[int, int], generator: torch.Generator) -> None:
+    check_whole("count", count, 1)
+    check_size("size", size)
+    check_generator(generator)
+
+
 def draw_labels(count: int, num_classes: int, classes: ClassDraw, generator: torch.Generator) -> Tensor:
     """Draw ``[count]`` class indices.
 
     ``random`` draws each one independently. ``balanced`` draws every class once before it draws any class again.
+
+    Raises:
+        SpdfqError: there are no classes.
     """
+    check_whole("num_classes", num_classes, 1)
     if classes == "random":
         return torch.randint(num_classes, (count,), generator=generator)
     rounds = [torch.randperm(num_classes, generator=generator) for _ in range(-(-count // num_classes))]
@@ -73,6 +87,8 @@ class WholeImageSampler(Sampler):
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """A plan with one crop, the whole image, for each image; an empty plan if there are no classes."""
+        _check(count, size, generator)
+        check_whole("num_classes", num_classes, 0)
         if not num_classes:
             nothing = torch.zeros(0, dtype=torch.long)
             return CropPlan(boxes=torch.zeros(0, 4, dtype=torch.long), owners=nothing, labels=nothing, every=0)
@@ -111,8 +127,9 @@ class MultiSemanticSampler(Sampler):
         """Draw the crops of a group; see `Sampler.sample`.
 
         Raises:
-            SpdfqError: the images are too small to be cut twice along each axis.
+            SpdfqError: the images are too small to be cut twice along each axis, or there are no classes.
         """
+        _check(count, size, generator)
         if min(size) < SMALLEST_SIDE:
             raise SpdfqError(f"sampler multi_semantic: images of {size[0]}x{size[1]} are too small; use whole_image")
         boxes: list[Box] = []
@@ -132,6 +149,8 @@ class MultiSemanticSampler(Sampler):
 
     def redrawn(self, plan: CropPlan, size: tuple[int, int], generator: torch.Generator) -> CropPlan:
         """The same plan with other boxes; see `Sampler.redrawn`."""
+        check_size("size", size)
+        check_generator(generator)
         counts = torch.bincount(plan.owners).tolist()
         boxes = [box for crops in counts for box in self._boxes(crops, size, generator)]
         return evolve(plan, boxes=torch.tensor(boxes))

@@ -6,7 +6,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from spdfq.registry import optimizers
-from spdfq.synth.optimizers import Adam
+from spdfq.synth.optimizers import Adam, check_pixels
 
 # square root of the colour covariance of ImageNet, published with the paper below; rows are red, green and blue
 _COLORS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
@@ -38,6 +38,7 @@ class SpectralAdam(Adam):
 
     def build(self, images: Tensor) -> torch.optim.Optimizer:
         """A torch optimizer of one tensor."""
+        check_pixels(images)
         return _SpectralAdam(images, self.lr, self.betas, Coordinates(images, self.power))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from spdfq.errors import ComponentError, SpdfqError
 from spdfq.recipe.structure import Checked
 from spdfq.registry import targets
+from spdfq.runtime.arguments import check_generator, check_whole
 
 Elsewhere = Literal["normal", "uniform", "zero"]
 # the softmax of larger logits is one-hot in float32 anyway
@@ -30,7 +31,8 @@ class Target(Checked):
         """Draw a distribution for each view.
 
         Args:
-            labels: the classes that each of B views shows: a class index, or a sequence of class indices.
+            labels: the classes that each of B views shows: a class index, or a sequence of class indices; for example
+                ``plan.view_classes(count)`` of a `CropPlan`.
             num_classes: K.
             generator: CPU generator. The result must depend on the arguments and on nothing else.
 
@@ -66,11 +68,13 @@ class SoftLabelTarget(Target):
 
     def sample(self, labels: Sequence[Any], num_classes: int, generator: torch.Generator) -> Tensor:
         """``[B, K]`` float32 probabilities; see `Target.sample`."""
-        shape = (len(labels), num_classes)
+        check_generator(generator)
+        mask = label_mask(labels, num_classes)
+        shape = mask.shape
         relevant = self.low + (self.high - self.low) * torch.rand(shape, generator=generator)
         draws = {"normal": torch.randn, "uniform": torch.rand}
         other = draws[self.elsewhere](shape, generator=generator) if self.elsewhere in draws else torch.zeros(shape)
-        return torch.where(label_mask(labels, num_classes), relevant, other).softmax(-1)
+        return torch.where(mask, relevant, other).softmax(-1)
 
 
 @targets.register("one_hot")
@@ -98,10 +102,23 @@ def label_mask(labels: Sequence[Any], num_classes: int) -> Tensor:
     Raises:
         SpdfqError: a view shows no class, or a class outside 0 to K - 1.
     """
+    check_whole("num_classes", num_classes, 1)
+    if not isinstance(labels, Sequence | Tensor) or isinstance(labels, str):
+        raise SpdfqError(f"labels must hold the classes of each view, such as [3, [0, 2]], got {labels!r}")
     mask = torch.zeros(len(labels), num_classes, dtype=torch.bool)
     for row, classes in enumerate(labels):
-        shown = torch.as_tensor(classes).reshape(-1)
-        if not len(shown) or shown.is_floating_point() or shown.min() < 0 or shown.max() >= num_classes:
+        shown = _indices(classes)
+        if not len(shown) or shown.min() < 0 or shown.max() >= num_classes:
             raise SpdfqError(f"labels of view {row}: expected classes of 0 to {num_classes - 1}, got {classes}")
         mask[row, shown] = True
     return mask
+
+
+def _indices(classes: Any) -> Tensor:
+    """Class indices ``[n]``; empty if they are no whole numbers."""
+    try:
+        shown = torch.as_tensor(classes).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        return torch.zeros(0)
+    no_numbers = shown.dtype == torch.bool or shown.is_floating_point() or shown.is_complex()
+    return shown[:0] if no_numbers else shown.long()

@@ -71,8 +71,6 @@ def check_module(module: Any) -> None:
     if coarse:
         named = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in coarse))
         raise ModelError(f"{type(module).__name__}: has weights in {named}; give Teacher(module.float(), ...)")
-    if any(parameter.is_meta for parameter in parameters):
-        raise ModelError(f"{type(module).__name__}: has weights on the meta device; load them first")
 
 
 def check_description(teacher: Any) -> None:

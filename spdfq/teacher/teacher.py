@@ -11,8 +11,10 @@ from attrs import define, field
 from einops import rearrange
 from torch import Tensor, nn
 
+from spdfq.attention import watchable
 from spdfq.errors import DataError, ModelError, is_out_of_memory, shown
 from spdfq.recipe import ModelSpec
+from spdfq.runtime.shared_modules import as_written, held
 from spdfq.teacher.architectures import build, first_line
 from spdfq.teacher.description import check_description, check_module, mean_of_channels, std_of_channels
 from spdfq.teacher.forward import device_of, evaluation_mode, returning_tensor
@@ -29,7 +31,7 @@ class Teacher:
 
     Args:
         module: any network in float32 from normalised images ``[B, C, H, W]`` to logits ``[B, num_classes]``, or to
-            features ``[B, D]`` if it has no head.
+            features ``[B, D]`` if it has no head. Of a compiled module, the one inside is used.
         mean: of each channel, for pixels in 0..1.
         std: of each channel, for pixels in 0..1.
         num_classes: number of logits; 0 for a model without a head.
@@ -56,11 +58,11 @@ class Teacher:
     crop_pct: float = field(default=1.0, kw_only=True)
     interpolation: str = field(default="bilinear", kw_only=True)
     crop_mode: str = field(default="center", kw_only=True)
-
     output: str | int | None = field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         check_module(self.module)
+        self.module = watchable(self.module)
         self.name = self.name or type(self.module).__name__
         if self.input_size is None:
             self.input_size = (len(self.mean), *_own_size(self.module))
@@ -129,13 +131,10 @@ class Teacher:
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
         """The module in evaluation mode and without parameter gradients; both are restored on exit."""
-        wanted = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
-        try:
-            with evaluation_mode(self.module) as module:
-                yield module.requires_grad_(False)
-        finally:
-            for parameter, flag in wanted:
-                parameter.requires_grad_(flag)
+        without_gradients = ((parameter, "requires_grad", False) for parameter in self.module.parameters())
+        written = as_written(self.module.modules())
+        with held([*without_gradients, *written]), evaluation_mode(self.module) as module:
+            yield module
 
     def fingerprint(self) -> str:
         """A hash of the module's printed architecture, of all parameters, buffers and extra state, and of the input.

@@ -32,7 +32,7 @@ def folder(tmp_path):
 # image folders
 
 
-def test_labels_count_the_subfolders_in_alphabetical_order_and_the_last_partial_batch_is_given(folder):
+def test_labels_count_the_subfolders_in_order_and_the_last_partial_batch_is_given(folder):
     dataset = folder(
         {"dog": {"1.png": RED, "2.jpg": RED}, "cat": {"1.png": GREY, "x/2.PNG": GREY}, "elk": {"1.bmp": RED}}
     )

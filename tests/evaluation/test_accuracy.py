@@ -18,7 +18,7 @@ from support.data import GREY, RED, Means, names, shade, teacher, write
 from spdfq.data import FashionMnist, ImageFolder
 from spdfq.errors import DataError, NonFiniteError
 from spdfq.evaluation import predictions
-from spdfq.evaluation.accuracy import LogitsEvaluator, accuracy, agreement, left_out
+from spdfq.evaluation.accuracy import LogitsEvaluator, accuracy, agreement, another_order, left_out
 from spdfq.evaluation.predictions import Predictions
 from spdfq.recipe import Evaluation
 from spdfq.runtime import Runtime
@@ -66,6 +66,33 @@ def test_accuracy_of_a_case_done_by_hand():
     # first and third are right; the second is second best, the fourth the worst of six
     assert accuracy(logits, labels) == {"top1": 50.0, "top5": 75.0}
     assert accuracy(logits[:, :3], torch.tensor([0, 0, 2, 1])) == {"top1": 75.0}
+
+
+@pytest.mark.parametrize("classes", [6, 7, 20])
+def test_the_five_best_classes_count_and_no_others(classes):
+    logits = torch.arange(float(classes)).flip(0).expand(classes, classes)  # class 0 is the best of each image
+    assert accuracy(logits, torch.arange(classes)) == {"top1": 100 / classes, "top5": 500 / classes}
+    assert accuracy(logits[:5, :5], torch.arange(5)) == {"top1": 20.0}
+
+
+def predicting(classes):
+    """Logits whose highest is that of the class asked for."""
+    return torch.eye(10)[torch.as_tensor(classes)]
+
+
+def test_classes_in_another_order_are_seen_in_the_predictions():
+    labels = torch.arange(10).repeat(5)
+    shifted = (labels + 1) % 10
+    shifted[:4] = 7
+    assert another_order(predicting(shifted), labels) == (
+        "top-1 is 0.00 %, but would be 92.00 % if each class had the index that the model predicts most often for it; "
+        "the classes are in a different order than the model's"
+    )
+    assert another_order(predicting(labels), labels) is None
+    assert another_order(predicting(torch.full_like(labels, 3)), labels) is None, "a model that has learnt nothing"
+    generator = torch.Generator().manual_seed(0)
+    assert another_order(torch.randn(50, 10, generator=generator), labels) is None
+    assert another_order(predicting(shifted)[:49], labels[:49]) is None, "too few images"
 
 
 def test_agreement_of_a_case_done_by_hand():

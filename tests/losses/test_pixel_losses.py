@@ -161,7 +161,7 @@ def test_the_frequency_loss_compares_views_of_the_augmented_images_at_the_radius
 
 
 def test_the_frequency_loss_needs_a_forward_pass():
-    with pytest.raises(SpdfqError, match=r"frequency_consistency: forward is missing; give the teacher's forward pass"):
+    with pytest.raises(SpdfqError, match=r"frequency_consistency: got no forward; give the teacher's forward pass"):
         FrequencyConsistencyLoss()(LossInputs(images=random(1, 1, 8, 8)))
 
 

@@ -23,6 +23,7 @@ from spdfq.quantized.visiting import Visit, unchanged, visit_sites
 from spdfq.quantizers import learned_scales
 from spdfq.registry import steps
 from spdfq.runtime import Advance
+from spdfq.runtime.shared_modules import own_hooks
 
 _CHECK_EVERY = 10
 # the constants of structural similarity for values in 0..1
@@ -180,13 +181,9 @@ class _TeacherAndStudent:
                 maps.append(tensor)
             return visit(name, kind, tensor)
 
-        handles = [call.on_output(network, blocks.extend) for call in self.calls]
-        try:
-            with visit_sites(network, collect_maps, points=self.model.points):
-                return ForwardResult(network(images), blocks, maps)
-        finally:
-            for handle in handles:
-                handle.remove()
+        outputs = own_hooks(call.on_output(network, blocks.extend) for call in self.calls)
+        with outputs, visit_sites(network, collect_maps, points=self.model.points):
+            return ForwardResult(network(images), blocks, maps)
 
 
 @define(eq=False)

@@ -10,6 +10,7 @@ from spdfq.backends.blocks import BlockCall, Hidden
 from spdfq.backends.divergence import divergence
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.visiting import Visit
+from spdfq.runtime.shared_modules import own_hooks
 
 
 def squared_gradients(
@@ -63,12 +64,10 @@ def _gradients(
 
     with torch.no_grad():
         wanted = teacher(images)
-    handle = model.network.get_submodule(call.name).register_forward_hook(detach_output)
-    try:
-        with torch.enable_grad(), model.visiting(quantize_up_to_block):
-            logits = model.network(images)
-    finally:
-        handle.remove()
+    block = model.network.get_submodule(call.name)
+    hook = own_hooks([(block.register_forward_hook, detach_output)])
+    with hook, torch.enable_grad(), model.visiting(quantize_up_to_block):
+        logits = model.network(images)
     # summed, not averaged: the gradient of an image must not depend on the batch size
     total = divergence(logits, wanted, headless).sum()
     # zero for what the network does not use, such as the attention weights that a block returns too
