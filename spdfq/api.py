@@ -13,7 +13,7 @@ from spdfq.backends import quantize as run_backend
 from spdfq.backends.quantize import check_quantization
 from spdfq.backends.quantized_student import student_factory
 from spdfq.data import LabelledImages
-from spdfq.errors import DataError, ModelError, RecipeError, SpdfqError, shown
+from spdfq.errors import DataError, ModelError, RecipeError, shown
 from spdfq.evaluation.accuracy import left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.quantized.model import QuantizedModel
@@ -168,7 +168,8 @@ def evaluate(
         raise ModelError(f"evaluate: model must be an nn.Module, got {shown(model)}")
     part = _evaluation_part(dataset)
     spec: Any = part.evaluation
-    spec = evolve(spec, **_given(bank=bank, batch=batch))
+    given = {"bank": bank, "batch": batch}
+    spec = evolve(spec, **{key: value for key, value in given.items() if value is not None})
     runtime = make_runtime(part.runtime, part.seed, device, pick_progress(progress))
     evaluator = evaluator_for(teacher)
     evaluator.check(spec, teacher)
@@ -184,7 +185,7 @@ def evaluate(
 
 def _evaluation_part(dataset: Any) -> Part:
     """An evaluation section from what `evaluate` takes."""
-    if isinstance(dataset, LabelledImages):
+    if datasets.has(dataset):
         return load_part(Evaluation(dataset=dataset), "evaluation")
     if isinstance(dataset, (str, Path)) and Path(dataset).is_dir():
         raise DataError(f"dataset: {dataset} is a folder; give spdfq.data.ImageFolder(root={str(dataset)!r})")
@@ -194,15 +195,6 @@ def _evaluation_part(dataset: Any) -> Part:
         example = "spdfq.data.ImageFolder(root='val')"
         raise DataError(f"dataset: expected labelled images such as {example}, or a recipe, got {shown(dataset)}")
     return load_part(dataset, "evaluation")
-
-
-def _given(bank: Any, batch: Any) -> dict[str, Any]:
-    """The arguments of `evaluate` that replace keys of an evaluation section."""
-    if bank is not None and not isinstance(bank, LabelledImages):
-        raise DataError(f"bank: expected labelled images, got {shown(bank)}")
-    if batch is not None and (type(batch) is not int or batch < 1):
-        raise SpdfqError(f"batch: must be a whole number of at least 1, got {shown(batch)}")
-    return {key: value for key, value in (("bank", bank), ("batch", batch)) if value is not None}
 
 
 def _check_teacher(teacher: Any) -> None:

@@ -5,9 +5,8 @@ The depth of a member is reduced where its library allows it.
 
 from typing import Any
 
-from torch import nn
-
 from attrs import field, frozen
+from torch import nn
 
 
 @frozen

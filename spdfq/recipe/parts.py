@@ -20,6 +20,7 @@ from spdfq.recipe.schema import (
     student_problems,
 )
 from spdfq.recipe.structure import component, components, structure, unstructure
+from spdfq.registry import sources
 
 _EXAMPLES = {"synthesis": "images/spdfq", "quantization": "backends/repq", "evaluation": "evaluation/imagenet"}
 # a table with one of these keys is a section, not a table of sections
@@ -77,7 +78,7 @@ def _built_section(source: Any) -> str | None:
     """The name of the section that an object is."""
     if isinstance(source, (Quantization, Evaluation)):
         return type(source).__name__.lower()
-    return "synthesis" if hasattr(source, "synthesize") and not isinstance(source, type) else None
+    return "synthesis" if sources.has(source) else None
 
 
 def _as_data(source: Any, section: str | None) -> Any:

@@ -1,6 +1,7 @@
 """One forward pass of a teacher's module: evaluation mode, what the module returns, and which part of it is used."""
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from spdfq.errors import ModelError, SpdfqError, is_out_of_memory
 from spdfq.runtime.shared_modules import held
 from spdfq.teacher.architectures import first_line
+
+_one_by_one = threading.Lock()  # two calls that replace the buffers of one module would not both put them back
 
 
 @contextmanager
@@ -86,7 +89,7 @@ def _one_image(module: nn.Module, name: str, size: tuple[int, int, int]) -> Any:
     image = torch.zeros(1, *size, dtype=torch.float32, device=device)
     buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluation_mode(module):
+        with _one_by_one, torch.random.fork_rng([device] if device.type == "cuda" else []), evaluation_mode(module):
             return torch.func.functional_call(module, buffers, (image,))
     except SpdfqError:
         raise

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from spdfq.attention import watchable
 from spdfq.errors import DataError, ModelError, is_out_of_memory, shown
 from spdfq.recipe import ModelSpec
-from spdfq.recipe.structure import structure, unstructure
 from spdfq.runtime.shared_modules import as_written, held
 from spdfq.teacher.architectures import build, first_line
 from spdfq.teacher.description import check_description, check_module, mean_of_channels, std_of_channels
@@ -59,7 +58,6 @@ class Teacher:
     crop_pct: float = field(default=1.0, kw_only=True)
     interpolation: str = field(default="bilinear", kw_only=True)
     crop_mode: str = field(default="center", kw_only=True)
-
     output: str | int | None = field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
@@ -210,23 +208,19 @@ def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
         raise ModelError(f"load_teacher: expected a model's name or a ModelSpec, got {shown(spec)}")
     if not isinstance(weights, bool):
         raise ModelError(f"load_teacher: weights must be True or False, got {shown(weights)}")
-    problems: list[str] = []
-    table = {"name": spec} if isinstance(spec, str) else unstructure(spec)
-    checked: ModelSpec = structure(ModelSpec, table, "model", problems)
-    if problems:
-        raise ModelError("; ".join(problems))
-    module = build(checked, weights)
+    spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
+    module = build(spec, weights)
     config = resolve_model_data_config(module)
-    size = (config["input_size"][0], *_input_sides(checked, module))
-    if checked.img_size is not None:
-        _try_size(checked, module.eval(), size)
+    size = (config["input_size"][0], *_input_sides(spec, module))
+    if spec.img_size is not None:
+        _try_size(spec, module.eval(), size)
     return Teacher(
         module.eval(),
         mean=config["mean"],
         std=config["std"],
         num_classes=module.num_classes,
         input_size=size,
-        name=checked.name,
+        name=spec.name,
         crop_pct=config["crop_pct"],
         interpolation=config["interpolation"],
         crop_mode=config["crop_mode"],

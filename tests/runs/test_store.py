@@ -4,13 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from spdfq.errors import DataError, SpdfqError
-from spdfq.quantized.checkpoint import save_quantized
+from spdfq.quantized import QuantizedModel, save_quantized
 from spdfq.report import write_sheet
 from spdfq.runs.store import STATE, Store, lock_folder, store_beside
 from spdfq.runtime.files import read_tensors, replace_file, write_tensors, write_text
@@ -191,7 +190,7 @@ def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path):
 
 # places that cannot be written
 
-EMPTY = SimpleNamespace(network=torch.nn.Module(), quantizers={}, weight_names=tuple)
+EMPTY = QuantizedModel(torch.nn.Identity(), {}, {}, {})
 ANOTHER = "make room there, make it writable, or choose another folder"
 
 

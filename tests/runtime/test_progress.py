@@ -1,9 +1,13 @@
 """Progress bars: what they show, and the time left for a whole run."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
-from spdfq.runtime import RichProgress, silent
-from spdfq.runtime.progress import clock
+from spdfq.errors import SpdfqError
+from spdfq.runtime import RichProgress, pick_progress, silent
+from spdfq.runtime.progress import clock, in_notebook
 
 
 @pytest.fixture
@@ -74,3 +78,54 @@ def test_the_time_left_is_that_of_the_stage_and_of_what_comes_after(monkeypatch,
 
 def test_a_duration_has_hours_only_where_it_lasts_one():
     assert [clock(seconds) for seconds in (0.4, 59.6, 61, 3661)] == ["0:00", "1:00", "1:01", "1:01:01"]
+
+
+# bars by default
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """A stand-in for IPython in a notebook's kernel; a list of what its cell shows."""
+    shown = []
+
+    class Handle:
+        def update(self, data, raw):
+            shown.append(data["text/plain"])
+
+    shell, display = SimpleNamespace(kernel=object()), SimpleNamespace(display=lambda *_, **__: Handle())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    return shown
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_shown_in_a_terminal_unless_they_are_declined(monkeypatch, terminal):
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
+    assert isinstance(pick_progress(None), RichProgress) == terminal
+    assert isinstance(pick_progress(True), RichProgress)
+    assert pick_progress(False) is pick_progress(silent) is silent
+
+
+def test_a_notebooks_cell_shows_the_bar_as_text(notebook, capsys):
+    with pick_progress(None)("synthesising", 3) as advance:
+        advance(1, loss=0.5)
+        advance(2, loss=0.25)
+    assert "1/3" in notebook[0]
+    assert "loss=0.5" in notebook[0]
+    assert "synthesising" in notebook[-1]
+    assert "3/3" in notebook[-1]
+    assert notebook[-1].endswith("loss=0.25")
+    assert len(notebook) == 2, "at most four times a second, and at the end"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_shell_without_a_kernel_is_no_notebook(notebook, monkeypatch):
+    assert in_notebook()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    assert not in_notebook()
+
+
+@pytest.mark.parametrize("given", [3, "yes", RichProgress, []])
+def test_what_shows_no_progress_is_refused(given):
+    with pytest.raises(SpdfqError, match=r"^progress: expected True, False, None or a RichProgress\(\), got "):
+        pick_progress(given)

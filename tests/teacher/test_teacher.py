@@ -1,5 +1,8 @@
 """Teachers: any module can be one; its input, its modes and gradients, and its fingerprint."""
 
+import math
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -60,6 +63,121 @@ def test_a_teacher_reads_its_input_size_from_the_module_where_it_can():
 def test_a_description_that_contradicts_itself_is_refused(changes, message):
     with pytest.raises(ModelError, match=message):
         own(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": 0.5}, r"mean must have a number for each channel, for example \(0\.5, 0\.5, 0\.5\), got 0\.5"),
+        ({"mean": "0.5"}, "mean must have a number for each channel, .* got '0.5'"),
+        ({"mean": (True, False)}, "mean must have a number for each channel"),
+        ({"mean": ()}, "mean must have a number for each channel"),
+        (
+            {"mean": (127, 127), "std": (128, 128)},
+            r"mean is \[127.0, 127.0\], but it is that of pixels in 0..1, .* by 255",
+        ),
+        ({"std": (58.4, 57.1)}, r"std is \[58.4, 57.1\], but .* divide a mean and std of pixels in 0..255 by 255"),
+        ({"mean": (-0.1, 0.5)}, "mean must be from 0 to 1"),
+        ({"mean": (math.nan, 0.5)}, "mean must be from 0 to 1"),
+        ({"std": (math.nan, 0.5)}, "std must be above 0"),
+        ({"num_classes": True}, "num_classes must be a whole number, .* got True"),
+        ({"num_classes": 3.0}, "num_classes must be a whole number, .* got 3.0"),
+        ({"num_classes": "3"}, "num_classes must be a whole number, .* got '3'"),
+        ({"num_classes": -1}, "num_classes must be a whole number, .* got -1"),
+        ({"num_classes": 7}, "Linear: returns 3 logits, but the teacher's num_classes is 7; they must agree"),
+        ({"input_size": 4}, r"input_size must be three whole numbers \(C, H, W\), got 4"),
+        ({"input_size": (4, 4)}, r"input_size must be three whole numbers \(C, H, W\), got \(4, 4\)"),
+        ({"input_size": (2, 4.0, 4)}, "input_size must be three whole numbers"),
+        ({"input_size": (2, 0, 4)}, "input_size must be three whole numbers"),
+        (
+            {"input_size": (2, 4, 5)},
+            r"Linear: cannot run on one image 2x4x5 \(RuntimeError: mat1 and mat2 .*of the input_size",
+        ),
+        ({"crop_pct": 87.5}, "crop_pct must be a share of the image such as 0.875, got 87.5"),
+        ({"crop_pct": 0}, "crop_pct must be a share"),
+        ({"crop_pct": True}, "crop_pct must be a share"),
+        ({"interpolation": "cubic"}, "interpolation must be one of nearest, bilinear, .* got 'cubic'"),
+        ({"crop_mode": "middle"}, "crop_mode must be one of center, squash, border, got 'middle'"),
+        ({"name": 3}, "name must be a string, got 3"),
+        ({"output": True}, "output must be the name or the position of a field, got True"),
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_be_right_is_refused(changes, message):
+    with pytest.raises(ModelError, match=message) as refused:
+        own(**changes)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("vit", "module must be an nn.Module, got 'vit'"),
+        (nn.Linear, "module must be an nn.Module, got the class Linear"),
+        (nn.Linear(2, 2, device="meta"), "Linear: has weights on the meta device; load them first"),
+        (nn.LazyLinear(3), "weight: has no shape yet"),
+    ],
+)
+def test_what_is_no_module_with_weights_is_refused(module, message):
+    with pytest.raises(ModelError, match=message):
+        Teacher(module, mean=(0.5,), std=(0.5,), num_classes=2, input_size=(1, 1, 2))
+
+
+def test_values_of_numpy_torch_and_lists_are_a_description_too():
+    teacher = own(mean=np.float32([0.5, 0.25]), std=torch.tensor([0.5, 0.25]), input_size=[2, 4, 4], crop_pct=1)
+    assert (teacher.mean, teacher.std, teacher.input_size) == ((0.5, 0.25), (0.5, 0.25), (2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_clip_224.openai", "tf_efficientnet_b0.in1k", "resnetv2_50.a1h_in1k"]
+)
+def test_the_descriptions_of_timm_are_accepted(name):
+    config = timm.data.resolve_data_config({}, model=nn.Identity())
+    config |= timm.get_pretrained_cfg(name).to_dict()
+    described = {key: config[key] for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation") if config[key]}
+    module = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    assert Teacher(module, num_classes=5, input_size=(3, 4, 4), **described).parameters == 245
+
+
+# the forward pass that shows what the module returns
+
+
+class Restless(nn.Module):
+    """Changes its buffers, and draws random numbers, in each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("wide", torch.ones(1).expand(3))
+        self.register_buffer("last", None)
+
+    def forward(self, images):
+        self.count += 1
+        self.wide = self.wide + 1
+        return self.head(images.flatten(1)) + torch.rand(3)
+
+
+def test_making_a_teacher_changes_neither_the_module_nor_the_random_state():
+    module = Restless().train()
+    module.head.eval()
+    wide, before = module.wide, torch.get_rng_state()
+    Teacher(module, mean=(0.5,), std=(0.5,), num_classes=3, input_size=(1, 2, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (float(module.count), module.wide is wide, module.last) == (0.0, True, None)
+    assert flags(module) == ([True, False], [True, True])
+    assert module.head.weight.grad is None
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_a_lack_of_memory_is_not_reported_as_a_wrong_description(error):
+    class Full(Linear):
+        def forward(self, images):
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        Teacher(Full(), mean=(0.5, 0.5), std=(0.5, 0.5), num_classes=3, input_size=(2, 4, 4))
+    assert raised.value is error
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
