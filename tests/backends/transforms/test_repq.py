@@ -63,7 +63,8 @@ def norms_of(body):
 def skipped(body, *overrides):
     """What a model's notes say of the LayerNorm of its body."""
     model = quantized(teacher_of(Body(body).eval()), REPQ, *overrides)
-    return [note.removeprefix("repq: body.norm does not change: ") for note in model.notes]
+    prefix = "repq: body.norm does not change: "
+    return [note.removeprefix(prefix) for note in model.notes if note.startswith("repq: ")]
 
 
 def spread(chosen, seed=1):
