@@ -112,6 +112,15 @@ def test_the_slope_is_the_exponent_of_the_power_for_any_contrast_and_brightness(
     assert spectrum_slope(3 * images + 0.5) == pytest.approx(spectrum_slope(images), abs=1e-3)
 
 
+@pytest.mark.parametrize("size", [(6, 6), (6, 12), (12, 7), (9, 9)])
+def test_rings_are_as_wide_as_a_cycle_along_the_shorter_side_and_three_are_enough(size):
+    frequency = (torch.fft.fftfreq(size[0]).unsqueeze(-1) ** 2 + torch.fft.fftfreq(size[1]) ** 2).sqrt()
+    amplitude = (frequency * min(size)).round().clamp(min=1) ** -1
+    pixels = torch.fft.ifft2(amplitude).real[None, None]
+    assert spectrum_slope(pixels) == pytest.approx(-2, abs=1e-5)
+    assert spectrum_slope(pixels[..., :5]) is None
+
+
 def test_noise_has_no_slope_and_photographs_have_a_steep_one():
     noise = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     photographs = load_file(data_file("fmnist_train.safetensors"))["images"].float() / 255
@@ -160,6 +169,15 @@ def test_a_model_whose_attention_cannot_be_recorded_is_measured_without_it_and_s
         "head_similarity: layers.0.blocks.0.attn: multiplies its queries and keys by itself"
     )
     assert found["semantic_alignment"] is not None
+
+
+def test_the_class_of_an_image_is_the_one_that_the_teacher_predicts():
+    chosen, images = teacher("vit"), colour_images(5)
+    centroids = Centroids(torch.randn(10, 32), torch.ones(10, dtype=torch.long))
+    ((features, logits),) = class_features(chosen, [images], RUNTIME)
+    alignments = {n: semantic_alignment(features, logits.topk(10).indices[:, n], centroids) for n in range(10)}
+    assert len(set(alignments.values())) == 10
+    assert measure_images(images, chosen, RUNTIME, centroids)["semantic_alignment"] == exactly(alignments[0])
 
 
 def test_images_of_a_class_without_real_images_are_measured_without_alignment():

@@ -168,15 +168,18 @@ def test_a_base_is_judged_by_all_features(monkeypatch):
     assert by_a_part < 1.01 * squares(x, frozen_on(x, AdaptiveLogQuantizer(shift=0.17)))
 
 
-def test_progressive_spends_no_candidates_on_an_end_that_plays_no_part():
+@pytest.mark.parametrize(
+    ("kind", "options", "lowest"), [(AdaptiveLogQuantizer, {"shift": 0.17}, -0.17), (UniformQuantizer, {}, 0.0)]
+)
+def test_progressive_spends_no_candidates_on_an_end_that_plays_no_part(kind, options, lowest):
     judged = []
 
-    class Counting(AdaptiveLogQuantizer):
+    class Counting(kind):
         def error(self, samples, parameters):
             judged.append(float(parameters["scale"]))
             return super().error(samples, parameters)
 
-    fresh, x = Counting(shift=0.17), torch.randn(1, 500, generator=torch.Generator().manual_seed(0)).clamp(min=-0.17)
+    fresh, x = Counting(**options), torch.randn(1, 500, generator=torch.Generator().manual_seed(0)).clamp(min=lowest)
     ProgressiveObserver().choose(x, *x.aminmax(dim=1), fresh)
     assert len(judged) == 6 + 3 * 9
 

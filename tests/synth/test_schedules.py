@@ -44,7 +44,11 @@ def test_the_cosine_ends_at_its_floor():
     assert factors == sorted(factors, reverse=True)
 
 
-@pytest.mark.parametrize(("rounds", "iterations", "begins"), [(1, 9, []), (2, 1000, [500]), (5, 10, [2, 4, 6, 8])])
+# a round begins with the iteration whose middle lies in it
+ROUNDS = [(1, 9, []), (2, 1000, [500]), (5, 10, [2, 4, 6, 8]), (2, 9, [4]), (3, 3, [1, 2]), (3, 10, [3, 7])]
+
+
+@pytest.mark.parametrize(("rounds", "iterations", "begins"), ROUNDS)
 def test_the_optimiser_starts_without_moments_in_each_round(rounds, iterations, begins):
     schedule = WarmupCosine(rounds=rounds)
     assert [i for i in range(iterations) if schedule.restarts(i, iterations)] == begins

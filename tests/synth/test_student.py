@@ -197,6 +197,7 @@ def test_one_step_of_the_student_is_one_step_of_adam_against_the_distance_of_the
         # Adam's first step is the learning rate against the sign, up to its epsilon
         clear = gradient.abs() > 1e-5
         assert torch.allclose(moved[clear], -1e-3 * gradient[clear].sign(), rtol=2e-2)
+        assert learned[name].grad is None
 
 
 def test_ranges_are_chosen_again_on_the_images_as_they_are():

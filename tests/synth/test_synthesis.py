@@ -32,7 +32,7 @@ from spdfq.synth import (
     WholeImageSampler,
 )
 from spdfq.synth.group import Group
-from spdfq.synth.group_state import BALANCE_ITERATIONS
+from spdfq.synth.group_state import BALANCE_ITERATIONS, LossWeights
 from spdfq.teacher import Teacher
 
 # what an iteration does
@@ -45,6 +45,14 @@ def test_pixels_end_in_the_valid_range_of_their_own_model(std):
     pixels = images * torch.tensor(std).view(3, 1, 1) + torch.tensor((0.5, 0.4, 0.3)).view(3, 1, 1)
     assert pixels.amin((0, 2, 3)).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
     assert pixels.amax((0, 2, 3)).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_an_automatic_weight_without_a_gradient_is_zero():
+    weights = LossWeights({"prior": AttentionPriorLoss(weight="auto"), "label": SoftCrossEntropyLoss()})
+    weights.norms = torch.tensor([3.0, 0.0])
+    assert weights.weight("prior") == 0.0
+    weights.norms = torch.tensor([3.0, 2.0])
+    assert weights.weight("prior") == 1.5
 
 
 def test_an_automatic_weight_is_the_ratio_of_mean_gradient_norms_and_fixed_after_ten_iterations():
