@@ -49,7 +49,8 @@ def make_images(recipe: Recipe, teacher: Teacher, runtime: Runtime, folder: Path
     """
     source: Any = recipe.synthesis
     options = {"student": student_factory(teacher, recipe.quantization, runtime)} if source.needs_student else {}
-    images: SyntheticImages = source.synthesize(teacher, runtime, folder, **options)
+    with runtime.own_modes():
+        images: SyntheticImages = source.synthesize(teacher, runtime, folder, **options)
     return images
 
 

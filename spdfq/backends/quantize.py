@@ -42,11 +42,12 @@ def quantize(
             f"images are {images.dtype}, so they are not normalised; give teacher.normalise(pixels in 0..1)"
         )
     teacher.module.to(runtime.device)
-    images = images.to(runtime.device, torch.float32)
-    bits = bits_within(spec.budget, teacher, images, spec, runtime, folder) if spec.budget else None
-    model = place(teacher, spec, bits)
-    for index, step in enumerate(spec.steps):
-        step.run(model, Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index))
+    with runtime.own_modes():
+        images = images.detach().to(runtime.device, torch.float32, copy=images.is_inference())
+        bits = bits_within(spec.budget, teacher, images, spec, runtime, folder) if spec.budget else None
+        model = place(teacher, spec, bits)
+        for index, step in enumerate(spec.steps):
+            step.run(model, Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index))
     return model
 
 

@@ -14,7 +14,6 @@ from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher, evaluation_mode
 
 
-@torch.no_grad()
 def logits_over(
     model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, label: str, folder: Path | None = None
 ) -> Predictions:
@@ -42,7 +41,8 @@ def logits_over(
     known = ranks.first(lambda: list(finished.batches))
     own = {start: batches[start] for start in ranks.share([start for start in batches if start not in known])}
     resumed = sum(len(batches[start]) for start in finished.batches)
-    with evaluation_mode(model), runtime.progress(label, resumed + sum(map(len, own.values()))) as advance:
+    progress = runtime.progress(label, resumed + sum(map(len, own.values())))
+    with runtime.own_modes(), torch.no_grad(), evaluation_mode(model), progress as advance:
         if resumed:
             advance(resumed)
         for start, found in _batch_by_batch(model, teacher, spec, runtime.device, own):

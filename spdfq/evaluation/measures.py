@@ -117,7 +117,6 @@ def prior_overlap(prior: Tensor, reached: Tensor) -> float:
     return float(torch.minimum(*shares).sum(-1).mean())
 
 
-@torch.no_grad()
 def class_features(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
     """The input ``[b, D]`` and the logits ``[b, K]`` of the classifier for each batch of images, on the CPU.
 
@@ -131,9 +130,11 @@ def class_features(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime
         )
     with evaluation_mode(module):
         for images in batches:
-            tokens = module.forward_features(images.to(runtime.device))
-            features = module.forward_head(tokens, pre_logits=True)
-            yield features.float().cpu(), module.forward_head(tokens).float().cpu()
+            with runtime.own_modes(), torch.no_grad():
+                tokens = module.forward_features(images.to(runtime.device))
+                features = module.forward_head(tokens, pre_logits=True)
+                logits = module.forward_head(tokens)
+            yield features.float().cpu(), logits.float().cpu()
 
 
 def dataset_centroids(teacher: Teacher, spec: Any, runtime: Runtime) -> Centroids | None:
@@ -159,7 +160,6 @@ def dataset_centroids(teacher: Teacher, spec: Any, runtime: Runtime) -> Centroid
     return class_centroids(features, torch.cat(labels), teacher.num_classes)
 
 
-@torch.no_grad()
 def image_head_similarity(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime) -> float:
     """Similarity of the teacher's attention heads on images; see `spdfq.losses.functional.head_similarity`.
 
@@ -167,7 +167,8 @@ def image_head_similarity(teacher: Teacher, batches: Iterable[Tensor], runtime: 
         SpdfqError: the attention cannot be recorded, or no block has two heads.
     """
     total, count = 0.0, 0
-    with evaluation_mode(teacher.module), record_attention(teacher.module, {QUERIES_AND_KEYS}) as record:
+    modes, recording = runtime.own_modes(), record_attention(teacher.module, {QUERIES_AND_KEYS})
+    with modes, torch.no_grad(), evaluation_mode(teacher.module), recording as record:
         for images in batches:
             teacher.module(images.to(runtime.device))
             total += float(recorded_head_similarity(record).mean()) * len(images)

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from attrs import field, frozen
+from torch.utils.checkpoint import CheckpointError
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import ModelError, SpdfqError
 from spdfq.runtime.progress import Progress, silent
 from spdfq.runtime.ranks import Ranks
 
@@ -46,10 +47,27 @@ class Runtime:
         return generator(self.seed, *purpose)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The autocast context of the precision."""
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        """The autocast context of the precision; float32 ends an autocast around it."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    @contextmanager
+    def own_modes(self) -> Iterator[None]:
+        """Autograd without autocast, whatever modes the caller has set (``no_grad``, ``inference_mode``, ``autocast``).
+
+        Raises:
+            ModelError: the model computes activations again during the backward pass, which nobody can watch.
+        """
+        autocasts = (torch.autocast(kind, enabled=False) for kind in {"cpu", self.device.type})
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+            for autocast in autocasts:
+                stack.enter_context(autocast)
+            try:
+                yield
+            except CheckpointError:
+                raise ModelError(
+                    "the model uses gradient checkpointing, which does not keep what is recorded of a forward pass; "
+                    "turn it off, for example with module.set_grad_checkpointing(False)"
+                ) from None
 
 
 _calls: list[int] = []
