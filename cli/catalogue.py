@@ -25,11 +25,15 @@ def list_(kind: str | None) -> None:
 
 
 @click.command()
-@click.argument("kind")
-@click.argument("name")
-def show(kind: str, name: str) -> None:
-    """Show one component or recipe in full."""
-    if known(kind) == "recipe":
+@click.argument("first", metavar="[KIND]")
+@click.argument("second", metavar="NAME", required=False)
+def show(first: str, second: str | None) -> None:
+    """Show one component or recipe in full.
+
+    The KIND can be left out for a name that only one kind has.
+    """
+    kind, name = (known(first), second) if second else (kind_of(first), first)
+    if kind == "recipe":
         click.echo(recipe(name), nl=False)
     else:
         click.echo("\n".join(component(kind, name)))
@@ -60,6 +64,30 @@ def known(kind: str) -> str:
     near = difflib.get_close_matches(kind, kinds(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise SpdfqError(f"unknown kind {kind!r}{hint} (kinds: {', '.join(kinds())})")
+
+
+def kind_of(name: str) -> str:
+    """The kind of a component or recipe; a name that no kind or several kinds have is an error."""
+    if name.endswith(".toml"):
+        return "recipe"
+    if name in kinds():
+        raise SpdfqError(f"{name}: is a kind; give a NAME after it ('spdfq list {name}' shows its names)")
+    having = [kind for kind in kinds() if name in names(kind)]
+    if len(having) > 1:
+        raise SpdfqError(f"{name}: is the name of a {' and of a '.join(having)}; give the kind before the name")
+    if not having:
+        near = difflib.get_close_matches(name, [known for kind in kinds() for known in names(kind)], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SpdfqError(f"{name}: no component or recipe of that name{hint} ('spdfq list' shows all)")
+    return having[0]
+
+
+def names(kind: str) -> list[str]:
+    """The names of all components or recipes of a kind."""
+    from spdfq.recipe import shipped
+    from spdfq.registry import registry
+
+    return shipped() if kind == "recipe" else registry(kind).names()
 
 
 def rows(kind: str, paper: bool) -> list[str]:

@@ -65,7 +65,13 @@ def evaluate(folder: Path, overrides: tuple[str, ...], device: str | None, quiet
     from spdfq.runs import pipeline
     from spdfq.runtime.ranks import join
 
-    metrics = pipeline.evaluate_run(folder, overrides=overrides, device=device, progress=options.progress(quiet))
+    metrics = pipeline.evaluate_run(
+        folder,
+        overrides=overrides,
+        device=device,
+        progress=options.progress(quiet),
+        announce=options.announce(quiet),
+    )
     if not join().leads:
         return
     if as_json:
@@ -83,15 +89,19 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
 
     for warning in pipeline.check(recipe, overrides=overrides):
         click.echo(f"warning: {warning}")
+    in_float = pipeline.percent_in_float(recipe, overrides=overrides)
+    click.echo(f"{in_float:.2f} % of the multiplications have an operand in float")
     click.echo("ok")
 
 
 def summary(record: dict[str, Any], folder: Path, recipe: str) -> list[str]:
     """The last lines of a run: accuracy, controls, size, where the results are, and what to type next."""
+    from spdfq.report.page import bits_label
+
     backend, stages = record["backend"], record["stages"]
     size = {name: f"{count / 1e6:.2f} MB" for name, count in record["size"].items()}
     return [
-        f"{record['name']}: {backend['label']} of {record['model']['name']}, placement {backend['placement']}",
+        f"{record['name']}: {bits_label(backend)} of {record['model']['name']}, placement {backend['placement']}",
         *accuracy(record["metrics"]),
         *controls(record),
         *([f"published  {record['published']['line']}"] if record.get("published") else []),

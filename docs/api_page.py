@@ -9,9 +9,10 @@ from typing import Any
 
 import attrs
 
-from spdfq.registry import REGISTRIES
+from spdfq.registry import REGISTRIES, datasets
 
-# every public name of these packages is on the page, except registered components: those have the components page
+# every public name of these packages is on the page, except registered components: those have the components page;
+# datasets are on both, because spdfq.evaluate takes them
 PACKAGES = (
     "spdfq",
     "spdfq.losses",
@@ -43,7 +44,7 @@ MODULES = {
     "spdfq.attention": ("record_attention", "AttentionRecord"),
     "spdfq.registry": ("Registry", "registry"),
     "spdfq.recipe.structure": ("component", "components", "component_list"),
-    "spdfq.errors": ("SpdfqError", "RecipeError", "ModelError", "DataError", "NonFiniteError"),
+    "spdfq.errors": ("SpdfqError", "RecipeError", "ComponentError", "ModelError", "DataError", "NonFiniteError"),
 }
 _WIDTH = 100
 _SECTION = re.compile(r"(Args|Returns|Raises|Yields):")
@@ -71,7 +72,8 @@ def _module(name: str, names: Any, shown: dict[int, str]) -> str:
     """The section of a module; ``shown`` says where each object is described already."""
     module = import_module(name)
     objects = {each: getattr(module, each) for each in names}
-    registered = {id(entry.component) for kind in REGISTRIES.values() for entry in map(kind.entry, kind.names())}
+    kinds = [kind for kind in REGISTRIES.values() if kind is not datasets]
+    registered = {id(entry.component) for kind in kinds for entry in map(kind.entry, kind.names())}
     components = [each for each, value in objects.items() if id(value) in registered]
     again = [each for each, value in objects.items() if id(value) in shown]
     parts = [f"## {name}", _markdown(inspect.getdoc(module) or "")]
@@ -92,9 +94,14 @@ def _entry(name: str, value: Any) -> str:
     if not inspect.isclass(value) and not inspect.isfunction(value):
         return f"### {name}\n\n```python\n{name} = {_annotation(value)}\n```"
     parts = [f"### {name}", _code(name, value) if _is_called(value) else "", _markdown(inspect.getdoc(value) or "")]
-    if inspect.isclass(value) and not issubclass(value, Exception):
+    if inspect.isclass(value) and not issubclass(value, Exception) and value not in _datasets():
         parts += [_member(name, each, member) for each, member in vars(value).items() if _is_member(each, member)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _datasets() -> list[type]:
+    """The registered datasets; what they can do is described at their base class."""
+    return [datasets.get(name) for name in datasets.names()]
 
 
 def _is_called(value: Any) -> bool:

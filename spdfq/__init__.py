@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spdfq.api import quantize, synthesize
+    from spdfq.api import evaluate, quantize, synthesize
     from spdfq.errors import SpdfqError
     from spdfq.quantized.checkpoint import load_quantized
     from spdfq.recipe import Recipe, load_recipe
@@ -17,6 +17,7 @@ _HOMES = {
     "RunResult": "spdfq.runs.pipeline",
     "SpdfqError": "spdfq.errors",
     "Teacher": "spdfq.teacher",
+    "evaluate": "spdfq.api",
     "load_quantized": "spdfq.quantized.checkpoint",
     "load_recipe": "spdfq.recipe",
     "load_teacher": "spdfq.teacher",
@@ -29,6 +30,7 @@ __all__ = [
     "RunResult",
     "SpdfqError",
     "Teacher",
+    "evaluate",
     "load_quantized",
     "load_recipe",
     "load_teacher",

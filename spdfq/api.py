@@ -1,44 +1,87 @@
-"""Two stages of a run as functions that take your own teacher: make images, and quantize on them."""
+"""Three stages of a run as functions that take your own teacher: make images, quantize on them, and measure."""
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from attrs import evolve
+from torch import Tensor, nn
 
 from spdfq.backends import quantize as run_backend
+from spdfq.backends.quantize import check_quantization
 from spdfq.backends.quantized_student import student_factory
+from spdfq.data import LabelledImages
+from spdfq.errors import DataError, ModelError, RecipeError, SpdfqError, shown
+from spdfq.evaluation.accuracy import left_out
+from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.quantized.model import QuantizedModel
-from spdfq.recipe import Recipe, load_recipe
-from spdfq.runtime import Runtime, make_runtime, own_threads
+from spdfq.recipe import Evaluation, Quantization, Recipe
+from spdfq.recipe.parts import Part, load_part
+from spdfq.registry import datasets
+from spdfq.runtime import Progress, Runtime, make_runtime, own_threads, pick_progress
 from spdfq.synth import SyntheticImages
+from spdfq.synth.base import Source
 from spdfq.teacher import Teacher
+from spdfq.teacher.forward import returning_tensor
 
 AnyRecipe = Recipe | str | Path | dict[str, Any]
 
 
 @own_threads()
 def synthesize(
-    teacher: Teacher, recipe: AnyRecipe, *, overrides: Iterable[str] = (), seed: int | None = None
+    teacher: Teacher,
+    recipe: AnyRecipe | Source,
+    *,
+    overrides: Iterable[str] = (),
+    seed: int | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | bool | None = None,
 ) -> Tensor:
-    """Make calibration images with a recipe's synthesis section.
+    """Make calibration images with a synthesis section.
+
+    A quantization section beside it is checked too, so that a mistake in it costs no images.
 
     Args:
-        teacher: replaces the recipe's model.
-        recipe: a `Recipe`, a shipped recipe's name, a ``.toml`` path, or plain data.
-        overrides: ``dotted.key=value`` pairs.
+        teacher: replaces a recipe's model.
+        recipe: a `Recipe`, the name of a shipped recipe or part (``images/spdfq``), a ``.toml`` path, a dict of
+            sections, one section as a dict, or a source of images. Images that need a quantized student also need a
+            quantization section: ``{"extends": ["images/psaq_vit_v2", "backends/repq"]}``.
+        overrides: ``dotted.key=value`` pairs with the keys of a recipe, such as ``synthesis.images=4``.
         seed: replaces the recipe's own.
+        device: ``auto``, ``cpu`` or ``cuda``; replaces ``runtime.device``. The teacher's module is moved there.
+        progress: ``True`` or ``False`` for progress bars or none, or a `spdfq.runtime.Progress`; by default, bars in a
+            terminal and in a notebook.
 
     Returns:
         float32 ``[n, C, H, W]`` on the CPU, normalised for the teacher.
+
+    Raises:
+        SpdfqError: anything the user can fix; the message says where and how.
     """
-    checked = load_recipe(recipe, overrides, seed)
-    runtime = make_runtime(checked.runtime, checked.seed)
+    _check_teacher(teacher)
+    part = load_part(recipe, "synthesis", overrides, seed)
+    runtime = make_runtime(part.runtime, part.seed, device, pick_progress(progress))
+    source = part.synthesis
+    if source.needs_student and part.quantization is None:
+        raise RecipeError(
+            [
+                "synthesis.student: needs a quantization section; give both, for example {'extends': "
+                "['images/psaq_vit_v2', 'backends/repq']}"
+            ]
+        )
+    source.check(teacher)
+    _warn(f"synthesis: {line}" for line in (source.advice() if hasattr(source, "advice") else ()))
+    if part.quantization is not None:
+        _warn([*part.quantization.warnings(), *check_quantization(teacher, part.quantization)])
     teacher.module.to(runtime.device)
-    return make_images(checked, teacher, runtime).images
+    return make_images(part, teacher, runtime).images
 
 
-def make_images(recipe: Recipe, teacher: Teacher, runtime: Runtime, folder: Path | None = None) -> SyntheticImages:
+def make_images(
+    recipe: Recipe | Part, teacher: Teacher, runtime: Runtime, folder: Path | None = None
+) -> SyntheticImages:
     """Make a recipe's images. A source that needs a student gets one from the recipe's quantization section.
 
     Args:
@@ -48,7 +91,8 @@ def make_images(recipe: Recipe, teacher: Teacher, runtime: Runtime, folder: Path
         folder: for the state of unfinished work, from which a later call continues.
     """
     source: Any = recipe.synthesis
-    options = {"student": student_factory(teacher, recipe.quantization, runtime)} if source.needs_student else {}
+    back_end: Any = recipe.quantization
+    options = {"student": student_factory(teacher, back_end, runtime)} if source.needs_student else {}
     with runtime.own_modes():
         images: SyntheticImages = source.synthesize(teacher, runtime, folder, **options)
     return images
@@ -56,19 +100,122 @@ def make_images(recipe: Recipe, teacher: Teacher, runtime: Runtime, folder: Path
 
 @own_threads()
 def quantize(
-    teacher: Teacher, images: Tensor, recipe: AnyRecipe, *, overrides: Iterable[str] = (), seed: int | None = None
+    teacher: Teacher,
+    images: Tensor,
+    recipe: AnyRecipe | Quantization,
+    *,
+    overrides: Iterable[str] = (),
+    seed: int | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | bool | None = None,
 ) -> QuantizedModel:
-    """Quantize a copy of the teacher's network with a recipe's quantization section. The teacher does not change.
+    """Quantize a copy of the teacher's network with a quantization section. The teacher does not change.
 
     Args:
-        teacher: replaces the recipe's model.
+        teacher: replaces a recipe's model.
         images: ``[n, C, H, W]``, normalised for the teacher.
-        recipe: as in `synthesize`.
-        overrides: ``dotted.key=value`` pairs.
-        seed: replaces the recipe's own.
+        recipe: as in `synthesize`: a recipe, a part (``backends/repq``), a section as a dict, or a `Quantization`.
+        overrides: as in `synthesize`.
+        seed: as in `synthesize`.
+        device: as in `synthesize`.
+        progress: as in `synthesize`.
 
     Returns:
         The fake-quantized network: it computes in float, with the rounding of integers.
+
+    Raises:
+        SpdfqError: anything the user can fix; the message says where and how.
     """
-    checked = load_recipe(recipe, overrides, seed)
-    return run_backend(teacher, images, checked.quantization, make_runtime(checked.runtime, checked.seed))
+    _check_teacher(teacher)
+    part = load_part(recipe, "quantization", overrides, seed)
+    runtime = make_runtime(part.runtime, part.seed, device, pick_progress(progress))
+    spec: Any = part.quantization
+    _warn([*spec.warnings(), *check_quantization(teacher, spec)])
+    return run_backend(teacher, images, spec, runtime)
+
+
+@own_threads()
+def evaluate(
+    model: nn.Module,
+    teacher: Teacher,
+    dataset: LabelledImages | Evaluation | AnyRecipe,
+    *,
+    bank: LabelledImages | None = None,
+    batch: int | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | bool | None = None,
+) -> dict[str, Any]:
+    """Measure a model and its teacher on labelled images.
+
+    Args:
+        model: a quantized model, or any module that takes the teacher's images.
+        teacher: defines how images are prepared and which classes there are.
+        dataset: labelled images such as ``spdfq.data.ImageFolder(root="val")``, or the same as a dict:
+            ``{"type": "image_folder", "root": "val"}``; or an evaluation section, or a recipe that has one.
+        bank: other labelled images, only for a teacher without a head: k-NN accuracy uses their features.
+        batch: images per forward pass; 250 unless an evaluation section says otherwise.
+        device: as in `synthesize`. Both models are moved there.
+        progress: as in `synthesize`.
+
+    Returns:
+        As in `spdfq.RunResult`: ``fp`` and ``quantized`` top-1 and top-5 of the teacher and of the model in percent,
+        ``agreement``, ``images``, ``damaged``, and ``simulated``: whether the model is fake-quantized.
+
+    Raises:
+        SpdfqError: anything the user can fix; the message says where and how.
+    """
+    _check_teacher(teacher)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"evaluate: model must be an nn.Module, got {shown(model)}")
+    part = _evaluation_part(dataset)
+    spec: Any = part.evaluation
+    spec = evolve(spec, **_given(bank=bank, batch=batch))
+    runtime = make_runtime(part.runtime, part.seed, device, pick_progress(progress))
+    evaluator = evaluator_for(teacher)
+    evaluator.check(spec, teacher)
+    teacher.module.to(runtime.device)
+    network, _ = returning_tensor(
+        model.to(runtime.device), "model", teacher.input_size, teacher.num_classes, teacher.output
+    )
+    found = evaluator.measure(network, teacher, spec, runtime, evaluator.reference(teacher, spec, runtime))
+    if found["damaged"]:
+        _warn([left_out(tuple(found["damaged"]))])
+    return found | {"simulated": any(isinstance(part, QuantizedModel) for part in model.modules())}
+
+
+def _evaluation_part(dataset: Any) -> Part:
+    """An evaluation section from what `evaluate` takes."""
+    if isinstance(dataset, LabelledImages):
+        return load_part(Evaluation(dataset=dataset), "evaluation")
+    if isinstance(dataset, (str, Path)) and Path(dataset).is_dir():
+        raise DataError(f"dataset: {dataset} is a folder; give spdfq.data.ImageFolder(root={str(dataset)!r})")
+    if (isinstance(dataset, dict) and "type" in dataset) or (isinstance(dataset, str) and dataset in datasets.names()):
+        dataset = {"evaluation": {"dataset": dataset}}
+    elif not isinstance(dataset, (Recipe, Evaluation, str, Path, dict)):
+        example = "spdfq.data.ImageFolder(root='val')"
+        raise DataError(f"dataset: expected labelled images such as {example}, or a recipe, got {shown(dataset)}")
+    return load_part(dataset, "evaluation")
+
+
+def _given(bank: Any, batch: Any) -> dict[str, Any]:
+    """The arguments of `evaluate` that replace keys of an evaluation section."""
+    if bank is not None and not isinstance(bank, LabelledImages):
+        raise DataError(f"bank: expected labelled images, got {shown(bank)}")
+    if batch is not None and (type(batch) is not int or batch < 1):
+        raise SpdfqError(f"batch: must be a whole number of at least 1, got {shown(batch)}")
+    return {key: value for key, value in (("bank", bank), ("batch", batch)) if value is not None}
+
+
+def _check_teacher(teacher: Any) -> None:
+    if isinstance(teacher, nn.Module):
+        raise ModelError(
+            f"teacher: {type(teacher).__name__} is a module; describe its input: spdfq.Teacher(module, mean=..., "
+            "std=..., num_classes=...)"
+        )
+    if not isinstance(teacher, Teacher):
+        raise ModelError(f"teacher: expected a spdfq.Teacher, got {shown(teacher)}; spdfq.load_teacher(name) makes one")
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        warnings.warn(line, stacklevel=4)

@@ -1,6 +1,10 @@
 """Errors whose message tells a user what to do; the command line prints only the message and exits with 2."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 
 class SpdfqError(Exception):
@@ -15,12 +19,20 @@ class RecipeError(SpdfqError):
         self.problems = problems
 
 
+class ComponentError(SpdfqError, ValueError, TypeError):
+    """A component made from wrong values, or a class that lacks a method; also a ValueError and a TypeError."""
+
+
 class ModelError(SpdfqError):
     """A model that cannot be loaded, or that a component cannot work with."""
 
 
 class DataError(SpdfqError):
     """Images, weights or checkpoints that are missing, damaged or of the wrong type."""
+
+
+class MissingDataError(DataError):
+    """A file or folder of images or labels that does not exist."""
 
 
 class NonFiniteError(SpdfqError):
@@ -32,3 +44,25 @@ def is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     full = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
     return isinstance(error, full) or "DefaultCPUAllocator" in str(error) or "CUDA error: out of memory" in str(error)
+
+
+def shown(value: Any) -> str:
+    """A wrong argument in a few words, for an error message: a short value itself, otherwise its type."""
+    text = repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return text if len(text) <= 40 and "\n" not in text else type(value).__name__
+
+
+@contextmanager
+def writing(place: Path, remedy: str = "make room there, make it writable, or choose another folder") -> Iterator[None]:
+    """Turn a refusal of the operating system to write into one line.
+
+    Raises:
+        DataError: it refused; the message names the place, the reason and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        raise DataError(f"{place}: cannot be written ({reason}); {remedy}") from None

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import sys
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -46,11 +47,13 @@ class Registry(Generic[T]):
     Args:
         kind: name of the kind in the singular, as users read it, for example ``"loss"``.
         package: importing it registers the built-in components of this kind.
+        base: name of the kind's base class in that package; ``None`` if the kind has none.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, base: str | None = None) -> None:
         self.kind = kind
         self.package = package
+        self._base = base
         self._entries: dict[str, Registration[T]] = {}
 
     def register(self, name: str, *, paper: str | None = None) -> Callable[[Component], Component]:
@@ -103,6 +106,20 @@ class Registry(Generic[T]):
                 return name
         raise SpdfqError(f"{component.__qualname__} is not a registered {self.kind}; register it first")
 
+    def label(self, component: object) -> str:
+        """The name that a component's class is registered under; the name of the class if it is not registered."""
+        try:
+            return self.name_of(type(component))
+        except SpdfqError:
+            return type(component).__name__
+
+    def has(self, component: object) -> bool:
+        """Whether an object is a component of this kind, registered or not; a class is none."""
+        if self._base:
+            return isinstance(component, getattr(import_module(self.package), self._base))
+        self._load()
+        return any(type(component) is entry.component for entry in self._entries.values())
+
     def _load(self) -> None:
         import_module(self.package)
         load_plugins()
@@ -121,6 +138,7 @@ def first_paragraph(component: type) -> str:
 
 plugin_failures: dict[str, str] = {}
 _plugins_loaded = False
+_loading = threading.RLock()
 
 
 def load_plugins() -> None:
@@ -129,40 +147,41 @@ def load_plugins() -> None:
     The error of a plugin that fails to import is kept in `plugin_failures`, and shown when a name is not found.
     """
     global _plugins_loaded
-    if _plugins_loaded:
-        return
-    _plugins_loaded = True  # before the loop, because a plugin may look up names while it is imported
-    for built_in in REGISTRIES.values():
-        import_module(built_in.package)  # before the plugins, so that a duplicate name is reported for the plugin
-    for plugin in entry_points(group=ENTRY_POINTS):
-        try:
-            plugin.load()
-        except Exception as error:  # a broken plugin must not break the library
-            plugin_failures[plugin.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    with _loading:  # another thread waits for all names
+        if _plugins_loaded:
+            return
+        _plugins_loaded = True  # before the loop, because a plugin may look up names while it is imported
+        for built_in in REGISTRIES.values():
+            import_module(built_in.package)  # before the plugins, so that a duplicate name is reported for the plugin
+        for plugin in entry_points(group=ENTRY_POINTS):
+            try:
+                plugin.load()
+            except Exception as error:  # a broken plugin must not break the library
+                plugin_failures[plugin.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 REGISTRIES: dict[str, Registry] = {}
 """Every registry by its kind."""
 
 
-def _of_kind(kind: str, package: str) -> Registry:
-    REGISTRIES[kind] = Registry(kind, package)
+def _of_kind(kind: str, package: str, base: str | None = None) -> Registry:
+    REGISTRIES[kind] = Registry(kind, package, base)
     return REGISTRIES[kind]
 
 
-losses = _of_kind("loss", "spdfq.losses")
-priors = _of_kind("prior", "spdfq.losses")
-sources = _of_kind("source", "spdfq.synth")
-samplers = _of_kind("sampler", "spdfq.synth")
-targets = _of_kind("target", "spdfq.synth")
-augmentations = _of_kind("augmentation", "spdfq.synth")
-optimizers = _of_kind("optimizer", "spdfq.synth")
-schedules = _of_kind("schedule", "spdfq.synth")
-quantizers = _of_kind("quantizer", "spdfq.quantizers")
-observers = _of_kind("observer", "spdfq.quantizers")
+losses = _of_kind("loss", "spdfq.losses", "Loss")
+priors = _of_kind("prior", "spdfq.losses", "Prior")
+sources = _of_kind("source", "spdfq.synth", "Source")
+samplers = _of_kind("sampler", "spdfq.synth", "Sampler")
+targets = _of_kind("target", "spdfq.synth", "Target")
+augmentations = _of_kind("augmentation", "spdfq.synth", "Augmentation")
+optimizers = _of_kind("optimizer", "spdfq.synth", "Optimizer")
+schedules = _of_kind("schedule", "spdfq.synth", "Schedule")
+quantizers = _of_kind("quantizer", "spdfq.quantizers", "Quantizer")
+observers = _of_kind("observer", "spdfq.quantizers", "Observer")
 placements = _of_kind("placement", "spdfq.quantized")
-steps = _of_kind("step", "spdfq.backends")
-datasets = _of_kind("dataset", "spdfq.data")
+steps = _of_kind("step", "spdfq.backends", "Step")
+datasets = _of_kind("dataset", "spdfq.data", "LabelledImages")
 
 
 def registry(kind: str) -> Registry:

@@ -121,7 +121,7 @@ def test_the_recipes_in_the_documentation_load():
     """A part is completed by the quickstart; what extends something or states its schema is whole by itself."""
     pages = ("recipes.md", "own-model.md", "data.md")
     found = [tomllib.loads(code) for page in pages for code in blocks(DOCS / page, "toml")]
-    assert len(found) == 10
+    assert len(found) == 11
     for data in found:
         load_recipe(data if {"extends", "schema"} & data.keys() else {"extends": ["quickstart"], **data})
 

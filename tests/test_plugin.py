@@ -97,7 +97,7 @@ def test_list_and_show_know_the_installed_loss(seen):
 
 
 def test_a_recipe_with_the_installed_loss_is_checked_like_any_other(seen):
-    assert seen["check"] == [0, "ok\n", ""]
+    assert seen["check"] == [0, "0.00 % of the multiplications have an operand in float\nok\n", ""]
     assert seen["wrong"][0] == 2
     assert "error: synthesis.losses.brightness.levle: unknown key; did you mean 'level'?" in seen["wrong"][2]
 

@@ -10,7 +10,7 @@ from spdfq.registry import REGISTRIES
 
 PUBLIC = {
     "spdfq": """
-        Recipe RunResult SpdfqError Teacher load_quantized load_recipe load_teacher quantize run synthesize
+        Recipe RunResult SpdfqError Teacher evaluate load_quantized load_recipe load_teacher quantize run synthesize
     """,
     "spdfq.backends": """
         AdaLog AdaRound Blockwise Calibrate Calibration Distill PowerOfTwoFactors RepQ Ridge Step quantize
@@ -22,10 +22,11 @@ PUBLIC = {
         AttentionEntropyLoss AttentionPriorLoss CrossEntropyLoss FrequencyConsistencyLoss GaussianMixturePrior
         HeadSimilarityLoss LaplacePrior Loss LossInputs MapPictures MaskedAttentionAlignmentLoss PatchContrastLoss
         PatchSimilarityEntropyLoss Prior SoftCrossEntropyLoss TeacherStudentDiscrepancyLoss TotalVariationLoss
+        attention_prior_loss draw_priors
     """,
     "spdfq.losses.functional": """
-        attention_entropy attention_prior_loss cross_entropy frequency_consistency frequency_split head_similarity
-        head_ssim masked_attention_distance patch_contrast patch_similarity_entropy soft_cross_entropy
+        attention_entropy attention_prior_loss cross_entropy draw_priors frequency_consistency frequency_split
+        head_similarity head_ssim masked_attention_distance patch_contrast patch_similarity_entropy soft_cross_entropy
         teacher_student_discrepancy total_variation
     """,
     "spdfq.quantized": """
@@ -44,7 +45,8 @@ PUBLIC = {
         check_sheet write_pictures write_report write_sheet
     """,
     "spdfq.runtime": """
-        Advance Progress RichProgress Runtime generator make_runtime own_threads pick_device pick_precision silent
+        Advance Draws Progress RichProgress Runtime generator make_runtime own_threads pick_device pick_precision
+        pick_progress silent
     """,
     "spdfq.teacher": """
         Teacher evaluation_mode load_teacher
@@ -53,7 +55,7 @@ PUBLIC = {
         Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter
         LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages Optimizer RandomResizedCrop
         RealImages Sampler Schedule SoftLabelTarget Source SpectralAdam StudentTraining SyntheticImages Target
-        TokenPruning WarmupCosine WholeImageSampler
+        TokenPruning WarmupCosine WholeImageSampler label_mask
     """,
 }
 # of modules that also hold names for use inside the library
@@ -62,7 +64,7 @@ ALSO_PUBLIC = {
         ATTENTION_OUTPUTS AttentionRecord CLASS_ATTENTION QUERIES_AND_KEYS record_attention
     """,
     "spdfq.errors": """
-        DataError ModelError NonFiniteError RecipeError SpdfqError
+        ComponentError DataError ModelError NonFiniteError RecipeError SpdfqError
     """,
     "spdfq.evaluation.accuracy": """
         accuracy agreement logits_over

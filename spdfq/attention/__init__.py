@@ -3,6 +3,7 @@
 from spdfq.attention.interception import PRODUCT_FUNCTIONS as PRODUCT_FUNCTIONS
 from spdfq.attention.interception import SOFTMAX_FUNCTIONS as SOFTMAX_FUNCTIONS
 from spdfq.attention.interception import AttentionMode as AttentionMode
+from spdfq.attention.interception import FunctionMode as FunctionMode
 from spdfq.attention.interception import fused_attention as fused_attention
 from spdfq.attention.interception import module_names as module_names
 from spdfq.attention.module_checks import watchable as watchable

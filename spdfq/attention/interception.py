@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spdfq.attention.module_checks import refuse_hidden
+from spdfq.attention.multihead import attention_with_probabilities, multi_head_attention
+from spdfq.attention.operations import attention_probabilities
 from spdfq.errors import ModelError
 from spdfq.runtime.shared_modules import Hook, as_written, held, own_hooks, uncompiled
 
@@ -23,21 +25,45 @@ PRODUCT_FUNCTIONS = frozenset(
 )
 
 
-class AttentionMode(TorchFunctionMode):
+class FunctionMode(TorchFunctionMode):
+    """Passes each torch function to `call`. The body of `multi_head_attention_forward` is seen too, not its call."""
+
+    def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Compute a function."""
+        raise TypeError(f"{type(self).__name__} does not define call")
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not F.multi_head_attention_forward:
+            return self.call(func, args, kwargs or {})
+        with self:  # a mode is off while it handles a function
+            return multi_head_attention(*args, **(kwargs or {}))
+
+
+class AttentionMode(FunctionMode):
     """Passes each call of `scaled_dot_product_attention` to `attend`, and every other torch function to `other`."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Compute the attention output ``[..., q, d]`` from its operands."""
         raise TypeError(f"{type(self).__name__} does not define attend")
 
+    def attend_with_probabilities(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the attention output ``[..., q, d]`` and its probabilities ``[..., q, k]``."""
+        output = self.attend(query, key, value, mask, scale)
+        return output, attention_probabilities(query, key, mask, scale).to(value.dtype)
+
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Compute any other function."""
         return func(*args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return self.other(func, args, kwargs or {})
-        return self.attend(*_operands(*args, **(kwargs or {})))
+    def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Tell attention from other functions."""
+        if func is F.scaled_dot_product_attention:
+            return self.attend(*_operands(*args, **kwargs))
+        if func is attention_with_probabilities:
+            return self.attend_with_probabilities(*args)
+        return self.other(func, args, kwargs)
 
 
 def _operands(

@@ -28,7 +28,7 @@ from spdfq.attention.record import (
 )
 from spdfq.attention.token_grid import TokenGrids, prefix_tokens
 from spdfq.errors import ModelError
-from spdfq.runtime.shared_modules import own_hooks
+from spdfq.runtime.shared_modules import Hook, own_hooks
 
 _POOLING_HEAD = "attn_pool"
 _SOFTMAX_NUMBER = "_spdfq_softmax"
@@ -43,8 +43,9 @@ def record_attention(
 ) -> Iterator[AttentionRecord]:
     """Record the attention of each call of ``model`` inside the ``with`` block; a call replaces the record before it.
 
-    Only what is asked for is computed: the class token's row costs O(n). Nothing stays behind on exit. Pooling heads
-    (timm's ``attn_pool``) are not recorded.
+    A call of a method, such as timm's ``forward_features``, or of a part of the model is recorded too. Only what is
+    asked for is computed: the class token's row costs O(n). Nothing stays behind on exit. Pooling heads (timm's
+    ``attn_pool``) are not recorded.
 
     Args:
         model: any module whose attention calls `scaled_dot_product_attention`, or does so if ``fused_attn`` is set, or
@@ -66,8 +67,13 @@ def record_attention(
     model = uncompiled_module(model)
     with module_names(model) as names, fused_attention(model):
         recorder = _Recorder(model, names, frozenset(needs), rows, grid)
-        begin = partial(model.register_forward_pre_hook, with_kwargs=True), recorder.begin
-        with own_hooks([begin, (model.register_forward_hook, recorder.end)]), recorder:
+        hooks: list[Hook] = [
+            (partial(model.register_forward_pre_hook, with_kwargs=True), recorder.begin),
+            (model.register_forward_hook, recorder.end),
+        ]
+        parts = [(name, part) for name, part in model.named_modules() if name]
+        hooks += [(part.register_forward_pre_hook, partial(recorder.begin_part, name)) for name, part in parts]
+        with own_hooks(hooks), recorder:
             yield recorder.record
 
 
@@ -103,16 +109,32 @@ class _Recorder(AttentionMode):
         self.padded: dict[str, str] = {}
         """Modules that padded their tokens, and the token grid before that."""
         self.first_product: str | None = None
+        self.running = False
+        """Whether the model itself is called, and not a method or a part of it."""
+        self.first_part = ""
+        """The part that takes the images if a method is called."""
 
     # the forward pass
 
     def begin(self, _: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+        self.running = True
+        self._begin(next(iter((*inputs, *named.values()))))
+
+    def begin_part(self, name: str, _: nn.Module, inputs: tuple) -> None:
+        """A forward pass outside of the model's own ``forward`` begins where the images enter the first part."""
+        takes_images = not self.running and inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4
+        if takes_images and len(self.names) <= 1 and self.first_part in ("", name):
+            self.first_part = name
+            self._begin(inputs[0])
+
+    def _begin(self, images: Any) -> None:
         self.record.clear()
         self.unmatched.clear()
         self.padded.clear()
-        self.grids.begin(next(iter((*inputs, *named.values()))))
+        self.grids.begin(images)
 
     def end(self, *_: Any) -> None:
+        self.running = False
         self._refuse_unmatched()
         if not self.record.names:
             where = self._where(self.first_product or "")
@@ -167,7 +189,7 @@ class _Recorder(AttentionMode):
     # attention through one function
 
     def _record_operands(self, query: Tensor, key: Tensor) -> None:
-        name = self._name()
+        name = self._named_once()
         self.record.grids.append(self.grids.of_keys(name, self._where(name), query, key))
         self._refuse_padding(name)
         self.record.names.append(name)
@@ -217,7 +239,7 @@ class _Recorder(AttentionMode):
         )
 
     def _record_own(self, probabilities: Tensor, output: Tensor) -> None:
-        name, rows = self._name(), self._recorded_rows(probabilities)
+        name, rows = self._named_once(), self._recorded_rows(probabilities)
         if QUERIES_AND_KEYS in self.needs:
             raise ModelError(f"{name}: multiplies its queries and keys by itself; {CANNOT_RECORD}")
         self._refuse_padding(name)
@@ -251,6 +273,13 @@ class _Recorder(AttentionMode):
             )
 
     # names and rows
+
+    def _named_once(self) -> str:
+        """The name of the attention. If only a part of the model is called, a name that comes again begins a pass."""
+        name = self._name()
+        if not self.running and not self.first_part and name in self.record.names:
+            self.record.clear()
+        return name
 
     def _name(self) -> str:
         return self.names[-1] if self.names else ""

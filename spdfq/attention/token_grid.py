@@ -11,19 +11,28 @@ from spdfq.errors import ModelError
 Grid = tuple[int, int]
 # an input with shorter sides holds tokens, not pixels, so its shape says nothing about the token grid
 _SMALLEST_IMAGE = 16
+# timm and transformers, torchvision, CLIP
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
+_OTHER_TOKENS = ("dist_token", "distillation_token", "register_tokens", "reg_token")
 
 
 def prefix_tokens(model: nn.Module) -> tuple[int, bool]:
-    """Number of class and register tokens before the patch tokens, and whether the first of them is a class token."""
+    """Number of class and register tokens before the patch tokens, and whether the first of them is a class token.
+
+    The module that makes the tokens states it: by ``num_prefix_tokens``, or by the names of its parameters as in timm,
+    torchvision, CLIP and Hugging Face transformers.
+    """
     embedder = _embedder(model)
-    has_class = isinstance(getattr(embedder, "cls_token", None), Tensor)
-    return int(getattr(embedder, "num_prefix_tokens", has_class)), has_class
+    has_class = any(isinstance(getattr(embedder, name, None), Tensor) for name in _CLASS_TOKENS)
+    others = [getattr(embedder, name, None) for name in _OTHER_TOKENS]
+    more = sum(tokens.shape[-2] for tokens in others if isinstance(tokens, Tensor) and tokens.ndim > 1)
+    return int(getattr(embedder, "num_prefix_tokens", has_class + more)), has_class
 
 
 def _embedder(model: nn.Module) -> nn.Module:
     """The module that makes the tokens. It may be inside a wrapper, for example one that normalises the images."""
-    owners = (module for module in model.modules() if hasattr(module, "cls_token") or hasattr(module, "patch_embed"))
-    return next(owners, model)
+    marks = (*_CLASS_TOKENS, "patch_embed")
+    return next((module for module in model.modules() if any(hasattr(module, mark) for mark in marks)), model)
 
 
 class TokenGrids:
@@ -44,7 +53,7 @@ class TokenGrids:
 
     def begin(self, images: Any) -> None:
         """Note the shape of the images ``[B, C, H, W]`` that a forward pass starts with."""
-        self.batch = 0 if images is None else len(images)
+        self.batch = 1 if images is None else len(images)
         self.image: tuple[int, ...] = tuple(getattr(images, "shape", ())[2:])
         stated = self._image_size
         # models that take any size still state the size that they were built for

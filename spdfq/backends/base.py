@@ -6,9 +6,10 @@ from pathlib import Path
 from attrs import define, frozen
 from torch import Tensor
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import ComponentError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT
+from spdfq.recipe.structure import Checked
 from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher
 
@@ -40,7 +41,7 @@ BOTH, NEITHER = frozenset({"weights", "activations"}), frozenset[str]()
 
 
 @define(kw_only=True)
-class Step:
+class Step(Checked):
     """Base class of back-end steps: a step changes a quantized model in place.
 
     A child defines `run`. It says in ``calibrates`` which ranges it chooses, those of all ``weights`` or of all
@@ -65,7 +66,7 @@ class Step:
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
         """Changes the quantized model in place."""
-        raise TypeError(f"{type(self).__name__} does not define run")
+        raise ComponentError(f"{type(self).__name__} does not define run")
 
 
 def check_calibrated_by(steps: Sequence[Step], model: QuantizedModel) -> None:

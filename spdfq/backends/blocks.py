@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attrs import frozen
@@ -14,6 +14,7 @@ from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import ATTENTION
 from spdfq.runtime.shared_modules import Hook, own_hooks
 
+K = TypeVar("K")
 Hidden = tuple[Tensor, ...]
 """Hidden states ``[n * k, ...]`` of n images: k rows for each, image by image (k > 1: windows, inner tokens)."""
 
@@ -21,7 +22,8 @@ Hidden = tuple[Tensor, ...]
 def block_names(model: QuantizedModel) -> list[str]:
     """Names of the blocks, in the order they run: the numbered modules that hold an attention product.
 
-    They are ``blocks.0`` for a ViT, ``layers.1.blocks.0`` for a Swin. A numbered module that holds other blocks is not
+    They are ``blocks.0`` for a ViT, ``layers.1.blocks.0`` for a Swin, ``encoder.layers.encoder_layer_0`` for
+    torchvision's ViT. A numbered module that holds other blocks is not
     a block; attention beside those blocks (``stages.1.downsample`` of a LeViT) is a block of its own.
 
     Raises:
@@ -37,9 +39,9 @@ def block_names(model: QuantizedModel) -> list[str]:
 
 
 def _numbered_ancestor(name: str) -> str:
-    """The innermost ancestor whose last component is a number, or an empty string."""
+    """The innermost ancestor whose last component is a number or ends in ``_`` and a number, or an empty string."""
     parts = name.split(".")
-    while parts and not parts[-1].isdigit():
+    while parts and not parts[-1].rpartition("_")[2].isdigit():
         parts.pop()
     return ".".join(parts)
 
@@ -57,32 +59,34 @@ class BlockCall:
     """How the network calls a block.
 
     The streams of a block are those of its tensors that hold rows for every image. All other arguments (rotary
-    embeddings, sizes) are the same for all images.
+    embeddings, sizes) are the same for all images. Images are on the first axis of a hidden state; the block may have
+    them on another one (``[tokens, images, d]`` in CLIP).
 
     Args:
         name: name of the block.
         position: index of the call among all block calls of a forward pass.
         given: the arguments of the block, positional ones by number and others by name, with ``None`` for each stream.
-        streams: numbers and names of the arguments that are streams.
-        returned: indices of the streams among the tensors that the block returns.
+        streams: the axis of the images in each argument that is a stream, by number or name.
+        returned: the axis of the images in each stream that the block returns, by its index among the tensors returned.
         follows: whether its streams are the very tensors that the previous block call returned.
     """
 
     name: str
     position: int
     given: dict[int | str, Any]
-    streams: tuple[int | str, ...]
-    returned: tuple[int, ...]
+    streams: dict[int | str, int]
+    returned: dict[int, int]
     follows: bool
 
     def streams_of(self, args: tuple, kwargs: dict[str, Any]) -> Hidden:
         """The streams among the arguments of a call."""
         given = _by_number_or_name(args, kwargs)
-        return tuple(given[key] for key in self.streams)
+        return tuple(given[key].movedim(axis, 0) for key, axis in self.streams.items())
 
     def run(self, network: nn.Module, hidden: Hidden) -> Hidden:
         """The streams that the block returns for its input streams ``hidden``."""
-        given = self.given | dict(zip(self.streams, hidden, strict=True))
+        taken = zip(self.streams.items(), hidden, strict=True)
+        given = self.given | {key: tensor.movedim(0, axis) for (key, axis), tensor in taken}
         args = [value for key, value in given.items() if isinstance(key, int)]
         kwargs = {key: value for key, value in given.items() if isinstance(key, str)}
         return self._returned_streams(network.get_submodule(self.name)(*args, **kwargs))
@@ -94,7 +98,7 @@ class BlockCall:
 
     def _returned_streams(self, output: Any) -> Hidden:
         tensors = _tensors(output)
-        return tuple(tensors[index] for index in self.returned)
+        return tuple(tensors[index].movedim(axis, 0) for index, axis in self.returned.items())
 
 
 def block_calls(network: nn.Module, names: list[str], example: Tensor) -> list[BlockCall]:
@@ -126,8 +130,8 @@ class _RecordedCall:
 
 def _block_call(position: int, one: _RecordedCall, two: _RecordedCall, previous: Hidden) -> BlockCall:
     """A call, from its records with one and with two images; ``previous`` are the streams the call before returned."""
-    streams = tuple(key for key, value in one.given.items() if _doubles(value, two.given[key]))
-    returned = tuple(index for index, value in enumerate(one.output) if _doubles(value, two.output[index]))
+    streams = _image_axes(one.given, two.given)
+    returned = _image_axes(dict(enumerate(one.output)), dict(enumerate(two.output)))
     if not streams or not returned:
         raise ModelError(f"{one.name}: takes or returns no tensor of every image, so it cannot be reconstructed")
     taken = tuple(one.given[key] for key in streams)
@@ -135,9 +139,14 @@ def _block_call(position: int, one: _RecordedCall, two: _RecordedCall, previous:
     return BlockCall(one.name, position, one.given | dict.fromkeys(streams), streams, returned, follows)
 
 
-def _doubles(one: Any, two: Any) -> bool:
-    """Whether a tensor of one image has twice the length with two images."""
-    return isinstance(one, Tensor) and one.ndim > 0 and len(two) == 2 * len(one)
+def _image_axes(one: dict[K, Any], two: dict[K, Any]) -> dict[K, int]:
+    """The axis of each tensor that is twice as long with two images as with one; others are left out."""
+    pairs = {key: (tensor.shape, two[key].shape) for key, tensor in one.items() if isinstance(tensor, Tensor)}
+    doubled = {
+        key: [axis for axis, (length, other) in enumerate(zip(*shapes, strict=False)) if other == 2 * length > 0]
+        for key, shapes in pairs.items()
+    }
+    return {key: axes[0] for key, axes in doubled.items() if axes}
 
 
 @torch.no_grad()

@@ -3,39 +3,42 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from attrs import define, field
-from torch import Tensor, nn
+from torch import Tensor
 
 from spdfq.backends.base import Calibration
 from spdfq.errors import DataError
+from spdfq.quantized.model import QuantizedModel
 from spdfq.runtime.files import read_tensors, write_tensors
 
 
 @define(eq=False)
 class FinishedParts:
-    """The tensors of a network that the finished parts of a step (blocks, layers) have changed.
+    """The tensors of a quantized model that the finished parts of a step (blocks, layers) have changed.
 
     Args:
-        network: owns the tensors; their names are those of its state dict.
+        model: owns the tensors; `QuantizedModel.tensors` names them.
         path: the file; ``None`` keeps nothing.
     """
 
-    network: nn.Module
+    model: QuantizedModel
     path: Path | None
     _tensors: dict[str, Tensor] = field(factory=dict, init=False)
 
     @classmethod
-    def of(cls, network: nn.Module, calibration: Calibration, step: str) -> "FinishedParts":
+    def of(cls, model: QuantizedModel, calibration: Calibration, step: str) -> "FinishedParts":
         """The parts that a killed run finished, or none.
 
         Raises:
             DataError: the file is damaged.
         """
-        found = cls(network, calibration.state_file(step))
+        found = cls(model, calibration.state_file(step))
         if found.path and found.path.exists():
             found._tensors = read_tensors(found.path, "delete it, or use --fresh")[0]
         return found
 
+    @torch.no_grad()
     def restore(self, names: Iterable[str]) -> bool:
         """Restores the tensors of a part of the step if that part was finished, and returns whether it was.
 
@@ -45,7 +48,7 @@ class FinishedParts:
         names = list(names)
         if not self._tensors.keys() >= set(names):
             return False
-        state = self.network.state_dict()
+        state = self.model.tensors()
         for name in names:
             if self._tensors[name].shape != state[name].shape:
                 raise DataError(f"the state of an interrupted run has another {name}; delete it, or use --fresh")
@@ -54,7 +57,7 @@ class FinishedParts:
 
     def keep(self, names: Iterable[str]) -> None:
         """Stores the present values of the tensors of a finished part."""
-        state = self.network.state_dict()
+        state = self.model.tensors()
         self._tensors |= {name: state[name].clone() for name in names}
         if self.path:
             write_tensors(self.path, self._tensors)

@@ -41,6 +41,10 @@ class QuantizedStudent:
         """The quantized parameters by name."""
         return {name: self.module.weight(name) for name in self.module.weight_names()}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters, and the tensors of the quantizers, by name and not copied."""
+        return self.module.tensors()
+
     def calibrate(self, images: Tensor) -> None:
         """Chooses every range again, for images ``[B, C, h, w]``."""
         for index, step in self.steps:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from attrs import define, field, frozen
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from spdfq.attention import PRODUCT_FUNCTIONS, fused_attention
+from spdfq.attention import PRODUCT_FUNCTIONS, FunctionMode, fused_attention
+from spdfq.runtime.runtime import normal
 
 _LAYER_NORMS = {F.layer_norm, torch.layer_norm}
 # They mix tokens, but leave equal tokens as they are, so that a signature would survive them.
@@ -118,7 +118,7 @@ class _NormOutput:
     size: int
 
 
-class _WiringMode(TorchFunctionMode):
+class _WiringMode(FunctionMode):
     """Replaces the outputs of LayerNorms by signatures and records which functions take them."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -129,8 +129,8 @@ class _WiringMode(TorchFunctionMode):
         self.outputs: dict[int, _NormOutput] = {}
         self.generator = torch.Generator().manual_seed(_SEED)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Any function."""
         result = func(*args, **kwargs)
         if func is F.linear:
             self._record_linear(*args, **kwargs)
@@ -155,7 +155,7 @@ class _WiringMode(TorchFunctionMode):
             return result
         tokens = result.numel() // len(weight)
         norm = self.norms.setdefault(name, NormCalls(name, self.names.get(id(bias)), tokens))
-        signature = torch.randn(len(weight), generator=self.generator).to(result)
+        signature = normal(self.generator, len(weight)).to(result)
         output = signature.expand_as(result).clone()
         self.outputs[id(output)] = _NormOutput(output, norm, signature, output.numel())
         return output

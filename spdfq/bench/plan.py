@@ -110,6 +110,7 @@ class Plan:
         seeds: of every combination.
         combinations: the product of the axes.
         gap: as in `BenchFile`.
+        warnings: a line for each value of ``[base]`` that a part replaces.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Plan:
     seeds: tuple[int, ...]
     combinations: tuple[Combination, ...]
     gap: Gap | None
+    warnings: tuple[str, ...] = ()
 
 
 def read_plan(source: str) -> Plan:
@@ -140,9 +142,10 @@ def read_plan(source: str) -> Plan:
     _refuse(problems)
     _check_gap(file.gap, axes, problems)
     _refuse(problems)
-    combinations = _combinations(file, axes, base, problems)
+    warnings: list[str] = []
+    combinations = _combinations(file, axes, base, problems, warnings)
     _refuse(problems)
-    return Plan(path.stem, axes, file.seeds, combinations, file.gap)
+    return Plan(path.stem, axes, file.seeds, combinations, file.gap, tuple(dict.fromkeys(warnings)))
 
 
 def _refuse(problems: list[str]) -> None:
@@ -230,7 +233,7 @@ def _check_gap(gap: Gap | None, axes: tuple[Axis, ...], problems: list[str]) -> 
 
 
 def _combinations(
-    file: BenchFile, axes: tuple[Axis, ...], base: dict[str, Any], problems: list[str]
+    file: BenchFile, axes: tuple[Axis, ...], base: dict[str, Any], problems: list[str], warnings: list[str]
 ) -> tuple[Combination, ...]:
     """One combination for each element of the product of the axes."""
     chosen = list(itertools.product(*(axis.choices for axis in axes)))
@@ -239,7 +242,7 @@ def _combinations(
     return tuple(
         Combination(
             {axis.name: choice.label for axis, choice in zip(axes, choices, strict=True)},
-            _recipe_data(file, axes, choices, base, problems),
+            _recipe_data(file, axes, choices, base, problems, warnings),
             slug if counts[slug] == 1 else f"{slug}-{digest([choice.label for choice in choices])[:6]}",
         )
         for choices, slug in zip(chosen, slugs, strict=True)
@@ -247,13 +250,19 @@ def _combinations(
 
 
 def _recipe_data(
-    file: BenchFile, axes: tuple[Axis, ...], choices: tuple[Choice, ...], base: dict[str, Any], problems: list[str]
+    file: BenchFile,
+    axes: tuple[Axis, ...],
+    choices: tuple[Choice, ...],
+    base: dict[str, Any],
+    problems: list[str],
+    warnings: list[str],
 ) -> dict[str, Any]:
     """The base, merged with the chosen parents, and then with the chosen values of keys assigned."""
     data = base
-    for choice in choices:
+    for axis, choice in zip(axes, choices, strict=True):
         if choice.data is not None:
-            data = _with_part(data, choice.data, file.base)
+            before, data = data, _with_part(data, choice.data, file.base)
+            warnings += _replaced(file, before, data, f"{axis.name} = {choice.label}")
     data = copy.deepcopy(data)  # all combinations share the tables of the parents
     assignments = [
         f"{axis.name}={toml.value(choice.value)}"
@@ -275,6 +284,19 @@ def _with_part(data: dict[str, Any], part: dict[str, Any], own: dict[str, Any]) 
         if section in part and _type(data.get(section)) == _type(part[section]):
             merged[section] = merge(settings, merged[section])
     return merged
+
+
+def _replaced(file: BenchFile, before: dict[str, Any], after: dict[str, Any], part: str) -> Iterator[str]:
+    """A line for each value that ``[base]`` itself sets and a part takes away, unless an axis sets that key."""
+    old, new, axes = dict(_flat(before)), dict(_flat(after)), dict(_flat(file.keys))
+    for key, own in _flat(file.base):
+        if key in axes or old.get(key) != own or new.get(key) == own:
+            continue
+        kept = f"base.{key} = {toml.value(own)}: is not used with {part}, which"
+        if key in new:
+            yield f"{kept} sets {toml.value(new[key])}; to set it in every cell, give keys.{key} = [{toml.value(own)}]"
+        else:
+            yield f"{kept} has another type of {key.partition('.')[0]}; set it in a part of your own where it is meant"
 
 
 def _type(section: Any) -> Any:

@@ -12,13 +12,14 @@ from attrs import evolve, frozen
 from spdfq.bench.plan import Combination, Plan, read_plan
 from spdfq.bench.table import markdown
 from spdfq.errors import DataError, RecipeError, SpdfqError
-from spdfq.recipe import Recipe, digest, load_recipe
+from spdfq.recipe import ModelSpec, Recipe, digest, load_recipe
 from spdfq.runs import pipeline
 from spdfq.runs.provenance import code_digests, data_fingerprints, versions
 from spdfq.runs.store import lock_folder, store_beside
 from spdfq.runtime import pick_device, pick_precision, silent
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
+from spdfq.teacher.architectures import local_weights
 
 Row = dict[str, Any]
 
@@ -111,13 +112,13 @@ def run_bench(
 
 
 def check_plan(plan: Plan) -> list[str]:
-    """Check every combination's recipe, and return the warnings.
+    """Check every combination's recipe, and return the warnings, with those of the plan.
 
     Raises:
         RecipeError: with every problem once, and the cells that have it.
     """
     problems: dict[str, list[str]] = {}
-    warnings: dict[str, None] = {}
+    warnings: dict[str, None] = dict.fromkeys(plan.warnings)
     for combination in plan.combinations:
         try:
             recipe = evolve(load_recipe(combination.data, seed=plan.seeds[0]), controls={})
@@ -149,15 +150,19 @@ def result_key(recipe: Recipe, device: str | None = None) -> str:
     precision = pick_precision(recipe.runtime.precision, pick_device(device or recipe.runtime.device))
     data = {**recipe.to_dict(), "runtime": {"precision": precision}}
     data.pop("published", None)
-    weights = recipe.model.checkpoint and sha256(_checkpoint(recipe.model.checkpoint).read_bytes()).hexdigest()
+    weights = [sha256(path.read_bytes()).hexdigest() for path in _files(recipe.model)]
     found = versions()
     return digest(data, data_fingerprints(recipe), weights, code_digests(recipe), found["torch"], found["timm"])
 
 
-def _checkpoint(name: str) -> Path:
-    if not Path(name).is_file():
-        raise DataError(f"model.checkpoint: {name}: no such file")
-    return Path(name)
+def _files(model: ModelSpec) -> list[Path]:
+    """The files of local weights, and of the configuration beside them."""
+    weights = local_weights(model)
+    if weights is None:
+        return []
+    if not weights.is_file():
+        raise DataError(f"model.{'checkpoint' if model.checkpoint else 'name'}: {weights}: no such file")
+    return [weights, *weights.parent.glob("config.json")] if model.checkpoint is None else [weights]
 
 
 def _finished(cells: list[Cell], folder: Path) -> dict[str, Row]:

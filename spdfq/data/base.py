@@ -7,6 +7,7 @@ import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
+from spdfq.data.classes import compared
 from spdfq.errors import DataError
 from spdfq.teacher import Teacher
 
@@ -20,7 +21,8 @@ class Batch(NamedTuple):
     Args:
         images: normalised, ``[b, C, H, W]``.
         labels: int64 ``[b]``.
-        damaged: names of the images that are left out because they could not be read.
+        damaged: the images that are left out because they could not be read, each as its name and, in parentheses, the
+            reason.
     """
 
     images: Tensor
@@ -55,6 +57,11 @@ class LabelledImages:
         """Names of the classes in the order of the labels, if two datasets can be compared by them; empty otherwise."""
         return ()
 
+    @property
+    def label_names(self) -> Sequence[str]:
+        """Names of the classes in the order of the labels, to compare with those of a model; empty if unknown."""
+        return self.class_names
+
     def batches(self, teacher: Teacher, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
         """The images, prepared for a teacher.
 
@@ -78,23 +85,28 @@ class LabelledImages:
         """Check that the labels can be positions in the teacher's list of classes.
 
         Raises:
-            DataError: they cannot.
+            DataError: they cannot: another number of classes, or names that timm knows in another order.
         """
+        if problem := compared(self.label_names, teacher, self._states_order).problem:
+            raise DataError(f"evaluation.dataset: {problem}")
         if self.classes != teacher.num_classes:
             raise DataError(
                 f"evaluation.dataset: has {self.classes} classes, {teacher.name} knows {teacher.num_classes}; labels "
                 "are positions in the list of classes, so both must have the same ones"
             )
 
+    def class_warnings(self, teacher: Teacher) -> list[str]:
+        """A line if the classes may have another order than the teacher's."""
+        doubt = compared(self.label_names, teacher, self._states_order).doubt
+        return [f"evaluation.dataset: {doubt}"] if doubt else []
+
+    @property
+    def _states_order(self) -> bool:
+        return getattr(self, "class_order", None) is not None
+
     def chosen(self, count: int) -> list[int]:
         """The positions that are used, of a dataset with ``count`` images, ascending."""
         if self.limit is None or self.limit >= count:
             return list(range(count))
         generator = torch.Generator().manual_seed(self.subset_seed)
-        return torch.randperm(count, generator=generator)[: self.limit].sort().values.tolist()
-
-
-def shortened(names: Sequence[str], shown: int = 5) -> str:
-    """The first names as text, and how many more there are."""
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
+        return torch.randperm(count, generator=generator, device="cpu")[: self.limit].sort().values.tolist()

@@ -20,6 +20,7 @@ from spdfq.data.shards import stamp
 from spdfq.errors import DataError
 from spdfq.registry import datasets
 from spdfq.teacher import Teacher
+from spdfq.teacher.architectures import first_line
 
 _RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these formats, but cannot load their pixels
 
@@ -96,12 +97,12 @@ class DecodedImages(LabelledImages):
         """The images, resized, cropped and normalised as timm does for evaluation; see `LabelledImages.batches`.
 
         Raises:
-            DataError: the dataset does not exist, an image cannot be read and ``damaged`` is ``refuse``, or a worker
-                was killed.
+            DataError: the dataset does not exist, an image cannot be read and ``damaged`` is ``refuse``, a worker was
+                killed, or the teacher takes more than 4 channels.
         """
         entries = self.used()
         asked = entries if indices is None else [entries[index] for index in indices]
-        decoded = _DecodedDataset(asked, self.reader(), _transform(teacher), teacher.input_size)
+        decoded = _DecodedDataset(asked, self.reader(), teacher.transform(), teacher.input_size)
         loader = DataLoader(decoded, batch, num_workers=self.workers, collate_fn=decoded.collate)
         for images, labels, unreadable in self._report_killed_worker(loader):
             if unreadable and self.damaged == "refuse":
@@ -109,7 +110,7 @@ class DecodedImages(LabelledImages):
                     f"{self.title}: {unreadable[0].name}: not a readable image ({unreadable[0].reason}); replace it, "
                     "or set damaged = 'skip'"
                 )
-            yield Batch(images, labels, tuple(image.name for image in unreadable))
+            yield Batch(images, labels, tuple(f"{image.name} ({image.reason})" for image in unreadable))
 
     def fingerprint(self) -> str:
         """A hash of the names and labels of the images used, and of the sizes and modification times of their files."""
@@ -152,11 +153,14 @@ class DecodedImages(LabelledImages):
         """
         if self.classes is not None:
             return super().check_classes(teacher)
-        worst = max(self.entries(), key=lambda entry: entry.label)
+        entries = self.entries()
+        worst = max(entries, key=lambda entry: entry.label)
         if worst.label >= teacher.num_classes:
+            from_one = worst.label == teacher.num_classes and min(entry.label for entry in entries) == 1
             raise DataError(
                 f"evaluation.dataset: {worst.name} has label {worst.label}, but the classes of {teacher.name} are 0 to "
-                f"{teacher.num_classes - 1}; labels are positions in the model's list of classes"
+                f"{teacher.num_classes - 1}; labels are positions in the model's list of classes, counted from 0"
+                + (", and these seem to be counted from 1" if from_one else "")
             )
 
     def _report_killed_worker(self, loader: DataLoader) -> Iterator[Any]:
@@ -187,20 +191,6 @@ def _start(loader: DataLoader) -> Iterator[Any]:
     return batches
 
 
-def _transform(teacher: Teacher) -> Callable[[Any], Tensor]:
-    from timm.data import create_transform
-
-    return create_transform(
-        teacher.input_size,
-        is_training=False,
-        mean=teacher.mean,
-        std=teacher.std,
-        crop_pct=teacher.crop_pct,
-        crop_mode=teacher.crop_mode,
-        interpolation=teacher.interpolation,
-    )
-
-
 @frozen
 class _DecodedDataset(Dataset):
     entries: list[Entry]
@@ -217,19 +207,21 @@ class _DecodedDataset(Dataset):
         entry = self.entries[index]
         try:
             with Image.open(self.read(entry.location)) as image:
-                if image.mode.startswith(("I", "F")):  # their range is unknown, and Pillow would clip them at 255
-                    return Unreadable(
-                        entry.name, f"{image.mode} pixels instead of 8 bits per channel; convert it first"
-                    )
-                return self.transform(image.convert("L" if self.size[0] == 1 else "RGB")), entry.label
+                return self.transform(image), entry.label
         except UnidentifiedImageError:
             return Unreadable(entry.name, "not an image format that Pillow knows")
+        except DataError as error:
+            return Unreadable(entry.name, str(error))
         except Exception as error:  # decoders raise all kinds of errors for broken data
-            return Unreadable(entry.name, f"{type(error).__name__}: {error}")
+            return Unreadable(entry.name, first_line(error))
 
     def collate(self, items: list[tuple[Tensor, int] | Unreadable]) -> tuple[Tensor, Tensor, list[Unreadable]]:
         """Images ``[b, C, H, W]`` and labels ``[b]`` of the readable items, and the unreadable items."""
         pairs = [item for item in items if not isinstance(item, Unreadable)]
-        images = torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0, *self.size)
-        labels = torch.tensor([label for _, label in pairs], dtype=torch.long)
+        images = (
+            torch.stack([image for image, _ in pairs])
+            if pairs
+            else torch.empty(0, *self.size, dtype=torch.float32, device="cpu")
+        )
+        labels = torch.tensor([label for _, label in pairs], dtype=torch.long, device="cpu")
         return images, labels, [item for item in items if isinstance(item, Unreadable)]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from attrs import frozen
 
+from spdfq.data.classes import ClassOrder, as_characters, model_classes, numbered
 from spdfq.data.decoded import DecodedImages, Entry, image_suffixes
-from spdfq.data.imagenet import imagenet_difference, synsets
+from spdfq.data.imagenet import synsets
 from spdfq.data.labels import Labels, read_labels
-from spdfq.errors import DataError
+from spdfq.errors import DataError, MissingDataError
 from spdfq.registry import datasets
 from spdfq.teacher import Teacher
 
@@ -17,13 +18,16 @@ from spdfq.teacher import Teacher
 @datasets.register("image_folder")
 @frozen(kw_only=True)
 class ImageFolder(DecodedImages):
-    """A folder with a subfolder of images for each class; labels number the subfolders in alphabetical order.
+    """A folder with a subfolder of images for each class; labels number the subfolders in natural order, as timm does.
 
-    An empty subfolder is a class too. Names that begin with a dot, and files whose suffix Pillow does not read, are
-    ignored. Images are resized, cropped and normalised as timm does when it evaluates the model.
+    Natural order ignores capital letters and counts numbers: ``c2`` comes before ``C10``. An empty subfolder is a class
+    too. Names that begin with a dot, and files whose suffix Pillow does not read, are ignored. Images are resized,
+    cropped and normalised as timm does when it evaluates the model.
 
     Args:
         root: the folder.
+        class_order: names of the subfolders in the order of the model's classes, if it is another one: an array, or a
+            text file with one name on each line. A name without a subfolder is a class without images.
         workers: number of processes that decode images.
         damaged: what to do with an image that cannot be read: ``skip`` leaves it out and names it in the result;
             ``refuse`` stops with an error.
@@ -32,34 +36,33 @@ class ImageFolder(DecodedImages):
     """
 
     root: str
+    class_order: ClassOrder = None
 
     @property
     def classes(self) -> int:
-        """Number of subfolders."""
-        return len(self._folders())
+        """Number of classes."""
+        return len(self.class_names)
 
     @property
     def class_names(self) -> Sequence[str]:
-        """The names of the subfolders."""
-        return [folder.name for folder in self._folders()]
+        """The names of the subfolders, and of classes without images."""
+        return numbered([folder.name for folder in self._folders()], self.class_order, "image_folder")
 
-    def check_classes(self, teacher: Teacher) -> None:
-        """Check that the subfolders can be the teacher's classes.
-
-        Raises:
-            DataError: their number differs, or they are almost but not exactly the synsets of ImageNet-1k.
-        """
-        if found := imagenet_difference(self.class_names, teacher.num_classes):
-            raise DataError(f"evaluation.dataset: {self.root}: {found}; a class without images is an empty folder")
-        super().check_classes(teacher)
+    def class_warnings(self, teacher: Teacher) -> list[str]:
+        """A line if the classes may have another order than the teacher's."""
+        if self.class_order is not None or model_classes(teacher):
+            return super().class_warnings(teacher)
+        doubt = as_characters(self.class_names)
+        return [f"evaluation.dataset: {doubt}"] if doubt else []
 
     def entries(self) -> list[Entry]:
         """Every image, class by class."""
+        folders = {folder.name: folder for folder in self._folders()}
         found = [
             Entry(str(path.relative_to(self.root)), label, path)
-            for label, folder in enumerate(self._folders())
-            for path in sorted(_files(folder))
-            if path.suffix.lower() in image_suffixes()
+            for label, name in enumerate(self.class_names)
+            if name in folders
+            for path in sorted(_images(folders[name]))
         ]
         if not found:
             raise DataError(
@@ -69,8 +72,8 @@ class ImageFolder(DecodedImages):
         return found
 
     def _folders(self) -> list[Path]:
-        found = _folder("image_folder", self.root).iterdir()
-        return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
+        found = [path for path in _folder("image_folder", self.root).iterdir() if not path.name.startswith(".")]
+        return [path for path in found if _unbroken(path).is_dir()]
 
 
 @datasets.register("image_list")
@@ -115,18 +118,39 @@ class ImageList(DecodedImages):
         return read_labels(Path(self.labels))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, without hidden ones. A folder without read permission is an error, not empty."""
+def _images(folder: Path) -> Iterator[Path]:
+    """All images below a folder and the folders that links in it lead to, without hidden ones.
+
+    A folder that is met again, as in a loop of links, is not read twice. A folder without read permission, and a link
+    that leads nowhere and may stand for a folder, are errors, not empty.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
 
-    for above, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(above) / name for name in names if not name.startswith("."))
+    met = {os.path.realpath(path) for path in (folder, *folder.absolute().parents)}
+    for above, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        visible = sorted((name for name in folders if not name.startswith(".")), reverse=True)
+        found = {os.path.realpath(os.path.join(above, name)): name for name in visible}
+        folders[:] = [name for real, name in found.items() if real not in met]
+        met |= found.keys()
+        for path in (Path(above, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in image_suffixes():
+                yield path
+            else:
+                _unbroken(path)
+
+
+def _unbroken(path: Path) -> Path:
+    """The path itself; a link that leads nowhere is an error, because it may stand for a folder of images."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"image_folder: {path}: is a link to {os.readlink(path)}, which does not exist; mend or remove it"
+        )
+    return path
 
 
 def _folder(title: str, root: str) -> Path:
     if not (root and Path(root).is_dir()):
-        raise DataError(f"{title}: {root or 'an empty root'}: no such folder; give root = 'path/to/val'")
+        raise MissingDataError(f"{title}: {root or 'an empty root'}: no such folder; give root = 'path/to/val'")
     return Path(root)

@@ -9,7 +9,7 @@ from attrs import frozen
 
 from spdfq.data.base import MOST_CLASSES
 from spdfq.data.imagenet import synsets
-from spdfq.errors import DataError
+from spdfq.errors import DataError, MissingDataError
 
 _KAGGLE = "ImageId,PredictionString"
 _SYNSET = re.compile(r"n\d{8}")
@@ -49,7 +49,7 @@ def read_labels(path: Path) -> Labels:
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise DataError(f"image_list: {path}: no such file; give labels = 'path/to/labels.txt'")
+        raise MissingDataError(f"image_list: {path}: no such file; give labels = 'path/to/labels.txt'")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
 """Parquet shards as Hugging Face writes them; needs pyarrow, an optional dependency."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from attrs import field, frozen
 
 from spdfq.data.base import MOST_CLASSES
+from spdfq.data.classes import ClassOrder, numbered
 from spdfq.data.decoded import DecodedImages, Entry
 from spdfq.data.shards import matching_files, stamp
 from spdfq.errors import DataError
@@ -28,6 +29,8 @@ class Parquet(DecodedImages):
 
     Args:
         files: path of the shards, with ``*`` for any text, for example ``"imagenet-1k/data/validation-*.parquet"``.
+        class_order: the shards' names of classes in the order of the model's classes, if it is another one: an array,
+            or a text file with one name on each line.
         workers: number of processes that decode images.
         damaged: what to do with an image that cannot be read: ``skip`` leaves it out and names it in the result;
             ``refuse`` stops with an error.
@@ -36,22 +39,38 @@ class Parquet(DecodedImages):
     """
 
     files: str
+    class_order: ClassOrder = None
 
     @property
     def classes(self) -> int | None:
         """Number of classes; ``None`` if the shards do not say."""
-        found = {shard.classes for shard in self._shards()}
-        if len(found) > 1:
-            raise DataError(f"parquet: {self.files}: the shards belong to several datasets; give a narrower pattern")
-        return found.pop()
+        return len(self.label_names) or None
+
+    @property
+    def label_names(self) -> Sequence[str]:
+        """The names that Hugging Face writes, in the order of the labels; empty if the shards have none."""
+        names = self._names()
+        return names if self.class_order is None else numbered(names, self.class_order, "parquet")
 
     def entries(self) -> list[Entry]:
         """Every row of every shard."""
+        position = {name: index for index, name in enumerate(self.label_names)}
+        moved = {label: position[name] for label, name in enumerate(self._names())}
         return [
-            Entry(f"{shard.path.name} row {row}", label, location)
+            Entry(f"{shard.path.name} row {row}", moved.get(label, label), location)
             for shard in self._shards()
             for row, (label, location) in enumerate(zip(shard.labels, shard.locations(), strict=True))
         ]
+
+    def _names(self) -> tuple[str, ...]:
+        """The names of the classes in the order of the stored labels."""
+        found = {shard.names for shard in self._shards()}
+        if len(found) > 1:
+            raise DataError(f"parquet: {self.files}: the shards belong to several datasets; give a narrower pattern")
+        names = found.pop()
+        if self.class_order is not None and not names:
+            raise DataError(f"parquet: {self.files}: has no names of classes; leave out class_order")
+        return names
 
     def reader(self) -> Callable[[Any], Path | BytesIO]:
         """Reads the image of a row, and keeps the row group of the last image in memory."""
@@ -70,7 +89,7 @@ class _Shard:
     path: Path
     labels: list[int]
     groups: list[int]
-    classes: int | None
+    names: tuple[str, ...]
 
     def locations(self) -> list[tuple[Path, int, int]]:
         """File, row group and row in the group, for each row."""
@@ -93,7 +112,7 @@ def _shard(path: Path, stamp: Any) -> _Shard:
             _check(path, file.schema_arrow, pyarrow)
             labels = file.read([_LABEL], use_threads=False).column(_LABEL).to_pylist()
             groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
-            classes = _classes(file.schema_arrow.metadata or {})
+            names = _names(file.schema_arrow.metadata or {})
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"parquet: {path}: damaged, or not a Parquet file ({error}); fetch it again") from None
     if not labels:
@@ -105,7 +124,12 @@ def _shard(path: Path, stamp: Any) -> _Shard:
             f"parquet: {path}: row {labels.index(most)} has label {most}, larger than any model's; labels must "
             "be positions in the model's list of classes; give shards with such labels"
         )
-    return _Shard(path, labels, groups, classes)
+    if names and most >= len(names):
+        raise DataError(
+            f"parquet: {path}: row {labels.index(most)} has label {most}, but the file names {len(names)} classes; "
+            "fetch it again"
+        )
+    return _Shard(path, labels, groups, names)
 
 
 def _check(path: Path, schema: Any, pyarrow: Any) -> None:
@@ -123,12 +147,12 @@ def _check(path: Path, schema: Any, pyarrow: Any) -> None:
         )
 
 
-def _classes(metadata: dict[bytes, bytes]) -> int | None:
-    """The number of class names in the metadata that Hugging Face writes; ``None`` if there are none."""
+def _names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
+    """The names of the classes in the metadata that Hugging Face writes; empty if there are none."""
     try:
-        return len(json.loads(metadata[b"huggingface"])["info"]["features"][_LABEL]["names"])
+        return tuple(map(str, json.loads(metadata[b"huggingface"])["info"]["features"][_LABEL]["names"]))
     except (KeyError, TypeError, ValueError):
-        return None
+        return ()
 
 
 @frozen

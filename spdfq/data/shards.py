@@ -3,18 +3,20 @@
 import glob
 from pathlib import Path
 
-from spdfq.errors import DataError
+from spdfq.errors import MissingDataError
 
 
 def matching_files(title: str, pattern: str) -> list[Path]:
     """The files that match a path with ``*``, in alphabetical order.
 
     Raises:
-        DataError: no file matches.
+        MissingDataError: no file matches.
     """
     found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
     if not found:
-        raise DataError(f"{title}: {pattern}: no such file; give files = 'path/to/shards-*' with the shards' suffix")
+        raise MissingDataError(
+            f"{title}: {pattern}: no such file; give files = 'path/to/shards-*' with the shards' suffix"
+        )
     return found
 
 

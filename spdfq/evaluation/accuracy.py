@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdfq.data.base import shortened
+from spdfq.data.classes import shortened
 from spdfq.errors import DataError, NonFiniteError, RecipeError
 from spdfq.evaluation.predictions import FinishedBatches, Predictions
 from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher, evaluation_mode
+
+ENOUGH_PER_CLASS = 5
+_GAIN, _OWN = 30, 0.9
 
 
 def logits_over(
@@ -62,7 +65,7 @@ def _batch_by_batch(
     found = spec.dataset.batches(teacher, spec.batch, indices) if indices else ()
     for start, (images, labels, damaged) in zip(own, found, strict=True):
         # some models fail on an empty batch
-        logits = model(images.to(device)).float().cpu() if len(images) else torch.zeros(0, teacher.num_classes)
+        logits = model(images.to(device)).float().cpu() if len(images) else images.new_zeros(0, teacher.num_classes)
         yield start, Predictions(logits, labels, damaged)
 
 
@@ -85,6 +88,41 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     if logits.shape[1] > 5:
         hits["top5"] = _percent((logits.topk(5).indices == labels[:, None]).any(1))
     return hits
+
+
+def renamed(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """How well predictions would fit if each class had the index that the model predicts most often for it.
+
+    Returns:
+        Top-1 in percent, and the share of the classes that would have an index of their own.
+    """
+    classes = logits.shape[1]
+    pairs, counts = (labels * classes + logits.argmax(1)).unique(return_counts=True)
+    most = counts.new_zeros(classes).scatter_reduce(0, pairs // classes, counts, "amax")
+    top = pairs[counts == most[pairs // classes]]
+    indices = dict(zip((top // classes).tolist(), (top % classes).tolist(), strict=True))  # one for each class
+    return 100 * int(most.sum()) / len(labels), len(set(indices.values())) / len(indices)
+
+
+def another_order(logits: Tensor, labels: Tensor) -> str | None:
+    """A line if the predictions show that the labels have another order than the model's classes.
+
+    Top-1 would rise by more than 30 points with each class at the index that the model predicts most often for it, and
+    9 of 10 classes would have an index of their own. Nothing is said for fewer than 5 images for each class on average.
+
+    Args:
+        logits: ``[n, K]``.
+        labels: int64 ``[n]``.
+    """
+    if len(labels) < ENOUGH_PER_CLASS * logits.shape[1]:
+        return None
+    here, (there, own) = accuracy(logits, labels)["top1"], renamed(logits, labels)
+    if there - here <= _GAIN or own < _OWN:
+        return None
+    return (
+        f"top-1 is {here:.2f} %, but would be {there:.2f} % if each class had the index that the model predicts most "
+        "often for it; the classes are in a different order than the model's"
+    )
 
 
 def agreement(logits: Tensor, reference: Tensor) -> float:

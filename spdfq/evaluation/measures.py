@@ -39,7 +39,9 @@ def class_centroids(features: Tensor, labels: Tensor, classes: int) -> Centroids
         labels: int64 ``[n]``, from 0 to ``classes - 1``.
         classes: number of classes, K.
     """
-    sums = torch.zeros(classes, features.shape[1]).index_add(0, labels, features.float())
+    sums = torch.zeros(classes, features.shape[1], dtype=torch.float32, device="cpu").index_add(
+        0, labels, features.float()
+    )
     counts = torch.bincount(labels, minlength=classes)
     return Centroids(sums / counts.clamp(min=1).unsqueeze(-1), counts)
 
@@ -97,7 +99,7 @@ def spectrum_slope(pixels: Tensor) -> float | None:
     mean = mean[1 : side // 2 + 1]
     if len(mean) < _FEWEST_RINGS or not (mean > 1e-12 * power[0, 0]).all() or not (mean > 0).all():
         return None
-    x = torch.arange(1, len(mean) + 1).double().log()
+    x = torch.arange(1, len(mean) + 1, dtype=torch.float64, device="cpu").log()
     y = mean.log()
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from spdfq.errors import DataError, ModelError, RecipeError
+from spdfq.errors import DataError, RecipeError
 from spdfq.evaluation.accuracy import accuracy, agreement, check_same_images, logits_over
 from spdfq.evaluation.predictions import REMEDY, Predictions
 from spdfq.runtime import Runtime
@@ -38,7 +38,7 @@ def nearest_neighbours(queries: Tensor, bank: Tensor, labels: Tensor, classes: i
     bank, votes = F.normalize(bank, dim=-1), []
     for part in F.normalize(queries, dim=-1).split(max(1, _CHUNK // len(bank))):
         cosine, nearest = (part @ bank.mT).topk(NEIGHBOURS)
-        empty = torch.zeros(len(part), classes)
+        empty = torch.zeros(len(part), classes, dtype=part.dtype, device=part.device)
         votes.append(empty.scatter_add_(1, labels[nearest], (cosine / _TEMPERATURE).exp()))
     return torch.cat(votes)
 
@@ -171,10 +171,6 @@ def _predictions(
             "neighbour"
         )
     found = logits_over(model, teacher, spec, runtime, label, folder and folder / "images")
-    if found.logits.ndim != 2:
-        raise ModelError(
-            f"{teacher.name}: returns features {list(found.logits.shape)} instead of [n, D]; pool them in its forward"
-        )
     classes = spec.dataset.classes or spec.bank.classes or 1 + int(torch.cat([bank.labels, found.labels]).max())
     _check_labels(classes, bank.labels, found.labels)
     votes = nearest_neighbours(found.logits, bank.logits, bank.labels, classes)

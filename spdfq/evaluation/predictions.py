@@ -22,7 +22,7 @@ class Predictions:
     Args:
         logits: float32 ``[n, K]``, on the CPU.
         labels: int64 ``[n]``.
-        damaged: names of the images that cannot be read; they are not among the ``n``.
+        damaged: the images that cannot be read, with reasons; they are not among the ``n``.
     """
 
     logits: Tensor

@@ -3,18 +3,16 @@
 import math
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor
 
 from spdfq.errors import ModelError
-from spdfq.evaluation.accuracy import accuracy
+from spdfq.evaluation.accuracy import ENOUGH_PER_CLASS, accuracy, renamed
 from spdfq.recipe import Published, PublishedRow, Recipe, load_recipe
 from spdfq.recipe.structure import unstructure
 from spdfq.teacher import Teacher
 
 TOLERANCE = 0.3
 _STANDARD_ERRORS = 3
-_ENOUGH_PER_CLASS = 5
 # keys of a dataset that do not change its images
 _PLACES = ("root", "workers")
 
@@ -128,11 +126,11 @@ def _placeless(synthesis: dict[str, Any]) -> dict[str, Any]:
 def _cause(recipe: Recipe, spec: Published, here: float, logits: Tensor, labels: Tensor) -> str:
     """The most likely cause of a wrong full-precision top-1, from the recipe and the predictions."""
     classes = logits.shape[1]
-    renamed = _renamed(logits, labels) if len(labels) >= _ENOUGH_PER_CLASS * classes else 0.0
-    if here < spec.fp - 10 and renamed > spec.fp - 5:
+    there = renamed(logits, labels)[0] if len(labels) >= ENOUGH_PER_CLASS * classes else 0.0
+    if here < spec.fp - 10 and there > spec.fp - 5:
         return (
             "the labels: if each class had the index that the model predicts most often for it, top-1 would be "
-            f"{renamed:.2f} %, so the classes are in a different order than the model's"
+            f"{there:.2f} %, so the classes are in a different order than the model's"
         )
     if recipe.model.img_size is not None:
         return (
@@ -147,14 +145,6 @@ def _cause(recipe: Recipe, spec: Published, here: float, logits: Tensor, labels:
     if here > spec.fp - 3:
         return "the crop: so small a difference can come from crop and interpolation, or from images resized beforehand"
     return "the images, which may be a different set, or the tag or the normalisation"
-
-
-def _renamed(logits: Tensor, labels: Tensor) -> float:
-    """Top-1 in percent if each class had the index that the model predicts most often for it."""
-    classes = logits.shape[1]
-    pairs = (labels * classes + logits.argmax(1)).bincount(minlength=classes * classes)
-    counts = rearrange(pairs, "(label predicted) -> label predicted", label=classes)
-    return 100 * int(counts.amax(1).sum()) / len(labels)
 
 
 def _in_use(recipe: Recipe, teacher: Teacher) -> str:

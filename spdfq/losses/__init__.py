@@ -3,6 +3,8 @@
 from spdfq.losses.attention_entropy import AttentionEntropyLoss as AttentionEntropyLoss
 from spdfq.losses.attention_maps import MapPictures as MapPictures
 from spdfq.losses.attention_prior import AttentionPriorLoss as AttentionPriorLoss
+from spdfq.losses.attention_prior import attention_prior_loss as attention_prior_loss
+from spdfq.losses.attention_prior import draw_priors as draw_priors
 from spdfq.losses.base import Loss as Loss
 from spdfq.losses.base import LossInputs as LossInputs
 from spdfq.losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss

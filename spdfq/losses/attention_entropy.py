@@ -12,6 +12,7 @@ from torch import Tensor
 from spdfq.attention import QUERIES_AND_KEYS
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
+from spdfq.runtime.arguments import check_tensor
 
 _FLOOR = 1e-8
 
@@ -26,7 +27,11 @@ def attention_entropy(rows: Tensor) -> Tensor:
 
     Returns:
         A scalar, in nats.
+
+    Raises:
+        SpdfqError: another shape.
     """
+    check_tensor("rows", rows, "B, R, K")
     unit = F.normalize(at_least_float32(rows), dim=-1)
     variance = rearrange(unit @ unit.mT, "b q k -> b (q k)").var(-1, correction=0)
     return 0.5 * (math.log(2 * math.pi * math.e) + (variance + _FLOOR).log()).mean()
@@ -51,14 +56,16 @@ class AttentionEntropyLoss(Loss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
-        blocks = range(len(inputs.attention.queries))
+        self.given(inputs, "draws")
+        blocks = range(len(self.recorded(inputs).queries))
         return -torch.stack([attention_entropy(self._rows(inputs, block)) for block in blocks]).mean()
 
     def _rows(self, inputs: LossInputs, block: int) -> Tensor:
         """``[B, R, K]``. Up to a factor, the mean over heads is one product of the concatenated heads."""
         record = inputs.attention
         query, key = record.queries[block][:, :, record.prefix :], record.keys[block][:, :, record.prefix :]
-        drawn = torch.randperm(query.shape[-2], generator=inputs.generator("rows", block, inputs.iteration))
+        generator = inputs.generator("rows", block, inputs.iteration)
+        drawn = torch.randperm(query.shape[-2], generator=generator, device="cpu")
         chosen = query[:, :, drawn[: self.rows].to(query.device)]
         return _concatenated(chosen) @ _concatenated(key).mT
 

@@ -3,51 +3,106 @@
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from attrs import define, field, validators
+from attrs import define
 from einops import rearrange, repeat
 from torch import Tensor
 
-from spdfq.attention import CLASS_ATTENTION
+from spdfq.attention import CLASS_ATTENTION, AttentionRecord
 from spdfq.errors import SpdfqError
 from spdfq.losses.attention_maps import MapPictures, map_pictures
 from spdfq.losses.base import Loss, LossInputs
-from spdfq.losses.priors import GaussianMixturePrior
+from spdfq.losses.priors import GaussianMixturePrior, Prior
 from spdfq.recipe.structure import component
 from spdfq.registry import losses
+from spdfq.runtime import Draws
+from spdfq.runtime.arguments import check_alike, check_generator, check_whole
 
 Blocks = Literal["deep", "all"]
 Scale = Literal["mass", "sum", "max"]
 
 
-def attention_prior_loss(attention: list[Tensor], prior: list[Tensor], start: int) -> Tensor:
+def draw_priors(
+    record: AttentionRecord, prior: Prior, generator: torch.Generator | Draws, start: int = 0
+) -> list[Tensor]:
+    """Draw a prior map for each image, block and head of a record; the maps stay the same while a group is optimised.
+
+    Args:
+        record: with ``class_attention``.
+        prior: distribution of the maps.
+        generator: draws one block after the other; `Draws` gives each block a generator of its own, as a run does
+            (``draws.scoped("attention_prior")``).
+        start: index of the first block that gets maps.
+
+    Returns:
+        For each block ``[B, heads, h*w]``, each map summing to 1, on the device of the attention; empty before
+        ``start``.
+
+    Raises:
+        SpdfqError: no class attention was recorded, or an argument of another type.
+    """
+    if not isinstance(record, AttentionRecord) or not record.class_attention:
+        raise SpdfqError(
+            "there is no class_attention in the record; call the model inside `with record_attention(model) as record:`"
+        )
+    if not isinstance(prior, Prior):
+        found = f"the class {prior.__name__}" if isinstance(prior, type) else repr(prior)
+        raise SpdfqError(f"prior must be a prior such as GaussianMixturePrior(), got {found}")
+    check_whole("start", start, 0)
+    return [
+        _drawn(record, prior, generator, block) if block >= start else row.new_zeros(0)
+        for block, row in enumerate(record.class_attention)
+    ]
+
+
+def _drawn(record: AttentionRecord, prior: Prior, generator: torch.Generator | Draws, block: int) -> Tensor:
+    row = record.class_attention[block]
+    source = generator.generator("prior", block) if isinstance(generator, Draws) else generator
+    check_generator(source)
+    maps = prior.sample(row.shape[0] * row.shape[1], record.grids[block], source)
+    return rearrange(maps.to(row.device), "(b heads) k -> b heads k", heads=row.shape[1])
+
+
+def attention_prior_loss(attention: list[Tensor], prior: list[Tensor], start: int, scale: Scale = "sum") -> Tensor:
     """Mean squared distance of attention rows to their priors; deeper blocks weigh more.
 
     ``Σ_{l≥start} (l+1)/L · Σ_heads mean_{B,K}(A − P)²`` with ``L = len(attention)`` (arXiv 2412.16553, section 3.2).
 
     Args:
         attention: a ``[B, heads, K]`` tensor for each block.
-        prior: tensors of the same shapes; entries before ``start`` are not read.
+        prior: tensors of the same shapes, for example those of `draw_priors`; entries before ``start`` are not read.
         start: index of the first block used, counted from 0; the deep half starts at ``L // 2``.
+        scale: ``sum`` takes the maps as they are. ``mass`` multiplies each by the sum of its attention row, detached:
+            the part of the attention that goes to patches (as `AttentionPriorLoss` does by default). ``max`` makes its
+            peak 1.
 
     Returns:
         A scalar.
 
     Raises:
-        SpdfqError: the lists differ in length, the shapes of a block differ, or there is no block ``start``.
+        SpdfqError: the lists differ in length, the shapes of a block differ, there is no block ``start``, or another
+            ``scale``.
     """
+    if scale not in get_args(Scale):
+        raise SpdfqError(f"scale must be one of {', '.join(map(repr, get_args(Scale)))}, got {scale!r}")
+    if not isinstance(attention, (list, tuple)) or not isinstance(prior, (list, tuple)):
+        raise SpdfqError("attention and prior must be lists of tensors: record.class_attention and draw_priors(...)")
     if len(attention) != len(prior):
         raise SpdfqError(f"{len(attention)} blocks of attention but {len(prior)} of priors; give one prior for each")
-    if not 0 <= start < len(attention):
-        raise SpdfqError(f"start must be a block index of 0 to {len(attention) - 1}, got {start}")
-    for index in range(start, len(attention)):
-        if attention[index].shape != prior[index].shape:
-            found = f"attention {list(attention[index].shape)} but prior {list(prior[index].shape)}"
-            raise SpdfqError(f"block {index}: {found}; both must be [B, H, K]")
-    terms = [
-        (index + 1) / len(attention) * (attention[index] - prior[index]).square().mean((0, 2)).sum()
-        for index in range(start, len(attention))
-    ]
+    if type(start) is not int or not 0 <= start < len(attention):
+        raise SpdfqError(f"start must be a block index of 0 to {len(attention) - 1}, got {start!r}")
+    terms = []
+    for block in range(start, len(attention)):
+        row, maps = attention[block], prior[block]
+        check_alike(f"attention of block {block}", row, "its prior", maps, "B, heads, K")
+        distance = (row - _scaled(maps, row, scale)).square().mean((0, 2)).sum()
+        terms.append((block + 1) / len(attention) * distance)
     return torch.stack(terms).sum()
+
+
+def _scaled(maps: Tensor, row: Tensor, scale: Scale) -> Tensor:
+    if scale == "mass":
+        return maps * row.detach().sum(-1, keepdim=True)
+    return maps if scale == "sum" else maps / maps.amax(-1, keepdim=True)
 
 
 @losses.register("attention_prior", paper="arXiv:2412.16553")
@@ -69,8 +124,8 @@ class AttentionPriorLoss(Loss):
     has_pictures: ClassVar[bool] = True
 
     prior: Any = component("prior", default=GaussianMixturePrior)
-    blocks: Blocks = field(default="deep", validator=validators.in_(get_args(Blocks)))
-    scale: Scale = field(default="mass", validator=validators.in_(get_args(Scale)))
+    blocks: Blocks = "deep"
+    scale: Scale = "mass"
     follow: bool = True
 
     @property
@@ -80,13 +135,11 @@ class AttentionPriorLoss(Loss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group. The maps are drawn in its first iteration and then kept."""
-        attention = inputs.attention.class_attention
+        self.given(inputs, "draws")
+        attention = self.recorded(inputs).class_attention
         start = self.start(len(attention))
-        targets = [
-            self._scaled(self.maps(inputs, block), row) if block >= start else row
-            for block, row in enumerate(attention)
-        ]
-        return attention_prior_loss(attention, targets, start)
+        maps = [self.maps(inputs, block) if block >= start else row for block, row in enumerate(attention)]
+        return attention_prior_loss(attention, maps, start, self.scale)
 
     def start(self, blocks: int) -> int:
         """Index of the first block used."""
@@ -95,13 +148,13 @@ class AttentionPriorLoss(Loss):
     def maps(self, inputs: LossInputs, block: int) -> Tensor:
         """Prior maps ``[B, heads, K]`` of a block, each summing to 1, moved along with this iteration's images."""
         row, grid = inputs.attention.class_attention[block], inputs.attention.grids[block]
-
-        def draw() -> Tensor:
-            batch, heads = row.shape[:2]
-            maps = self.prior.sample(batch * heads, grid, inputs.generator("prior", block))
-            return rearrange(maps.to(row.device), "(b heads) k -> b heads k", heads=heads)
-
-        maps = inputs.keep(("prior", block), draw)
+        draws: Draws = self.given(inputs, "draws")
+        maps: Tensor = draws.keep(("prior", block), lambda: _drawn(inputs.attention, self.prior, draws, block))
+        if maps.shape[:2] != row.shape[:2]:
+            raise SpdfqError(
+                f"attention_prior: these draws are those of {maps.shape[0]} images or windows and {maps.shape[1]} "
+                f"heads, not of {row.shape[0]} and {row.shape[1]}; give another group of images its own Draws"
+            )
         windowed = len(row) != len(inputs.images)
         if not windowed and self.follow:
             moved = inputs.follow(rearrange(maps, "b heads (h w) -> b heads h w", h=grid[0]))
@@ -118,11 +171,6 @@ class AttentionPriorLoss(Loss):
             reached=map_pictures(rows[first:], grids[first:], inputs.images),
             first_block=first,
         )
-
-    def _scaled(self, maps: Tensor, row: Tensor) -> Tensor:
-        if self.scale == "mass":
-            return maps * row.detach().sum(-1, keepdim=True)
-        return maps if self.scale == "sum" else maps / maps.amax(-1, keepdim=True)
 
 
 def _at_tokens(maps: Tensor, tokens: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from attrs import define, field
 from einops import rearrange
 from torch import Tensor
 
-from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
+from spdfq.runtime.arguments import check_alike, check_number, check_tensor
 
 
 def frequency_split(images: Tensor, radius: float) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,12 @@ def frequency_split(images: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         Low and high frequencies, float32, ``[B, C, h, w]`` each.
+
+    Raises:
+        SpdfqError: another shape, or a radius that is no number of at least 0.
     """
+    check_tensor("images", images, "B, C, h, w")
+    check_number("radius", radius, 0)
     images = at_least_float32(images)
     height, width = images.shape[-2:]
     down = rearrange(torch.fft.fftfreq(height, device=images.device), "h -> h 1")
@@ -41,7 +46,11 @@ def frequency_consistency(high: Tensor, low: Tensor) -> Tensor:
 
     Returns:
         A scalar, in nats.
+
+    Raises:
+        SpdfqError: another shape.
     """
+    check_alike("high", high, "low", low, "B, K")
     high, low = at_least_float32(high).log_softmax(-1), at_least_float32(low).log_softmax(-1)
     return (high.exp() * (high - low)).sum(-1).mean()
 
@@ -69,9 +78,8 @@ class FrequencyConsistencyLoss(Loss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
-        if inputs.forward is None:
-            raise SpdfqError("frequency_consistency: LossInputs.forward is missing; give the teacher's forward pass")
+        forward = self.given(inputs, "forward")
         stage = inputs.iteration * len(self.radii) // inputs.iterations
-        logits = inputs.forward(torch.cat(frequency_split(inputs.images, self.radii[stage])))
+        logits = forward(torch.cat(frequency_split(inputs.images, self.radii[stage])))
         low, high = logits.chunk(2)
         return frequency_consistency(high, low)

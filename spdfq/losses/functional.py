@@ -2,6 +2,7 @@
 
 from spdfq.losses.attention_entropy import attention_entropy as attention_entropy
 from spdfq.losses.attention_prior import attention_prior_loss as attention_prior_loss
+from spdfq.losses.attention_prior import draw_priors as draw_priors
 from spdfq.losses.cross_entropy import cross_entropy as cross_entropy
 from spdfq.losses.cross_entropy import soft_cross_entropy as soft_cross_entropy
 from spdfq.losses.frequency import frequency_consistency as frequency_consistency

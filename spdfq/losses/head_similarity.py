@@ -12,6 +12,7 @@ from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.losses.chunks import chunk_length
 from spdfq.registry import losses
+from spdfq.runtime.arguments import check_tensor
 
 _C1, _C2 = 0.01**2, 0.03**2
 _FLAT = 1e-8
@@ -28,7 +29,11 @@ def head_ssim(scores: Tensor) -> Tensor:
 
     Returns:
         ``[B, q, heads, heads]`` in -1..1, ones on the diagonal.
+
+    Raises:
+        SpdfqError: another shape.
     """
+    check_tensor("scores", scores, "B, heads, q, k")
     maps = rearrange(at_least_float32(scores), "b heads q k -> b q heads k")
     low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
     maps = (maps - low) / (high - low).clamp(min=_FLAT)
@@ -58,8 +63,9 @@ def head_similarity(scores: Tensor) -> Tensor:
         A scalar in 0..1.
 
     Raises:
-        SpdfqError: fewer than two heads.
+        SpdfqError: another shape, or fewer than two heads.
     """
+    check_tensor("scores", scores, "B, heads, q, k")
     heads = scores.shape[1]
     if heads < 2:
         raise SpdfqError(f"head similarity needs at least 2 heads, got {heads}")
@@ -152,8 +158,9 @@ class HeadSimilarityLoss(Loss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
-        blocks = 1 - recorded_head_similarity(inputs.attention)
+        record = self.recorded(inputs)
+        blocks = 1 - recorded_head_similarity(record)
         if self.faithful:
-            heads = blocks.new_tensor([query.shape[1] for query in inputs.attention.queries if query.shape[1] > 1])
+            heads = blocks.new_tensor([query.shape[1] for query in record.queries if query.shape[1] > 1])
             blocks = blocks * (heads - 1) / heads
         return blocks.mean()

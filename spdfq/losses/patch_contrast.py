@@ -13,6 +13,7 @@ from spdfq.attention import ATTENTION_OUTPUTS, AttentionRecord
 from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
+from spdfq.runtime.arguments import check_size, check_tensor
 
 # four of the eight neighbours; the other four are the same pairs in the opposite direction
 _DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
@@ -36,8 +37,13 @@ def patch_contrast(features: Tensor, grid: tuple[int, int], positives: int = 4, 
         A scalar, in nats.
 
     Raises:
-        SpdfqError: n is not h·w, or the grid is so small that no patch has a negative.
+        SpdfqError: another shape, n is not h·w, positives or temperature are out of range, or the grid is so small
+            that no patch has a negative.
     """
+    check_tensor("features", features, "B, n, d")
+    check_size("grid", grid)
+    if type(positives) is not int or not 1 <= positives < _NEIGHBOURS or not 0 < temperature < math.inf:
+        raise SpdfqError(f"expected 1 to 7 positives and a temperature above 0, got {positives!r} and {temperature!r}")
     if features.shape[1] != grid[0] * grid[1]:
         raise SpdfqError(f"{features.shape[1]} patches are not a grid of {grid[0]}x{grid[1]}")
     _refuse_small(grid, positives)
@@ -113,7 +119,7 @@ class PatchContrastLoss(Loss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
-        record = inputs.attention
+        record = self.recorded(inputs)
         terms = []
         for outputs, grid in zip(record.attention_outputs, record.grids, strict=True):
             features = rearrange(outputs[:, :, record.prefix :].float(), "b heads n d -> b n (heads d)")

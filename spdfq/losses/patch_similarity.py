@@ -14,6 +14,7 @@ from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.losses.chunks import row_chunks
 from spdfq.registry import losses
+from spdfq.runtime.arguments import check_tensor
 
 _BANDWIDTH = 0.01
 _POINTS = 10
@@ -38,8 +39,9 @@ def patch_similarity_entropy(features: Tensor, images: int | None = None) -> Ten
         A scalar, in nats.
 
     Raises:
-        SpdfqError: the number of windows is not a multiple of the number of images.
+        SpdfqError: another shape, or the number of windows is not a multiple of the number of images.
     """
+    check_tensor("features", features, "B, n, d")
     images = len(features) if images is None else images
     if images < 1 or len(features) % images:
         raise SpdfqError(f"{len(features)} windows cannot belong to {images} images; fold windows into the batch")
@@ -142,6 +144,7 @@ class PatchSimilarityEntropyLoss(Loss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
-        dropped = max(inputs.attention.prefix, int(self.faithful))
-        merged = [outputs.float().mean(1)[:, dropped:] for outputs in inputs.attention.attention_outputs]
+        record = self.recorded(inputs)
+        dropped = max(record.prefix, int(self.faithful))
+        merged = [outputs.float().mean(1)[:, dropped:] for outputs in record.attention_outputs]
         return -torch.stack([patch_similarity_entropy(features, len(inputs.images)) for features in merged]).sum()

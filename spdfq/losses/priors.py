@@ -1,14 +1,18 @@
 """Attention priors: random maps of one or more bumps on the token grid (SPDFQ, arXiv 2412.16553, section 3.2)."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from attrs import field, frozen, validators
 from einops import rearrange, repeat
 from torch import Tensor
 
+from spdfq.errors import ComponentError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import priors
+from spdfq.runtime.arguments import check_generator, check_size, check_whole
+from spdfq.runtime.runtime import uniform
 
 Combine = Literal["sum", "max"]
 # below this, the square of a distance divided by sigma overflows float32
@@ -16,7 +20,7 @@ _NARROWEST = 1e-6
 
 
 @frozen
-class Prior:
+class Prior(Checked):
     """Base class of attention priors. A subclass defines `sample`."""
 
     def sample(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -29,8 +33,11 @@ class Prior:
 
         Returns:
             float32 ``[count, h*w]``, non-negative, each map summing to 1.
+
+        Raises:
+            SpdfqError: an argument of another type.
         """
-        raise TypeError(f"{type(self).__name__} does not define sample")
+        raise ComponentError(f"{type(self).__name__} does not define sample")
 
 
 def _ordered_pair(_: object, __: object, value: tuple[float, float]) -> None:
@@ -54,24 +61,27 @@ class MixturePrior(Prior):
     max_components: int = field(default=5, validator=validators.ge(1))
     sigma: tuple[float, float] = field(default=(0.05, 0.25), validator=_ordered_pair, kw_only=True)
     correlation: float = field(default=0.5, validator=[validators.ge(0.0), validators.lt(1.0)], kw_only=True)
-    combine: Combine = field(default="sum", validator=validators.in_(get_args(Combine)), kw_only=True)
+    combine: Combine = field(default="sum", kw_only=True)
 
     def log_profile(self, squared: Tensor) -> Tensor:
         """Logarithm of a bump's height at a squared Mahalanobis distance from its centre; 0 at the centre."""
-        raise TypeError(f"{type(self).__name__} does not define log_profile")
+        raise ComponentError(f"{type(self).__name__} does not define log_profile")
 
     def sample(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Draw maps; see `Prior.sample`."""
+        check_whole("count", count, 1)
+        check_size("grid", grid)
+        check_generator(generator)
         shape = (count, self.max_components, 1)
-        draw = torch.rand(5, *shape, generator=generator)
+        draw = uniform(generator, 5, *shape)
         low, high = self.sigma
         spread_y, spread_x = low + (high - low) * draw[2], low + (high - low) * draw[3]
         rho = self.correlation * (2 * draw[4] - 1)
         y, x = _centres(grid)
         dy, dx = (y - draw[0]) / spread_y, (x - draw[1]) / spread_x
         heights = self.log_profile((dy**2 + dx**2 - 2 * rho * dy * dx) / (1 - rho**2))
-        used = torch.randint(1, self.max_components + 1, (count, 1, 1), generator=generator)
-        unused = rearrange(torch.arange(self.max_components), "bumps -> 1 bumps 1") >= used
+        used = torch.randint(1, self.max_components + 1, (count, 1, 1), generator=generator, device="cpu")
+        unused = rearrange(torch.arange(self.max_components, device="cpu"), "bumps -> 1 bumps 1") >= used
         heights = heights.masked_fill(unused, -math.inf)
         maps = heights.logsumexp(1) if self.combine == "sum" else heights.amax(1)
         # normalised by a softmax of logarithms: on a coarse grid a narrow bump underflows to zero at every token
@@ -80,7 +90,7 @@ class MixturePrior(Prior):
 
 def _centres(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Row and column ``[h*w]`` of the centre of each token, in sides of the grid."""
-    rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
+    rows, columns = ((torch.arange(side, dtype=torch.float32, device="cpu") + 0.5) / side for side in grid)
     return repeat(rows, "h -> (h w)", w=grid[1]), repeat(columns, "w -> (h w)", h=grid[0])
 
 

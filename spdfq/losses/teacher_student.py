@@ -11,6 +11,8 @@ from spdfq.attention import QUERIES_AND_KEYS, AttentionRecord
 from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
+from spdfq.runtime.arguments import check_alike
+from spdfq.runtime.runtime import uniform
 
 
 def teacher_student_discrepancy(teacher: Tensor, student: Tensor) -> Tensor:
@@ -22,7 +24,11 @@ def teacher_student_discrepancy(teacher: Tensor, student: Tensor) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        SpdfqError: another shape, or two shapes.
     """
+    check_alike("teacher", teacher, "student", student, "B, K")
     return (at_least_float32(teacher) - at_least_float32(student)).abs().mean()
 
 
@@ -36,7 +42,12 @@ def masked_attention_distance(teacher: Tensor, student: Tensor, mask: Tensor) ->
 
     Returns:
         A scalar.
+
+    Raises:
+        SpdfqError: another shape, or different shapes.
     """
+    check_alike("teacher", teacher, "student", student, "B, K")
+    check_alike("teacher", teacher, "mask", mask, "B, K")
     gap = (at_least_float32(teacher) - at_least_float32(student)).abs()
     return (gap * mask).sum() / mask.sum().clamp(min=1)
 
@@ -56,14 +67,8 @@ class TeacherStudentDiscrepancyLoss(Loss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
-        student = inputs.student_logits
-        if student is None or inputs.logits is None:
-            raise SpdfqError(_no_student("teacher_student_discrepancy"))
-        return -teacher_student_discrepancy(inputs.logits[: len(student)], student)
-
-
-def _no_student(name: str) -> str:
-    return f"{name}: there is no quantized student here; only an adversarial synthesis has one, so leave the loss out"
+        student = self.given(inputs, "student_logits")
+        return -teacher_student_discrepancy(self.given(inputs, "logits")[: len(student)], student)
 
 
 def _shares(_: Any, __: Any, value: tuple[float, float]) -> None:
@@ -94,9 +99,11 @@ class MaskedAttentionAlignmentLoss(Loss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
-        if inputs.student_attention is None:
-            raise SpdfqError(_no_student("masked_attention_alignment"))
-        teacher, student = attention_rows(inputs.attention), attention_rows(inputs.student_attention)
+        self.given(inputs, "draws")
+        teacher = attention_rows(self.recorded(inputs))
+        student = attention_rows(self.recorded(inputs, "student_attention"))
+        if len(teacher) != len(student):
+            raise SpdfqError(f"{len(teacher)} blocks of the teacher were recorded, but {len(student)} of the student")
         masks = self._masks([row.detach() for row in teacher], inputs)
         terms = [masked_attention_distance(*block) for block in zip(teacher, student, masks, strict=True)]
         return torch.stack(terms).mean()
@@ -114,7 +121,7 @@ class MaskedAttentionAlignmentLoss(Loss):
         inside = max(1, int(share * scores.shape[1] + 1e-6))
         kept = max(1, round(inside * (1 - self.dropped)))
         generator = inputs.generator("mask", block, inputs.iteration)
-        order = torch.rand(len(scores), inside, generator=generator).argsort(-1)[:, :kept].to(scores.device)
+        order = uniform(generator, len(scores), inside).argsort(-1)[:, :kept].to(scores.device)
         return torch.zeros_like(scores).scatter(1, scores.topk(inside).indices.gather(1, order), 1)
 
 

@@ -3,12 +3,13 @@
 import math
 from typing import Any
 
-import torch
 from attrs import define, field, validators
 from torch import Tensor
 
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
+from spdfq.runtime.arguments import check_number, check_tensor
+from spdfq.runtime.runtime import uniform
 
 # the targets of PSAQ-ViT are meant for a group of 32 images of 3x224x224
 _PUBLISHED_PIXELS = 32 * 3 * 224 * 224
@@ -26,7 +27,12 @@ def total_variation(images: Tensor, diagonal: float = 1.0) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        SpdfqError: another shape, or a factor that is no number.
     """
+    check_tensor("images", images, "B, C, h, w")
+    check_number("diagonal", diagonal, 0)
     images = at_least_float32(images)
     straight = (images[..., :, 1:] - images[..., :, :-1]).norm() + (images[..., 1:, :] - images[..., :-1, :]).norm()
     main = (images[..., 1:, 1:] - images[..., :-1, :-1]).norm()
@@ -83,7 +89,8 @@ class TotalVariationLoss(Loss):
     def _target(self, inputs: LossInputs) -> float:
         assert self.target is not None
         low, high = self.target
-        share = inputs.keep("target", lambda: torch.rand((), generator=inputs.generator("target")).item())
+        self.given(inputs, "draws")
+        share = inputs.keep("target", lambda: uniform(inputs.generator("target")).item())
         scale = 1 if self.faithful else math.sqrt(inputs.images.numel() / _PUBLISHED_PIXELS)
         return scale * (low + (high - low) * share)
 

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import astuple
 from torch import Tensor, nn
 
-from spdfq.errors import DataError, ModelError, SpdfqError
+from spdfq.attention import watchable
+from spdfq.errors import DataError, ModelError, SpdfqError, shown, writing
 from spdfq.quantized.model import QuantizedModel
+from spdfq.quantized.multiplications import Multiplications
 from spdfq.quantized.sites import WEIGHT, Site
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.packing import pack, unpack
@@ -18,6 +21,8 @@ from spdfq.recipe.structure import structure, unstructure
 from spdfq.registry import quantizers
 from spdfq.runtime.files import read_tensors, write_tensors, write_text
 from spdfq.teacher import Teacher, load_teacher
+from spdfq.teacher.description import check_module
+from spdfq.teacher.state import extra_states, persistent_tensors
 
 FORMAT = 1
 TENSORS, CONFIG = "model.safetensors", "config.json"
@@ -37,19 +42,27 @@ def save_quantized(
         recipe: the resolved recipe, stored as information; its ``model`` section says how to build the network.
 
     Raises:
-        DataError: the model is in another precision, or has a weight that is NaN.
+        DataError: the model is in another precision, has a weight that is NaN, or a tensor of a type that safetensors
+            does not store.
+        ModelError: a tensor is sparse, quantized or without a shape, or extra state is not plain data.
         SpdfqError: a quantizer was not calibrated.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / TENSORS, _packed(model))
+    packed, extra = _packed(model), extra_states(model.network)
+    plain = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
+    packed |= {_extra(name): value for name, value in extra.items() if name not in plain}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / TENSORS, packed)
     config = {
         "format": FORMAT,
-        "teacher": {field: getattr(teacher, field) for field in _TEACHER_FIELDS},
+        "teacher": {field: value for field in _TEACHER_FIELDS if (value := getattr(teacher, field)) is not None},
         "sites": {name: [site.kind, list(site.shape), site.maker] for name, site in model.sites.items()},
         "quantizers": {name: unstructure(quantizer, "quantizer") for name, quantizer in model.quantizers.items()},
         "leftovers": model.leftovers,
         "biases": model.biases,
+        "multiplications": [astuple(product) for product in model.multiplications],
+        "extra_states": plain,
         "recipe": recipe or {},
         "tensors_sha256": _file_digest(folder / TENSORS),
     }
@@ -57,7 +70,17 @@ def save_quantized(
     write_text(folder / CONFIG, json.dumps({**config, "config_digest": digest(config)}, indent=1) + "\n")
 
 
-_TEACHER_FIELDS = ("name", "mean", "std", "num_classes", "input_size", "crop_pct", "interpolation", "crop_mode")
+_TEACHER_FIELDS = (
+    "name",
+    "mean",
+    "std",
+    "num_classes",
+    "input_size",
+    "crop_pct",
+    "interpolation",
+    "crop_mode",
+    "output",  # left out for a module that returns a tensor
+)
 
 
 def load_quantized(folder: str | Path, module: nn.Module | None = None) -> QuantizedModel:
@@ -78,13 +101,18 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     """The quantized model, its teacher (without the trained weights) and the recipe."""
     config = verified(folder)
     tensors = read_tensors(Path(folder) / TENSORS, "copy it again")[0]
-    teacher = _architecture(config, module)
+    network = _architecture(config, module)
     sites = {name: Site(name, kind, tuple(shape), *maker) for name, (kind, shape, *maker) in config["sites"].items()}
     restored = {name: _built_quantizer(name, table, folder) for name, table in config["quantizers"].items()}
     biases = config.get("biases", [])  # missing in files that are older than the first step that adds biases
-    _check_fit(teacher.module, [sites[name] for name in restored], biases, folder)
-    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases)
-    _fill(model, tensors, folder)
+    _check_fit(network, [sites[name] for name in restored], biases, folder)
+    teacher = Teacher(network, **config["teacher"])
+    counted = [
+        Multiplications(name, operator, tuple(operands), count)
+        for name, operator, operands, count in config.get("multiplications", [])  # missing in older files
+    ]
+    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases, counted)
+    _fill(model, tensors, config.get("extra_states", {}), folder)
     return model, teacher, config["recipe"]
 
 
@@ -113,21 +141,16 @@ def _packed(model: QuantizedModel) -> dict[str, Tensor]:
     for name in weights:
         quantizer = model.quantizers[name]
         tensors[f"{name}.codes"] = pack(quantizer.codes(model.weight(name)), quantizer.bits)
-    owned = {name for name, _ in model.network.named_parameters()} | _float_buffers(model)
-    state = model.network.state_dict()
-    return tensors | {name: state[name].clone() for name in owned if name not in weights}
+    own = persistent_tensors(model.network)
+    for name, tensor in own.items():
+        if tensor.is_complex() and tensor.dtype != torch.complex64:
+            raise DataError(f"{name}: is {tensor.dtype}, which safetensors does not store; convert it to complex64")
+    return tensors | {name: tensor.clone() for name, tensor in own.items() if name not in weights}
 
 
-def _float_buffers(model: QuantizedModel) -> set[str]:
-    """Names of the buffers in the state dict that do not belong to a quantizer."""
-    own = {id(module) for module in model.quantizers.values()}
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.network.named_modules()
-        if id(module) not in own
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
+def _extra(module: str) -> str:
+    """The name of a module's extra state in its network's state dict."""
+    return f"{module}._extra_state" if module else "_extra_state"
 
 
 def verified(folder: str | Path) -> dict[str, Any]:
@@ -136,6 +159,8 @@ def verified(folder: str | Path) -> dict[str, Any]:
     Raises:
         DataError: a file is missing, truncated, edited or of another format version.
     """
+    if not isinstance(folder, (str, Path)):
+        raise DataError(f"load_quantized: expected the folder of a quantized model, got {shown(folder)}")
     folder = Path(folder)
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
@@ -167,18 +192,18 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _architecture(config: dict[str, Any], module: nn.Module | None) -> Teacher:
-    described = {**config["teacher"], "input_size": tuple(config["teacher"]["input_size"])}
+def _architecture(config: dict[str, Any], module: nn.Module | None) -> nn.Module:
     if module is not None:
-        return Teacher(module, **described)
-    name, table = described["name"], config["recipe"].get("model", {})
+        check_module(module)
+        return watchable(module)
+    name, table = config["teacher"]["name"], config["recipe"].get("model", {})
     if table.get("name") != name:
         raise ModelError(f"{name} is not a model that a recipe names; give its module: load_quantized(folder, module)")
     problems: list[str] = []
     spec: ModelSpec = structure(ModelSpec, table, "model", problems)
     if problems:
         raise ModelError("; ".join(problems))
-    return Teacher(load_teacher(spec, weights=False).module, **described)
+    return load_teacher(spec, weights=False).module
 
 
 def _built_quantizer(name: str, table: dict[str, Any], folder: str | Path) -> Quantizer:
@@ -194,9 +219,10 @@ def _built_quantizer(name: str, table: dict[str, Any], folder: str | Path) -> Qu
     return built
 
 
-def _fill(model: QuantizedModel, tensors: dict[str, Tensor], folder: str | Path) -> None:
-    """Puts the stored tensors into a newly built model; all of them must be used."""
-    left = dict(tensors)
+@torch.no_grad()
+def _fill(model: QuantizedModel, tensors: dict[str, Tensor], plain: dict[str, Any], folder: str | Path) -> None:
+    """Puts the stored tensors and extra states into a newly built model; all of them must be used."""
+    left: dict[str, Any] = dict(tensors)
     try:
         for name, quantizer in model.quantizers.items():
             quantizer.restore({key: left.pop(f"{name}.{key}") for key in quantizer.stores})
@@ -206,10 +232,17 @@ def _fill(model: QuantizedModel, tensors: dict[str, Tensor], folder: str | Path)
             weights[name] = quantizer.decode(unpack(left.pop(f"{name}.codes"), quantizer.bits, shape))
     except KeyError as error:
         raise DataError(f"{folder}: {error.args[0]} is missing; save the model again") from None
-    state = model.network.state_dict()
-    wanted = {name for name, _ in model.network.named_parameters()} | _float_buffers(model)
+    left |= {_extra(name): value for name, value in plain.items()}
+    own = persistent_tensors(model.network)
+    extra = {_extra(name): name for name in extra_states(model.network)}
+    wanted = own.keys() | extra.keys()
     stray = (wanted - left.keys() - weights.keys()) | (left.keys() - wanted)
-    stray |= {name for name in left.keys() & wanted if left[name].shape != state[name].shape}
+    stray |= {name for name in left.keys() & own.keys() if left[name].shape != own[name].shape}
     if stray:
         raise ModelError(_NO_FIT.format(folder, min(stray)))
-    model.network.load_state_dict({**left, **weights}, strict=False)
+    for name, module in extra.items():
+        model.network.get_submodule(module).set_extra_state(left.pop(name))
+    for name, tensor in left.items():
+        own[name].copy_(tensor)
+    for name, tensor in weights.items():
+        model.weight(name).copy_(tensor)

@@ -16,7 +16,7 @@ OTHER_PRODUCTS = {
     *(torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm),
     *(Tensor.mm, Tensor.mv, Tensor.dot, Tensor.inner, Tensor.__rmatmul__),
     *(Tensor.addmm, Tensor.addmv, Tensor.addbmm, Tensor.baddbmm),
-    *(F.bilinear, torch.bilinear, F.multi_head_attention_forward),
+    *(F.bilinear, torch.bilinear, torch.linalg.vecdot),
 }
 # the result has the values of the first argument, perhaps elsewhere, padded or in another dtype
 MOVES = {

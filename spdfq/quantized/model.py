@@ -7,21 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import ModelError, SpdfqError, is_out_of_memory
+from spdfq.quantized.multiplications import FloatShare, Multiplications, float_share
 from spdfq.quantized.sites import POINTS, WEIGHT, Site
 from spdfq.quantized.visiting import OnProduct, Visit, ignore, visit_sites
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.affine import AffineQuantizer
 from spdfq.registry import quantizers as registered_quantizers
 from spdfq.runtime.shared_modules import copied
+from spdfq.teacher.architectures import first_line
+
+UNSEEN = "product that no site accounts for"
+# smaller products, such as the angles of a rotary embedding, count in the share and are not listed
+_LISTED_PERCENT = 0.01
 
 
 class QuantizedModel(nn.Module):
     """A fake-quantized copy of a network: the tensors at its sites pass quantizers before they are used.
 
-    The network keeps its modules and attributes. A quantizer is a child of the module that multiplies, so its state is
-    called ``network.blocks.0.attn.qkv.weight_quantizer.scale``. (A Sequential would run the quantizer as a layer; there
-    the quantizer is a child of this model.)
+    The network keeps its modules, attributes and names. The quantizers are children of this model: a module of the
+    network could run one as a layer, or have a child of its own under the same name.
 
     Args:
         network: a float model; it is copied and not changed.
@@ -29,6 +34,7 @@ class QuantizedModel(nn.Module):
         quantizers: the quantizers of the quantized sites, by site.
         leftovers: products whose operands cannot be replaced: site and function.
         biases: names of biases that steps added to layers without one.
+        multiplications: those of one forward pass, by product; empty if they could not be counted.
     """
 
     def __init__(
@@ -38,12 +44,15 @@ class QuantizedModel(nn.Module):
         quantizers: dict[str, Quantizer],
         leftovers: dict[str, str],
         biases: Iterable[str] = (),
+        multiplications: Iterable[Multiplications] = (),
     ) -> None:
         super().__init__()
-        self.network = copied(network).eval().requires_grad_(False)
+        self.network = _copied(network).eval().requires_grad_(False)
         self.sites, self.quantizers, self.leftovers = sites, dict(quantizers), leftovers
+        self.site_quantizers = nn.ModuleDict()
         self.biases: list[str] = []
         self.notes: list[str] = []
+        self.multiplications = list(multiplications)
         self.points = frozenset(site.kind for site in sites.values()) & POINTS
         for name, quantizer in quantizers.items():
             self.replace_quantizer(name, quantizer)
@@ -99,10 +108,10 @@ class QuantizedModel(nn.Module):
 
     def bias(self, name: str) -> nn.Parameter:
         """The bias of a layer. A layer without a bias gets one of zeros, which is listed in ``biases``."""
-        owner = self.network.get_submodule(name.rpartition(".")[0])
-        if owner.bias is None:
+        owner, leaf = self.network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if getattr(owner, leaf) is None:
             weight = self.network.get_parameter(name.removesuffix("bias") + "weight")
-            owner.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
+            setattr(owner, leaf, nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False))
             self.biases.append(name)
         return self.network.get_parameter(name)
 
@@ -120,12 +129,19 @@ class QuantizedModel(nn.Module):
     def replace_quantizer(self, name: str, quantizer: Quantizer) -> None:
         """Gives a site a new quantizer."""
         self.quantizers[name] = quantizer
-        owner, _, leaf = name.rpartition(".")
-        module = self.network.get_submodule(owner)
-        if isinstance(module, nn.Sequential):  # it would run the quantizer as one of its layers
-            self.add_module(f"{name}_quantizer".replace(".", "_"), quantizer)
-        else:
-            module.add_module(f"{leaf}_quantizer", quantizer)
+        self.site_quantizers[f"{name}_quantizer".replace(".", "/")] = quantizer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that steps can change, by name and not copied: parameters, and the tensors of frozen quantizers.
+
+        A shared parameter has each of its names. Tensors of quantizers are called
+        ``blocks.0.attn.qkv.weight_quantizer.scale``.
+        """
+        found: dict[str, Tensor] = dict(self.network.named_parameters(remove_duplicate=False))
+        for name, quantizer in self.quantizers.items():
+            if quantizer.frozen:
+                found |= {f"{name}_quantizer.{key}": tensor for key, tensor in quantizer.tensors().items()}
+        return found
 
     def note(self, step: str, lines: Iterable[str]) -> None:
         """Keeps lines about what a step left undone, and why, for ``sites.json``."""
@@ -135,10 +151,16 @@ class QuantizedModel(nn.Module):
         """Names of the quantized weights that start with a prefix."""
         return [name for name in self.quantizers if self.sites[name].kind == WEIGHT and name.startswith(prefix)]
 
-    def site_table(self) -> dict[str, list[Any]]:
+    def float_share(self) -> FloatShare:
+        """How many multiplications of a forward pass have an operand in float."""
+        return float_share(self.multiplications, lambda site: site in self.sites and site not in self.quantizers)
+
+    def site_table(self) -> dict[str, Any]:
         """What is quantized and how, what stays in float, and what steps left undone, as plain data."""
-        notes: dict[str, list[Any]] = {"notes": self.notes} if self.notes else {}
-        return {"quantized": self._quantized_rows(), "float": self._float_rows(), **notes}
+        share = self.float_share()
+        counts = {"total": share.total, "float": share.floating, "percent_in_float": round(share.percent, 4)}
+        notes: dict[str, Any] = {"notes": self.notes} if self.notes else {}
+        return {"quantized": self._quantized_rows(), "float": self._float_rows(), "multiplications": counts, **notes}
 
     def _quantized_rows(self) -> list[dict[str, Any]]:
         return [
@@ -159,12 +181,38 @@ class QuantizedModel(nn.Module):
         rows += [
             {"name": name, "what": f"{what}, not quantized", "parameters": 0} for name, what in self.leftovers.items()
         ]
+        unseen = {name: percent for name, percent in self.float_share().unseen.items() if name not in self.leftovers}
+        rows += [
+            {"name": name, "what": f"{UNSEEN}, not quantized", "parameters": 0}
+            for name, percent in unseen.items()
+            if percent is None or percent >= _LISTED_PERCENT
+        ]
         for name, parameter in self.network.named_parameters():
             if name not in self.quantizers:
                 owner = type(self.network.get_submodule(name.rpartition(".")[0])).__name__
                 what = f"weight of {owner}, left in float" if name in self.sites else f"parameter of {owner}"
                 rows.append({"name": name, "what": what, "parameters": parameter.numel()})
         return rows
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    """A copy of a network, in which no two numbers of a buffer share memory, so that all of them can be restored."""
+    # a tensor with a graph cannot be copied; the hooks of `torch.nn.utils.weight_norm` leave one
+    attributes = [value for part in network.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    memo = {id(value): value.detach().clone() for value in attributes if not value.is_leaf}
+    try:
+        twin = copied(network, memo)
+    except Exception as error:  # whatever the network's attributes raise
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{type(network).__name__}: cannot be copied ({first_line(error)}); remove the attribute that cannot"
+        ) from None
+    for part in twin.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.layout == torch.strided and not buffer.is_contiguous():
+                setattr(part, name, buffer.contiguous())
+    return twin
 
 
 def _description(kind: str) -> str:

@@ -8,8 +8,8 @@ import torch
 
 from spdfq.errors import RecipeError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.sites import GELU, INPUT, POINTS, SOFTMAX, WEIGHT, Site, input_site
-from spdfq.quantized.visiting import find_sites
+from spdfq.quantized.sites import GELU, INPUT, KEY, POINTS, PRODUCT, QUERY, SOFTMAX, VALUE, WEIGHT, Site, input_site
+from spdfq.quantized.visiting import count_multiplications, find_sites
 from spdfq.quantizers import Quantizer
 from spdfq.recipe import Override, Quantization
 from spdfq.recipe.structure import unstructure
@@ -31,9 +31,10 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
             quantizer does not exist or is that of the images, or a weight quantizer accepts no negative values.
     """
     _check_templates(spec)
-    example = torch.zeros(1, *teacher.input_size, device=teacher.device)
+    example = torch.zeros(1, *teacher.input_size, device=teacher.device, dtype=torch.float32)
     with teacher.frozen() as network:
         sites, leftovers = find_sites(network, example, spec.placement.kinds & POINTS)
+        multiplications = count_multiplications(network, example)
     bits = {**(bits or {}), **override_bits(teacher, spec, sites)}
     quantizers = {
         name: quantizer
@@ -41,9 +42,10 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
         if site.kind in spec.placement.kinds and (quantizer := _new_quantizer(spec, site, bits.get(name))) is not None
     }
     _check_quantizers(spec, sites, quantizers)
-    model = QuantizedModel(teacher.module, sites, quantizers, leftovers).to(teacher.device)
+    model = QuantizedModel(teacher.module, sites, quantizers, leftovers, (), multiplications).to(teacher.device)
     if spec.gelu is not None and not any(sites[name].maker == GELU for name in quantizers):
         model.note("gelu", ["no quantized site has the output of a GELU"])
+    model.note("model", attention_warnings(teacher, model))
     model.note("overrides", _inputs_quantized_earlier(teacher, spec, model))
     return model
 
@@ -127,18 +129,49 @@ def _patterns(teacher: Teacher, override: Override, path: str, problems: list[st
 
 
 def label_warnings(model: QuantizedModel, spec: Quantization) -> list[str]:
-    """A warning for each number of the label (W4A4) that no site has, because of overrides."""
+    """A warning for each number of the label (W4A4) that no site has, and for what the label leaves out."""
+    in_float = float_warnings(model, spec)
     if spec.budget:
-        return []
+        return in_float
     found: dict[str, set[int]] = {"weights": set(), "activations": set()}
     for name, quantizer in model.quantizers.items():
         found["weights" if model.sites[name].kind == WEIGHT else "activations"].add(quantizer.bits)
     wanted = {"weights": spec.weights.bits, "activations": spec.activations.bits}
-    return [
+    return in_float + [
         f"quantization.overrides: no {what} have the {wanted[what]} bits of the label {spec.label}; they have "
         f"{', '.join(map(str, sorted(bits)))}"
         for what, bits in found.items()
         if bits and wanted[what] not in bits
+    ]
+
+
+def float_warnings(model: QuantizedModel, spec: Quantization) -> list[str]:
+    """A warning if more than 1 % of the multiplications belong to products without sites, or if that is not known."""
+    unseen = model.float_share().unseen
+    known = {name: percent for name, percent in unseen.items() if percent is not None}
+    largest = sorted(known, key=lambda name: -known[name])[:3]
+    lines = []
+    if sum(known.values()) > 1:
+        names = ", ".join(f"{name} {known[name]:.1f} %" for name in largest)
+        lines.append(
+            f"quantization: {sum(known.values()):.1f} % of the multiplications cannot be quantized and stay in float, "
+            f"so the model is not {spec.label} throughout: {names}"
+        )
+    if opaque := [name for name in unseen if name not in known]:
+        lines.append(
+            f"quantization: {', '.join(opaque[:3])}: an operator that cannot be looked into; whatever it multiplies "
+            f"stays in float, so the model may not be {spec.label} throughout"
+        )
+    return lines
+
+
+def attention_warnings(teacher: Teacher, model: QuantizedModel) -> list[str]:
+    """A warning for a network that multiplies no activations with each other, such as a convolutional one."""
+    if any(site.kind in (QUERY, KEY, VALUE, SOFTMAX, PRODUCT) for site in model.sites.values()):
+        return []
+    return [
+        f"no attention was seen in {teacher.name}; spdfq is made for vision transformers, and most losses and some "
+        "back-end steps need attention or LayerNorms"
     ]
 
 

@@ -7,7 +7,7 @@ the functions that the network calls.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from spdfq.attention import (
     attention_scores,
     fused_attention,
 )
+from spdfq.errors import is_out_of_memory
 from spdfq.quantized.functions import (
     MOVES,
     NORMS,
@@ -33,6 +34,7 @@ from spdfq.quantized.functions import (
     SUMS,
     SUMS_IN_PLACE,
 )
+from spdfq.quantized.multiplications import MultiplicationCounter, Multiplications, eager_flex_attention
 from spdfq.quantized.sites import (
     ATTENTION,
     BRANCH,
@@ -112,11 +114,13 @@ def visit_sites(
     on_leftover: OnLeftover = ignore,
     points: frozenset[str] = frozenset(),
     on_product: OnProduct = ignore,
+    counter: MultiplicationCounter | None = None,
 ) -> Iterator[None]:
     """Inside the ``with`` block, calls of ``network`` or of a part of it pass all operands of products to ``visit``.
 
     Sites are named after the module that multiplies: ``blocks.0.mlp.fc1.weight`` and ``.input``,
-    ``blocks.0.attn.query``, ``.key``, ``.softmax``, ``.value``. Operands of an explicit product of two activations are
+    ``blocks.0.attn.query``, ``.key``, ``.softmax``, ``.value``. If a product takes some rows of a weight only, its
+    input is called ``in_proj_input_rows64``. Operands of an explicit product of two activations are
     called ``.product0_left`` and ``.product0_right``, then ``.product1_left`` and so on. Weights are known by identity,
     so weights that a module passes to `F.linear` itself (BEiT) are seen too. Any other product cannot be replaced; it
     is reported to ``on_leftover`` and named after its function.
@@ -133,6 +137,8 @@ def visit_sites(
 
     A tensor that was seen at a point is visited again where it enters a linear layer or is added to a skip; `maker_of`
     tells.
+
+    A ``counter`` counts the multiplications of each product and of everything else that runs.
     """
     calls: list[_ModuleCall] = []
 
@@ -152,8 +158,10 @@ def visit_sites(
             begin = partial(module.register_forward_pre_hook, with_kwargs=True)
             hooks.append((begin, lambda _, args, kwargs, name=name: enter(name, args, kwargs)))
             hooks.append((partial(module.register_forward_hook, always_call=True), leave))
-    mode = _VisitingMode(network, calls, visit, on_leftover, points, on_product)
-    with fused_attention(network), own_hooks(hooks), mode:
+    mode = _VisitingMode(network, calls, visit, on_leftover, points, on_product, counter)
+    if counter:
+        counter.module = lambda: calls[-1].name if calls else ""
+    with fused_attention(network), own_hooks(hooks), mode, counter or nullcontext():
         yield
 
 
@@ -183,6 +191,23 @@ def find_sites(
     return sites, leftovers
 
 
+@torch.no_grad()
+def count_multiplications(network: nn.Module, example: Tensor) -> list[Multiplications]:
+    """The multiplications of a forward pass of one image ``[1, C, H, W]``, those of each product and all others.
+
+    Where something forbids that the dispatcher is watched, the whole network counts as one unknown product.
+    """
+    counter = MultiplicationCounter()
+    try:
+        with eager_flex_attention(), visit_sites(network, unchanged, counter=counter):
+            network(example)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return [Multiplications(type(network).__name__, "forward", (), None)]
+    return counter.counted()
+
+
 class _VisitingMode(AttentionMode):
     """Sees every function call of the network; ``calls`` is the stack of the modules whose ``forward`` runs."""
 
@@ -194,9 +219,11 @@ class _VisitingMode(AttentionMode):
         on_leftover: OnLeftover,
         points: frozenset[str],
         on_product: OnProduct,
+        counter: MultiplicationCounter | None,
     ) -> None:
         super().__init__()
         self.weights = {id(parameter): name for name, parameter in network.named_parameters()}
+        self.counted_as: Callable[..., AbstractContextManager[None]] = counter.product if counter else _not_counted
         self.calls, self.visit, self.points = calls, visit, points
         self.on_leftover, self.on_product = on_leftover, on_product
 
@@ -206,6 +233,12 @@ class _VisitingMode(AttentionMode):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention by explicit products of visited operands."""
+        return self.attend_with_probabilities(query, key, value, mask, scale)[0]
+
+    def attend_with_probabilities(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the visited probabilities."""
         call = self._call
         suffix = str(call.products) if call.products else ""
         call.products += 1
@@ -215,10 +248,13 @@ class _VisitingMode(AttentionMode):
         query, key = self.visit(names[QUERY], QUERY, query), self.visit(names[KEY], KEY, key)
         value, float_value = self.visit(names[VALUE], VALUE, value), value
         change_scores = partial(self.visit, names[SCORES], SCORES) if SCORES in self.points else None
-        probabilities = attention_probabilities(query, key, mask, scale, change_scores).to(value.dtype)
+        with self.counted_as(names[KEY], names[QUERY], names[KEY]):
+            probabilities = attention_probabilities(query, key, mask, scale, change_scores).to(value.dtype)
         self.on_product(names[VALUE], Product(float_value, lambda other: probabilities @ other))
         self.on_product(names[SOFTMAX], Product(probabilities, lambda other: other @ float_value))
-        return self.visit(names[SOFTMAX], SOFTMAX, probabilities) @ value
+        visited = self.visit(names[SOFTMAX], SOFTMAX, probabilities)
+        with self.counted_as(names[VALUE], names[SOFTMAX], names[VALUE]):
+            return visited @ value, visited
 
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Any function but scaled dot-product attention."""
@@ -227,7 +263,7 @@ class _VisitingMode(AttentionMode):
         if func in PRODUCT_FUNCTIONS:
             return self._product_of_activations(func, args, kwargs)
         if func in OTHER_PRODUCTS:
-            self._leave_over(func)
+            return self._left_over(func, *args, **kwargs)
         if self.points and (func in SUMS or func in SUMS_IN_PLACE):
             return self._sum(func, args, kwargs)
         if func in SOFTMAX_FUNCTIONS and SCORES in self.points and args:
@@ -282,19 +318,31 @@ class _VisitingMode(AttentionMode):
     def _product_with_weight(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self.weights.get(id(weight))
         if name is None:
-            self._leave_over(func)
-            return func(input, weight, *args, **kwargs)
+            return self._product_with_rows(func, input, weight, *args, **kwargs)
         input_name = input_site(name)
         self.on_product(input_name, Product(input, lambda other: func(other, weight, *args, **kwargs)))
         channels = OUTPUT_CHANNELS.get(func)
         self.on_product(name, Product(weight, lambda other: func(input, other, *args, **kwargs), channels))
-        return func(self.visit(input_name, INPUT, input), self.visit(name, WEIGHT, weight), *args, **kwargs)
+        visited = self.visit(input_name, INPUT, input), self.visit(name, WEIGHT, weight)
+        with self.counted_as(name, input_name, name):
+            return func(*visited, *args, **kwargs)
+
+    def _product_with_rows(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A product with some rows of a weight: the whole weight is visited, and each input is a site of its own."""
+        whole, rows = weight._base, _rows_of_base(weight)
+        name = self.weights.get(id(whole))
+        if name is None or whole is None or rows is None:
+            return self._left_over(func, input, weight, *args, **kwargs)
+        input_name = f"{input_site(name)}_rows{rows.start}"
+        self.on_product(input_name, Product(input, lambda other: func(other, weight, *args, **kwargs)))
+        visited = self.visit(input_name, INPUT, input), self.visit(name, WEIGHT, whole)[rows]
+        with self.counted_as(name, input_name, name):
+            return func(*visited, *args, **kwargs)
 
     def _product_of_activations(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         equation, operands = (args[:1], args[1:]) if func is torch.einsum else ((), args)
         if len(operands) != 2 or kwargs or any(id(operand) in self.weights for operand in operands):
-            self._leave_over(func)
-            return func(*args, **kwargs)
+            return self._left_over(func, *args, **kwargs)
         call = self._call
         name = site_name(call.name, f"{PRODUCT}{call.products}")
         call.products += 1
@@ -305,12 +353,32 @@ class _VisitingMode(AttentionMode):
             self.visit(f"{name}_{side}", SOFTMAX if maker_of(operand) == SOFTMAX else PRODUCT, operand)
             for side, operand in zip(("left", "right"), operands, strict=True)
         )
-        return func(*equation, *visited)
+        with self.counted_as(f"{name}_right", f"{name}_left", f"{name}_right"):
+            return func(*equation, *visited)
 
-    def _leave_over(self, func: Any) -> None:
+    def _left_over(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """A product whose operands stay as they are."""
         call, what = self._call, getattr(func, "__name__", str(func)).strip("_")
-        self.on_leftover(site_name(call.name, what + (str(call.leftovers) if call.leftovers else "")), what)
+        name = site_name(call.name, what + (str(call.leftovers) if call.leftovers else ""))
         call.leftovers += 1
+        self.on_leftover(name, what)
+        with self.counted_as(name):
+            return func(*args, **kwargs)
+
+
+@contextmanager
+def _not_counted(*_: str) -> Iterator[None]:
+    """What is counted without a counter: nothing."""
+    yield
+
+
+def _rows_of_base(weight: Tensor) -> slice | None:
+    """Which rows of another tensor a tensor is a view of; ``None`` for any other view and for no view."""
+    whole = weight._base
+    if whole is None or whole.stride() != weight.stride() or whole.shape[1:] != weight.shape[1:] or not whole.stride(0):
+        return None
+    first, rest = divmod(int(weight.storage_offset() - whole.storage_offset()), whole.stride(0))
+    return None if rest else slice(first, first + len(weight))
 
 
 def _is_branch(summand: Any, skip: Tensor) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor
 from spdfq.quantizers.base import Parameters
 from spdfq.quantizers.log_grid import LogGrid, even_log_grid, octave_fractions
 from spdfq.quantizers.logarithmic import LogarithmicQuantizer
-from spdfq.quantizers.option_checks import check_flag
 from spdfq.quantizers.searched import SearchedQuantizer
 from spdfq.registry import quantizers
 
@@ -54,7 +53,7 @@ class AdaptiveLogQuantizer(SearchedQuantizer, LogarithmicQuantizer):
     integers: ClassVar[str] = "with tables"
 
     shift: float = field(default=0.0, validator=check_shift)
-    folded: bool = field(default=False, validator=check_flag)
+    folded: bool = False
 
     @property
     def signed(self) -> bool:

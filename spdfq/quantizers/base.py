@@ -15,6 +15,8 @@ from spdfq.quantizers.observers import MinMaxObserver, Observer
 from spdfq.quantizers.option_checks import check_bits
 from spdfq.quantizers.product import Product
 from spdfq.quantizers.statistics import Statistics
+from spdfq.recipe.structure import Checked
+from spdfq.runtime.arguments import check_tensor
 
 Parameters = dict[str, Tensor]
 """The tensors that a frozen quantizer consists of, by the names in `Quantizer.stores`."""
@@ -33,7 +35,7 @@ def bounded(x: Tensor, low: float, high: float) -> Tensor:
 
 
 @define(eq=False, slots=False, kw_only=True)
-class Quantizer(nn.Module, ABC):
+class Quantizer(nn.Module, Checked, ABC):
     """Base class: maps each element of a tensor to one of ``2**bits`` values; only the rounding is straight-through.
 
     `observe` data, `freeze` the range, then call it. A child class defines three pure functions, `fitted`, `encode` and
@@ -109,9 +111,11 @@ class Quantizer(nn.Module, ABC):
 
         Raises:
             NonFiniteError: ``x`` holds NaN or infinity (as float32).
+            SpdfqError: ``x`` is not a tensor.
             DataError: ``x`` is empty, has no channel axis, has another number of channels than before, or has negative
                 values that this quantizer does not accept.
         """
+        check_tensor("x", x, "...")
         rows = self._rows(x.detach().float())
         low, high = rows.aminmax(dim=1)
         self._check_values(rows, low, high)
@@ -129,8 +133,13 @@ class Quantizer(nn.Module, ABC):
             product: if given, candidates are judged by the error of its output instead of the error of the values.
 
         Raises:
-            SpdfqError: nothing was observed since the last `freeze`.
+            SpdfqError: nothing was observed since the last `freeze`, or ``observer`` or ``product`` is of another type.
         """
+        if observer is not None and not isinstance(observer, Observer):
+            found = f"the class {observer.__name__}" if isinstance(observer, type) else repr(observer)
+            raise SpdfqError(f"observer must be an observer such as MinMaxObserver(), got {found}")
+        if product is not None and not isinstance(product, Product):
+            raise SpdfqError(f"product must be a spdfq.quantizers.Product, got {type(product).__name__}")
         seen = self._statistics
         if seen is None:
             raise SpdfqError(f"{self} has observed nothing: call observe(x) with calibration data before freeze()")
@@ -161,8 +170,9 @@ class Quantizer(nn.Module, ABC):
         """The dequantized ``x``, same shape and dtype; computed in float32 under any autocast.
 
         Raises:
-            SpdfqError: the quantizer is not frozen.
+            SpdfqError: the quantizer is not frozen, or ``x`` is not a tensor.
         """
+        check_tensor("x", x, "...")
         parameters = self._broadcast(x, self.tensors())
         learned = any(parameter.requires_grad for parameter in (*parameters.values(), *self.parameters()))
         if two_byte_table_pays(x) and not learned and not any(parameter.dim() for parameter in parameters.values()):
@@ -179,7 +189,9 @@ class Quantizer(nn.Module, ABC):
 
         Raises:
             NonFiniteError: ``x`` holds NaN.
+            SpdfqError: the quantizer is not frozen, or ``x`` is not a tensor.
         """
+        check_tensor("x", x, "...")
         if missing := int(x.isnan().sum()):
             raise NonFiniteError(f"{missing} of {x.numel()} values are NaN and have no code; check the weights")
         return self.encode(x.float(), self._broadcast(x, self.tensors())).to(torch.uint8)
@@ -187,6 +199,7 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """The float32 values of integer ``codes``, bit for bit those that `forward` gives."""
+        check_tensor("codes", codes, "...")
         return self.reconstruct(codes.float(), self._broadcast(codes, self.tensors()))
 
     def quantize_with(self, values: Tensor, parameters: Parameters) -> Tensor:
@@ -207,8 +220,9 @@ class Quantizer(nn.Module, ABC):
         Raises:
             DataError: names, dtypes, shapes or values of the tensors do not fit.
         """
-        if set(tensors) != set(self.stores):
-            raise DataError(f"{self} is stored as {sorted(self.stores)}, not {sorted(tensors)}")
+        if not isinstance(tensors, dict) or set(tensors) != set(self.stores):
+            found = sorted(tensors) if isinstance(tensors, dict) else type(tensors).__name__
+            raise DataError(f"{self} is stored as {sorted(self.stores)}, not {found}")
         for name, tensor in tensors.items():
             self._check_stored(name, tensor)
         shapes = {(self.axis_of(name), tensor.shape) for name, tensor in tensors.items()}

@@ -10,7 +10,6 @@ from torch import Tensor
 from spdfq.errors import DataError, SpdfqError
 from spdfq.quantizers.base import Parameters
 from spdfq.quantizers.observers import MinMaxObserver, Observer
-from spdfq.quantizers.option_checks import check_axis
 from spdfq.quantizers.product import Product
 from spdfq.quantizers.uniform import UniformQuantizer
 from spdfq.registry import quantizers
@@ -55,7 +54,7 @@ class DualUniformQuantizer(UniformQuantizer):
     }
     largest: ClassVar[dict[str, int]] = {"outlier": 1}
 
-    columns: int = field(default=1, validator=check_axis)
+    columns: int = 1
     share: float = field(default=0.05, validator=check_share)
 
     def __attrs_pre_init__(self) -> None:

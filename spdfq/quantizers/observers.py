@@ -7,9 +7,12 @@ import torch
 from attrs import Attribute, field, frozen
 from torch import Tensor
 
+from spdfq.errors import SpdfqError
 from spdfq.quantizers.option_checks import check_count, check_smallest_factor
 from spdfq.quantizers.statistics import Range, Statistics
+from spdfq.recipe.structure import Checked
 from spdfq.registry import observers
+from spdfq.runtime.arguments import check_tensor
 
 
 class RangedQuantizer(Protocol):
@@ -26,7 +29,7 @@ class RangedQuantizer(Protocol):
         """The error ``[C]`` of the quantizer with these parameters; ``samples`` are float32 ``[C, n]``."""
 
 
-class Observer(ABC):
+class Observer(Checked, ABC):
     """Base class: chooses the range of a quantizer from the values it observed."""
 
     def range_of(self, seen: Statistics, quantizer: RangedQuantizer) -> Range:
@@ -45,11 +48,20 @@ class Observer(ABC):
 
         Returns:
             New ``low`` and ``high``, float32 ``[C]`` each.
+
+        Raises:
+            SpdfqError: an argument of another type or shape.
         """
 
 
 def least_error(candidates: list[Range], samples: Tensor, quantizer: RangedQuantizer) -> Range:
     """The best candidate of each row, by ``quantizer.error`` on ``samples`` ``[C, n]``; among equals the first."""
+    check_tensor("samples", samples, "C, n")
+    if not hasattr(quantizer, "fitted"):
+        raise SpdfqError(f"quantizer must be a quantizer such as UniformQuantizer(), got {type(quantizer).__name__}")
+    for low, high in candidates:
+        check_tensor("low", low, "C")
+        check_tensor("high", high, "C")
     errors = [quantizer.error(samples, quantizer.fitted(low, high)) for low, high in candidates]
     best = torch.stack(errors).argmin(dim=0, keepdim=True)
     lows, highs = (torch.stack(side).gather(0, best)[0] for side in zip(*candidates, strict=True))
@@ -111,6 +123,7 @@ def percentile_ranges(samples: Tensor, fractions: tuple[float, ...]) -> list[Ran
     Only the outermost values of a row are sorted, as many as the smallest p needs: `torch.quantile` refuses more than
     2**24 values.
     """
+    check_tensor("samples", samples, "C, n")
     last = samples.shape[1] - 1
     reach = min(int((1 - min(fractions)) * last) + 3, last + 1)
     lowest = samples.topk(reach, largest=False).values
@@ -161,5 +174,5 @@ class GridMseObserver(Observer):
 
     def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: RangedQuantizer) -> Range:
         """The best candidate of each row; among equals the widest."""
-        factors = torch.linspace(1.0, self.smallest, self.steps).tolist()
+        factors = torch.linspace(1.0, self.smallest, self.steps, dtype=torch.float32, device="cpu").tolist()
         return least_error([(low * factor, high * factor) for factor in factors], samples, quantizer)

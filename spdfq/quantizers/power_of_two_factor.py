@@ -3,13 +3,12 @@
 from typing import ClassVar
 
 import torch
-from attrs import define, field
+from attrs import define
 from torch import Tensor
 
 from spdfq.quantizers.affine import LARGEST, AffineQuantizer, usable_scale
 from spdfq.quantizers.base import Parameters
 from spdfq.quantizers.observers import Observer
-from spdfq.quantizers.option_checks import check_axis
 from spdfq.quantizers.product import Product
 from spdfq.quantizers.statistics import Statistics
 from spdfq.registry import quantizers
@@ -43,7 +42,7 @@ class PowerOfTwoFactorQuantizer(AffineQuantizer):
     }
     largest: ClassVar[dict[str, int]] = {"exponent": _EXPONENTS[-1]}
 
-    axis: int = field(default=-1, validator=check_axis)
+    axis: int = -1
 
     @property
     def channel_axis(self) -> int:

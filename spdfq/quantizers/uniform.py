@@ -3,12 +3,11 @@
 from typing import Literal
 
 import torch
-from attrs import define, field
+from attrs import define
 from torch import Tensor
 
 from spdfq.quantizers.affine import LARGEST, AffineQuantizer, usable_scale
 from spdfq.quantizers.base import Parameters
-from spdfq.quantizers.option_checks import check_axis, check_flag, check_granularity
 from spdfq.registry import quantizers
 
 
@@ -34,9 +33,9 @@ class UniformQuantizer(AffineQuantizer):
         axis: the channel axis if granularity is "channel", 0 for the output channels of weights.
     """
 
-    symmetric: bool = field(default=False, validator=check_flag)
-    granularity: Literal["tensor", "channel"] = field(default="tensor", validator=check_granularity)
-    axis: int = field(default=0, validator=check_axis)
+    symmetric: bool = False
+    granularity: Literal["tensor", "channel"] = "tensor"
+    axis: int = 0
 
     @property
     def one_ended(self) -> bool:

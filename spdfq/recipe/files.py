@@ -8,10 +8,24 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from spdfq.errors import RecipeError
+from spdfq.errors import RecipeError, shown
 
 # a part that gives this key defines its section completely
 _DEFINED_BY = {"synthesis": "type", "quantization": "steps"}
+
+
+def listed(overrides: Iterable[str]) -> tuple[str, ...]:
+    """Overrides as a tuple.
+
+    Raises:
+        RecipeError: they are one string, a dict or no strings.
+    """
+    several = isinstance(overrides, Iterable) and not isinstance(overrides, (str, dict))
+    given = tuple(overrides) if several else ()
+    if not several or not all(isinstance(each, str) for each in given):
+        example = "['synthesis.images=4']"
+        raise RecipeError([f"overrides: expected a list of 'key=value' strings, {example}, got {shown(overrides)}"])
+    return given
 
 
 def resolve(source: str | Path | dict[str, Any], overrides: Iterable[str] = (), seed: int | None = None) -> dict:
@@ -25,6 +39,9 @@ def resolve(source: str | Path | dict[str, Any], overrides: Iterable[str] = (), 
     Raises:
         RecipeError: a file is missing or not valid TOML, or an override cannot be applied.
     """
+    if not isinstance(source, (str, Path, dict)):
+        raise RecipeError([f"recipe: expected a Recipe, a name, a .toml path or a dict, got {shown(source)}"])
+    overrides = listed(overrides)
     data = merge_parents(dict(source), Path()) if isinstance(source, dict) else read(str(source))
     if problems := assign_all(data, overrides):
         raise RecipeError(problems)
@@ -46,6 +63,8 @@ def is_complete(name: str) -> bool:
 
 def locate(name: str, beside: Path = Path()) -> Path:
     """The file of a recipe: a path if the name ends in ``.toml``, otherwise a shipped recipe."""
+    if not name:
+        raise RecipeError(["recipe: the name is empty; 'spdfq list recipe' shows all names"])
     path = beside / name
     if path.is_dir() and name not in shipped():
         raise RecipeError([f"{name}: is a folder; give the recipe.toml inside it, or another .toml file"])

@@ -31,7 +31,8 @@ class ModelSpec:
     """The teacher: a timm name, or ``bundled:vit_fmnist``, or a timm architecture with a local checkpoint.
 
     Args:
-        name: timm model name with its tag, or ``bundled:`` and the name of a bundled model.
+        name: timm model name with its tag; or ``bundled:`` and the name of a bundled model, ``hf-hub:owner/name`` for a
+            timm model on the Hugging Face hub, ``local-dir:`` and a folder that timm's ``save_for_hf`` wrote.
         pretrained: download timm's weights from the hub (ignored for bundled models and local checkpoints).
         checkpoint: safetensors file with local weights, used instead of the hub's.
         num_classes: number of classes of the head, if it differs from the architecture's default; 0 removes the head.
@@ -141,6 +142,17 @@ class Quantization:
             return f"{self.budget.operations} BOP"
         weights = self.budget.weights if self.budget else self.weights.bits
         return f"W{weights}A{self.activations.bits if self.placement.kinds - {'weight'} else 32}"
+
+    def warnings(self) -> list[str]:
+        """One line for each quantizer whose bits are not those of the label."""
+        wanted = self.activations.bits
+        softmax = self.softmax if "softmax" in self.placement.kinds else None
+        return [
+            f"quantization.{key}: {quantizer.bits} bits, but activations have {wanted}; for "
+            f"W{self.weights.bits}A{wanted} set {key}.bits = {wanted}"
+            for key, quantizer in (("softmax", softmax), ("gelu", self.gelu))
+            if quantizer is not None and quantizer.bits != wanted
+        ]
 
 
 @frozen(kw_only=True)
@@ -270,15 +282,7 @@ class Recipe:
         """One line for each setting that runs but is probably a mistake."""
         advised = [(key, source.advice()) for key, source in self.sources() if hasattr(source, "advice")]
         lines = [f"{key}: {line}" for key, advice in advised for line in advice]
-        back_end = self.quantization
-        wanted = back_end.activations.bits
-        softmax = back_end.softmax if "softmax" in back_end.placement.kinds else None
-        lines += [
-            f"quantization.{key}: {quantizer.bits} bits, but activations have {wanted}; for "
-            f"W{back_end.weights.bits}A{wanted} set {key}.bits = {wanted}"
-            for key, quantizer in (("softmax", softmax), ("gelu", back_end.gelu))
-            if quantizer is not None and quantizer.bits != wanted
-        ]
+        lines += self.quantization.warnings()
         if self.model.random:
             lines.append("model: random weights; set pretrained = true or give a checkpoint")
         if self.published and not self.published.is_of(self.model):
@@ -301,25 +305,38 @@ def load_recipe(
     """
     if isinstance(source, Recipe):
         source = source.to_dict()
+    data = given_data(source, overrides, seed)
+    problems: list[str] = []
+    recipe = structure(Recipe, data, "", problems)
+    if problems and isinstance(source, str) and source in shipped() and not is_complete(source):
+        problems.insert(0, f"{source}: is only a part of a recipe; name it under 'extends' in a recipe of your own")
+    if not problems:
+        problems += student_problems(recipe.sources(), recipe.quantization)
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def given_data(source: str | Path | dict[str, Any], overrides: Iterable[str], seed: int | None) -> dict[str, Any]:
+    """The merged plain data of a recipe or of a part, which is neither empty nor a bench file."""
     data = resolve(source, overrides, seed)
     if not data:
         raise RecipeError([f"{source or 'recipe'}: is empty; 'spdfq init quickstart' prints a recipe to start from"])
     if "model" not in data and data.keys() & {"base", "parents", "keys"}:
         raise RecipeError(["this is a bench file, not a recipe; 'spdfq bench' runs it"])
-    problems: list[str] = []
-    recipe = structure(Recipe, data, "", problems)
-    if problems and isinstance(source, str) and source in shipped() and not is_complete(source):
-        problems.insert(0, f"{source}: is only a part of a recipe; name it under 'extends' in a recipe of your own")
-    if not problems and recipe.quantization.budget:
-        problems += [
-            f"quantization.budget: needs finished images, but {key}.student needs the bits before there are images; "
-            "leave one of them out"
-            for key, source in recipe.sources()
-            if getattr(source, "needs_student", False)
-        ]
-    if problems:
-        raise RecipeError(problems)
-    return recipe
+    return data
+
+
+def student_problems(sources: list[tuple[str, Any]], quantization: Quantization) -> list[str]:
+    """A line for each source with a student whose bits are chosen only when there are images."""
+    if not quantization.budget:
+        return []
+    return [
+        f"quantization.budget: needs finished images, but {key}.student needs the bits before there are images; "
+        "leave one of them out"
+        for key, source in sources
+        if getattr(source, "needs_student", False)
+    ]
 
 
 def digest(*parts: Any) -> str:

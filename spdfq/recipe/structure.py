@@ -1,19 +1,22 @@
 """Plain data <-> attrs classes, strictly: nothing is converted, and every mistake is collected with its dotted path.
 
+`Checked` classes check the values that they are built from in Python by the same rules.
+
 Not cattrs: by default it converts values (``"4"`` to 4), and its messages name neither the nearest valid key nor the
 registered components.
 """
 
 import difflib
+import functools
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import ComponentError, SpdfqError
 from spdfq.registry import registry
 
 _FAILED: Any = object()
@@ -51,6 +54,47 @@ def component_list(kind: str) -> Any:
     return attrs.field(factory=tuple, metadata={"kind": kind, "many": list})
 
 
+class Checked:
+    """Base of attrs classes that check the values they are built from in Python as strictly as those of a recipe.
+
+    A wrong value, an unknown name and a missing one are a `ComponentError` with one line for each. Components are given
+    as objects, tables as objects of their class, and arrays as tuples or lists.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def __attrs_init_subclass__(cls) -> None:
+        build: Any = cls.__init__
+
+        @functools.wraps(build)
+        def init(self: Any, *args: Any, **given: Any) -> None:
+            problems: list[str] = []
+            values = _arguments(type(self), args, given, problems)
+            if problems:
+                raise ComponentError("\n".join(problems))
+            try:
+                build(self, **values)
+            except SpdfqError:
+                raise
+            except (ValueError, TypeError) as error:
+                raise ComponentError(f"{type(self).__name__}: {_validator_message(error)}") from None
+
+        cls.__init__ = init  # type: ignore[method-assign]
+
+
+def _arguments(cls: type, args: tuple, given: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The checked values of the fields of a class, from the arguments of a call."""
+    fields = {field.alias: field for field in attrs.fields(cls) if field.init}
+    in_order = [name for name, field in fields.items() if not field.kw_only]
+    if len(args) > len(in_order):
+        _fail(problems, cls.__name__, f"takes its values by name ({', '.join(fields)})")
+    unnamed = dict(zip(in_order, args, strict=False))
+    if twice := sorted(unnamed.keys() & given):
+        _fail(problems, cls.__name__, f"{twice[0]} is given twice")
+    return _values(cls, fields, unnamed | given, cls.__name__, problems, _given)
+
+
 def structure(cls: type, data: Any, path: str, problems: list[str]) -> Any:
     """Build an instance of an attrs class from a table.
 
@@ -65,9 +109,24 @@ def structure(cls: type, data: Any, path: str, problems: list[str]) -> Any:
     """
     if not isinstance(data, dict):
         return _fail(problems, path, f"expected a table, got {_shown(data)}")
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in attrs.fields(cls) if field.init}
     before = len(problems)
+    fields = {field.name: field for field in attrs.fields(cls) if field.init}
+    values = _values(cls, fields, data, path, problems, _field)
+    if len(problems) > before:
+        return _FAILED
+    try:
+        return cls(**values)
+    except (ValueError, TypeError, SpdfqError) as error:
+        return _fail(problems, path or "recipe", _validator_message(error).removeprefix(f"{cls.__name__}: "))
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _values(
+    cls: type, fields: dict[str, Any], data: dict, path: str, problems: list[str], read: Callable[..., Any]
+) -> dict[str, Any]:
+    """The value of each field that is given, as ``read`` returns it."""
     misspelt = set()
     for key in data:
         if key not in fields:
@@ -77,15 +136,10 @@ def structure(cls: type, data: Any, path: str, problems: list[str]) -> Any:
     values = {}
     for name, field in fields.items():
         if name in data:
-            values[name] = _field(field, hints[name], data[name], _join(path, name), problems)
+            values[name] = read(field, _hints(cls)[field.name], data[name], _join(path, name), problems)
         elif field.default is attrs.NOTHING and name not in misspelt:
             _fail(problems, _join(path, name), "is required")
-    if len(problems) > before:
-        return _FAILED
-    try:
-        return cls(**values)
-    except (ValueError, TypeError, SpdfqError) as error:
-        return _fail(problems, path or "recipe", _validator_message(error))
+    return values
 
 
 def unstructure(value: Any, kind: str | None = None) -> Any:
@@ -123,8 +177,15 @@ def _field(field: attrs.Attribute, hint: Any, data: Any, path: str, problems: li
         return tuple(_component(kind, item, f"{path}.{index}", problems) for index, item in enumerate(data))
     if kind:
         return _component(kind, data, path, problems, fallback=_default_type(field))
+    return _validated(field, _value, hint, data, path, problems)
+
+
+def _validated(
+    field: attrs.Attribute, read: Callable[..., Any], hint: Any, data: Any, path: str, problems: list[str]
+) -> Any:
+    """The value that ``read`` returns, if the field's validator accepts it."""
     before = len(problems)
-    value = _value(hint, data, path, problems)
+    value = read(hint, data, path, problems)
     if len(problems) == before and field.validator is not None and not (value is None and field.default is None):
         try:
             field.validator(None, field, value)
@@ -132,6 +193,46 @@ def _field(field: attrs.Attribute, hint: Any, data: Any, path: str, problems: li
             return value  # the validator reads other fields; it runs again when the object is built
         except (ValueError, TypeError) as error:
             return _fail(problems, path, _validator_message(error))
+    return value
+
+
+def _given(field: attrs.Attribute, hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """A field's value that is given in Python."""
+    kind: Any = field.metadata.get("kind")
+    many = field.metadata.get("many")
+    if not kind:
+        return _validated(field, _object, hint, value, path, problems)
+    if many is dict:
+        if not isinstance(value, dict):
+            return _fail(problems, path, f"expected a dict of {kind} objects by name, got {_shown(value)}")
+        return {name: _given_component(kind, item, _join(path, str(name)), problems) for name, item in value.items()}
+    if many is list:
+        if not isinstance(value, (tuple, list)):
+            return _fail(problems, path, f"expected a list of {kind} objects, got {_shown(value)}")
+        return tuple(_given_component(kind, item, f"{path}.{at}", problems) for at, item in enumerate(value))
+    return value if value is None and field.default is None else _given_component(kind, value, path, problems)
+
+
+def _given_component(kind: str, value: Any, path: str, problems: list[str]) -> Any:
+    if registry(kind).has(value):
+        return value
+    example = registry(kind).get(registry(kind).names()[0]).__name__
+    return _fail(problems, path, f"expected {_one(kind)} such as {example}(), got {_shown(value)}")
+
+
+def _object(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """A value that is given in Python: like plain data, but ``None`` and objects of other classes are possible."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or (value is None and type(None) in arguments):
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _union(arguments, value, path, problems, _object)
+    if origin is tuple:
+        return _tuple(arguments, list(value) if isinstance(value, tuple) else value, path, problems, _object)
+    if origin is typing.Literal or hint in _NOUNS:
+        return _value(hint, value, path, problems)
+    if not isinstance(value, origin or hint):
+        return _fail(problems, path, f"expected {_noun(hint)}, got {_shown(value)}")
     return value
 
 
@@ -192,11 +293,11 @@ def _value(hint: Any, data: Any, path: str, problems: list[str]) -> Any:
     return data
 
 
-def _union(choices: tuple, data: Any, path: str, problems: list[str]) -> Any:
+def _union(choices: tuple, data: Any, path: str, problems: list[str], read: Callable[..., Any] | None = None) -> Any:
     choices = tuple(choice for choice in choices if choice is not type(None))
     for choice in choices:
         found: list[str] = []
-        value = _value(choice, data, path, found)
+        value = (read or _value)(choice, data, path, found)
         if not found:
             return value
     if len(choices) == 1:
@@ -205,7 +306,7 @@ def _union(choices: tuple, data: Any, path: str, problems: list[str]) -> Any:
     return _fail(problems, path, f"expected {' or '.join(map(_noun, choices))}, got {_shown(data)}")
 
 
-def _tuple(items: tuple, data: Any, path: str, problems: list[str]) -> Any:
+def _tuple(items: tuple, data: Any, path: str, problems: list[str], read: Callable[..., Any] | None = None) -> Any:
     if not isinstance(data, list):
         return _fail(problems, path, f"expected an array, got {_shown(data)}")
     if items[-1] is Ellipsis:
@@ -213,11 +314,11 @@ def _tuple(items: tuple, data: Any, path: str, problems: list[str]) -> Any:
     elif len(items) != len(data):
         return _fail(problems, path, f"expected an array of {len(items)} values, got {len(data)}")
     pairs = enumerate(zip(items, data, strict=True))
-    return tuple(_value(hint, item, f"{path}.{index}", problems) for index, (hint, item) in pairs)
+    return tuple((read or _value)(hint, item, f"{path}.{index}", problems) for index, (hint, item) in pairs)
 
 
 def _one(kind: str) -> str:
-    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+    return f"an {kind}" if kind[0] in "aeiouAEIOU" else f"a {kind}"
 
 
 def _noun(hint: Any) -> str:
@@ -226,7 +327,7 @@ def _noun(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         return "an array" if Ellipsis in items else f"an array of {len(items)} values"
-    return _NOUNS.get(hint, str(hint))
+    return _NOUNS.get(hint) or _one(getattr(hint, "__name__", str(hint)))
 
 
 def _validator_message(error: Exception) -> str:
@@ -244,8 +345,11 @@ def _unknown_key(near: str | None, known: Iterable[str]) -> str:
 
 
 def _shown(data: Any) -> str:
-    nouns: dict[type, str] = {dict: "a table", list: "an array"}
-    return nouns.get(type(data), repr(data))
+    nouns: dict[type, str] = {dict: "a table", list: "an array", tuple: "an array"}
+    if isinstance(data, type):
+        return f"the class {data.__name__}"
+    plain = data is None or isinstance(data, (bool, int, float, str))
+    return nouns.get(type(data)) or (repr(data) if plain else _one(type(data).__name__))
 
 
 def _join(path: str, key: str) -> str:

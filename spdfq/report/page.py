@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from spdfq.errors import DataError
+from spdfq.errors import DataError, writing
 from spdfq.report.curves import curves
 from spdfq.report.image_quality import MEASURES_FILE, quality_section
 from spdfq.report.pictures import SHOWN
@@ -30,7 +30,7 @@ def write_report(folder: Path) -> Path:
         The path of the page.
 
     Raises:
-        DataError: ``run.json`` is missing, or a file of the folder is damaged.
+        DataError: ``run.json`` is missing, a file of the folder is damaged, or the page cannot be written.
     """
     run = _read_json(folder / "run.json")
     if run is None:
@@ -42,7 +42,8 @@ def write_report(folder: Path) -> Path:
             f"{folder}: run.json, sites.json or {MEASURES_FILE} lacks {error}; run the recipe again with --fresh"
         ) from None
     path = folder / "report.html"
-    path.write_text(_templates().get_template("page.html").render(content), encoding="utf-8")
+    with writing(path):
+        path.write_text(_templates().get_template("page.html").render(content), encoding="utf-8")
     return path
 
 
@@ -67,7 +68,7 @@ def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "name": run["name"],
         "accuracy": accuracy_line(run),
         "model": _model(run["model"]),
-        "label": run["backend"]["label"],
+        "label": bits_label(run["backend"]),
         "full": percent(metrics["fp"]["top1"]),
         "low": percent(metrics["quantized"]["top1"]),
         "measured": _measured(metrics),
@@ -92,7 +93,14 @@ def accuracy_line(run: dict[str, Any]) -> str:
     """One line from the contents of a ``run.json``: both accuracies, on how many images, and the agreement."""
     metrics = run["metrics"]
     full, low = percent(metrics["fp"]["top1"]), percent(metrics["quantized"]["top1"])
-    return f"FP {full} → {run['backend']['label']} {low} {_measured(metrics)}"
+    return f"FP {full} → {bits_label(run['backend'])} {low} {_measured(metrics)}"
+
+
+def bits_label(backend: dict[str, Any]) -> str:
+    """The bits of the ``backend`` of a ``run.json``, with the share of multiplications in float if it is above 1 %."""
+    percent = backend.get("percent_in_float", 0.0)
+    weights_only = backend["label"].endswith("A32")  # which says it already
+    return f"{backend['label']} ({percent:.1f} % in float)" if percent > 1 and not weights_only else backend["label"]
 
 
 def percent(value: float) -> str:

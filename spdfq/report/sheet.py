@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from spdfq.errors import DataError
+from spdfq.errors import DataError, writing
 from spdfq.report.pictures import INK, to_bytes, to_rgb
 
 if TYPE_CHECKING:
@@ -35,13 +35,14 @@ def write_sheet(path: Path, rows: Sequence[tuple[str, "Tensor"]]) -> None:
             grey.
 
     Raises:
-        DataError: wrong suffix, no such folder, or no rows.
+        DataError: wrong suffix, no such folder, no rows, or a file that cannot be written.
     """
     check_sheet(path)
     if not rows:
         raise DataError(f"{path}: there is no run to show")
     sheet = _sheet([name for name, _ in rows], [_tiles(pixels[:_COUNT]) for _, pixels in rows])
-    sheet.save(path, optimize=True)
+    with writing(path):
+        sheet.save(path, optimize=True)
 
 
 def _sheet(names: list[str], tiles: list[list[Image.Image]]) -> Image.Image:

@@ -18,6 +18,7 @@ class SiteTables:
         floating: site, what it is, and its number of parameters.
         floating_counts: what they are, their number, and their parameters together.
         notes: what the steps could not change, a sentence each.
+        multiplications: a sentence on the share of them that stays in float; empty if it is not known.
     """
 
     quantized: list[Row]
@@ -25,9 +26,10 @@ class SiteTables:
     floating: list[Row]
     floating_counts: list[Row]
     notes: list[str]
+    multiplications: str
 
 
-def site_tables(sites: dict[str, list[Any]]) -> SiteTables:
+def site_tables(sites: dict[str, Any]) -> SiteTables:
     """The tables of the contents of a ``sites.json``.
 
     Raises:
@@ -43,7 +45,15 @@ def site_tables(sites: dict[str, list[Any]]) -> SiteTables:
         [(site["name"], site["what"], _grouped(site.get("parameters"))) for site in floating],
         _floating_counts(floating),
         sites.get("notes", []),
+        _multiplications(sites.get("multiplications")),
     )
+
+
+def _multiplications(counts: dict[str, Any] | None) -> str:
+    if not counts:
+        return ""
+    share, total = f"{counts['percent_in_float']:.2f} %", f"{counts['total']:,}"
+    return f"{share} of the {total} multiplications of a forward pass have an operand in float."
 
 
 def _quantized_counts(sites: list[dict[str, Any]]) -> list[Row]:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from spdfq.backends.quantize import check_quantization
-from spdfq.errors import RecipeError, SpdfqError
+from spdfq.errors import MissingDataError, RecipeError, SpdfqError
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.recipe import Recipe
 from spdfq.runs.finished import run_record
 from spdfq.runs.provenance import data_fingerprints
 from spdfq.teacher import Teacher, load_teacher
+from spdfq.teacher.architectures import notes
 
 
 def refuse_own_recipe(source: Any, folder: Path) -> None:
@@ -35,11 +36,13 @@ def checked_teacher(recipe: Recipe) -> tuple[Teacher, list[str]]:
     data_fingerprints((recipe.synthesis, recipe.controls, recipe.evaluation))
     teacher = load_teacher(recipe.model)
     shared = [line for key, source in recipe.sources() for line in _shared_images(key, source, recipe)]
-    return teacher, [*check_fit(recipe, teacher), *shared]
+    return teacher, [*check_fit(recipe, teacher), *notes(recipe.model, teacher.module), *shared]
 
 
 def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
     """Check that the recipe's parts work with this teacher, and return the warnings.
+
+    The classes of the evaluation images are checked if the images are there.
 
     Raises:
         RecipeError: with every problem found.
@@ -50,6 +53,8 @@ def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
     def attempt(check: Callable[[], object], key: str = "") -> None:
         try:
             check()
+        except MissingDataError:
+            pass
         except SpdfqError as error:
             problems.extend(placed(problem, key) for problem in str(error).splitlines())
 
@@ -57,9 +62,26 @@ def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
         attempt(partial(source.check, teacher), key)
     attempt(lambda: warnings.extend(check_quantization(teacher, recipe.quantization)))
     attempt(lambda: evaluator_for(teacher).check(recipe.evaluation, teacher))
+    attempt(lambda: warnings.extend(check_classes(recipe, teacher)))
     if problems:
         raise RecipeError(problems)
     return warnings
+
+
+def check_classes(recipe: Recipe, teacher: Teacher) -> list[str]:
+    """Check that the labels of the evaluation images are positions in the teacher's list of classes.
+
+    Returns:
+        A line for each doubt.
+
+    Raises:
+        DataError: they are not.
+        MissingDataError: the images are missing.
+    """
+    if teacher.headless:
+        return []
+    recipe.evaluation.dataset.check_classes(teacher)
+    return recipe.evaluation.dataset.class_warnings(teacher)
 
 
 def placed(problem: str, key: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from spdfq.errors import DataError, RecipeError
 from spdfq.recipe import Recipe, load_recipe
+from spdfq.recipe.files import listed
 
 
 def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -15,7 +16,7 @@ def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe
     Raises:
         RecipeError: not a run folder, or an override of another section.
     """
-    overrides = tuple(overrides)
+    overrides = listed(overrides)
     if fixed := [line for line in overrides if not line.strip().startswith(("evaluation", "runtime"))]:
         raise RecipeError([f"--set {line}: cannot change a finished run; run its recipe.toml again" for line in fixed])
     path = Path(folder) / "recipe.toml"

@@ -11,12 +11,13 @@ from torch import Tensor
 from spdfq.errors import DataError, SpdfqError
 from spdfq.evaluation.measures import Centroids, dataset_centroids, measure_images, prior_overlap
 from spdfq.recipe import Recipe, digest
+from spdfq.recipe.files import listed
 from spdfq.report import check_sheet, write_report, write_sheet
 from spdfq.report.image_quality import MEASURES_FILE
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
 from spdfq.runs.provenance import data_fingerprints
 from spdfq.runs.store import lock_folder
-from spdfq.runtime import Progress, Runtime, make_runtime, own_threads, silent
+from spdfq.runtime import Progress, Runtime, make_runtime, own_threads, pick_progress
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
 from spdfq.synth import SyntheticImages
@@ -30,7 +31,7 @@ def measure_runs(
     overrides: Iterable[str] = (),
     device: str | None = None,
     sheet: str | Path | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the calibration images of finished runs.
 
@@ -41,7 +42,7 @@ def measure_runs(
         overrides: ``evaluation.key=value`` or ``runtime.key=value`` pairs, for example for other real images.
         device: replaces ``runtime.device``.
         sheet: a PNG file that shows the first images of each run in a row.
-        progress: see `spdfq.runtime.Runtime`.
+        progress: as in `spdfq.synthesize`.
 
     Returns:
         One table for each run, as written; see `spdfq.evaluation.measures.measure_images`.
@@ -49,7 +50,7 @@ def measure_runs(
     Raises:
         SpdfqError: anything the user can fix; the message says where and how.
     """
-    overrides = tuple(overrides)
+    overrides, progress = listed(overrides), pick_progress(progress)
     if sheet:
         check_sheet(Path(sheet))
     if join().count > 1:

@@ -9,15 +9,17 @@ from typing import Any
 
 from attrs import asdict, define, field, frozen
 
-from spdfq.errors import SpdfqError
-from spdfq.evaluation.accuracy import accuracy, left_out
+from spdfq.errors import SpdfqError, shown, writing
+from spdfq.evaluation.accuracy import accuracy, another_order, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.evaluation.published import check_full_precision
 from spdfq.quantized.checkpoint import load_checkpoint
+from spdfq.quantized.place import place
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
+from spdfq.recipe.files import listed
 from spdfq.report import write_pictures, write_report
 from spdfq.report.image_quality import MEASURES_FILE
-from spdfq.runs.checks import check_fit, checked_teacher, placed, refuse_own_recipe
+from spdfq.runs.checks import check_classes, check_fit, checked_teacher, placed, refuse_own_recipe
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
 from spdfq.runs.forecast import Forecast
 from spdfq.runs.record import facts, now
@@ -33,7 +35,7 @@ from spdfq.runs.stages import (
     stage_key,
 )
 from spdfq.runs.store import StageRecord, Store, lock_folder, store_beside
-from spdfq.runtime import Progress, make_runtime, own_threads, silent
+from spdfq.runtime import Progress, make_runtime, own_threads, pick_progress
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
 from spdfq.synth import GaussianNoise, RealImages
@@ -51,7 +53,7 @@ class RunResult:
         folder: the run folder.
         recipe: as it was run.
         metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher in percent, the
-            number of ``images`` that could be read, and the names of the ``damaged`` ones that could not; for a model
+            number of ``images`` that could be read, and the ``damaged`` ones that could not, with reasons; for a model
             without a head k-NN top-1, and ``similarity``, the mean cosine of its features to the teacher's.
         controls: metrics of each control, by its name.
         stages: seconds, key, and whether it was reused, for each stage.
@@ -73,8 +75,8 @@ def run(
     out: str | Path | None = None,
     device: str | None = None,
     fresh: bool = False,
-    store: Path | None = None,
-    progress: Progress = silent,
+    store: str | Path | None = None,
+    progress: Progress | bool | None = None,
     announce: Announce = lambda line: None,
 ) -> RunResult:
     """Run a recipe; stages that are already in the store are reused.
@@ -87,21 +89,22 @@ def run(
         device: replaces ``runtime.device``.
         fresh: do finished stages again.
         store: where finished stages are kept; by default ``.store`` beside the run folder, or ``SPDFQ_STORE``.
-        progress: see `spdfq.runtime.Runtime`. If it has a method ``stage``, as `spdfq.runtime.RichProgress` has, a run
+        progress: as in `spdfq.synthesize`. If it has a method ``stage``, as `spdfq.runtime.RichProgress` has, a run
             calls it at the start of each stage.
         announce: called with one line for each stage and each warning.
 
     Raises:
         SpdfqError: anything the user can fix; the message says where and how.
     """
-    overrides = tuple(overrides)
+    overrides, progress = listed(overrides), pick_progress(progress)
+    _check_types(out, store, fresh, announce)
     recipe = load_recipe(source, overrides, seed)
     folder = Path(out) if out else _default_folder(source, recipe, bool(overrides or seed is not None))
     refuse_own_recipe(source, folder)
     teacher, warnings = checked_teacher(recipe)
     ranks = join()
     runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
-    kept = Store(store, fresh, ranks) if store else store_beside(folder, fresh, ranks)
+    kept = Store(Path(store), fresh, ranks) if store else store_beside(folder, fresh, ranks)
     new = not folder.exists()
     lock = lock_folder(folder) if ranks.leads else None
     try:
@@ -117,10 +120,26 @@ def run(
             lock.release()
 
 
+def _check_types(out: Any, store: Any, fresh: Any, announce: Any) -> None:
+    path = (str, Path, type(None))
+    problems = [
+        f"{key}: expected {wanted}, got {shown(value)}"
+        for key, value, right, wanted in (
+            ("out", out, isinstance(out, path), "the path of a folder"),
+            ("store", store, isinstance(store, path), "the path of a folder"),
+            ("fresh", fresh, isinstance(fresh, bool), "True or False"),
+            ("announce", announce, callable(announce), "a function of one line"),
+        )
+        if not right
+    ]
+    if problems:
+        raise SpdfqError("\n".join(problems))
+
+
 def check(
     source: Recipe | str | Path | dict[str, Any], *, overrides: Iterable[str] = (), seed: int | None = None
 ) -> list[str]:
-    """Check everything that can be checked without weights and data.
+    """Check everything that can be checked without weights and data, and the classes if the data are there.
 
     Returns:
         The warnings.
@@ -132,9 +151,20 @@ def check(
     return check_fit(recipe, load_teacher(recipe.model, weights=False))
 
 
+def percent_in_float(source: Recipe | str | Path | dict[str, Any], *, overrides: Iterable[str] = ()) -> float:
+    """Share of the multiplications with an operand in float, in percent, of the model that a recipe would make."""
+    recipe = load_recipe(source, overrides)
+    return place(load_teacher(recipe.model, weights=False), recipe.quantization).float_share().percent
+
+
 @own_threads()
 def evaluate_run(
-    folder: str | Path, *, overrides: Iterable[str] = (), device: str | None = None, progress: Progress = silent
+    folder: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    device: str | None = None,
+    progress: Progress | bool | None = None,
+    announce: Announce = lambda line: None,
 ) -> dict[str, Any]:
     """Measure the saved model of a run again, on the run's own evaluation section or a changed one.
 
@@ -144,7 +174,8 @@ def evaluate_run(
         folder: of a finished run.
         overrides: ``evaluation.key=value`` or ``runtime.key=value`` pairs; the model itself does not change.
         device: replaces ``runtime.device``.
-        progress: see `spdfq.runtime.Runtime`.
+        progress: as in `spdfq.synthesize`.
+        announce: called with one line for each warning.
 
     Returns:
         The metrics, as in `RunResult`.
@@ -155,7 +186,7 @@ def evaluate_run(
     recipe = finished_recipe(folder, overrides)
     spec, ranks = recipe.evaluation, join()
     model, _, _ = load_checkpoint(Path(folder) / "quantized")
-    runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
+    runtime = make_runtime(recipe.runtime, recipe.seed, device, pick_progress(progress), ranks)
     teacher = load_teacher(recipe.model)
     fingerprint = teacher.fingerprint()
     check_teacher(folder, run_record(folder), fingerprint)
@@ -164,8 +195,12 @@ def evaluate_run(
     key = stage_key(fingerprint, saved, evaluation_key(recipe), runtime.device.type)
     teacher.module.to(runtime.device)
     evaluator.check(spec, teacher)
+    for line in check_classes(recipe, teacher) if ranks.leads else ():
+        announce(f"warning: {line}")
     with store_beside(Path(folder), ranks=ranks).unfinished("again", key) as state:
         fp = evaluator.reference(teacher, spec, runtime, state / "fp")
+        if ranks.leads and not teacher.headless and (doubt := another_order(fp.logits, fp.labels)):
+            announce(f"warning: evaluation.dataset: {doubt}")
         return evaluator.measure(model.to(runtime.device), teacher, spec, runtime, fp, state / "quantized")
 
 
@@ -273,6 +308,8 @@ class _Run:
             self._warn(f"evaluation.dataset: {left_out(fp.damaged)}")
         if line := check_full_precision(work.recipe, work.teacher, fp.logits, fp.labels):
             self.announce(line)
+        if not work.teacher.headless and (line := another_order(fp.logits, fp.labels)):
+            self._warn(f"evaluation.dataset: {line}")
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)
@@ -286,10 +323,11 @@ class _Run:
         images, stored = work.results[ImagesStage.name], work.results[QuantizeStage.name]
         write_text(folder / "recipe.toml", to_toml(work.recipe.to_dict()))
         images.save(folder / "synthetic.safetensors")
-        write_pictures(folder, images, work.teacher)
-        (folder / MEASURES_FILE).unlink(missing_ok=True)  # measured on the images that were here before
-        shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
-        shutil.copy(stored / "sites.json", folder / "sites.json")
+        with writing(folder, "make its files writable, or choose another --out"):
+            write_pictures(folder, images, work.teacher)
+            (folder / MEASURES_FILE).unlink(missing_ok=True)  # measured on the images that were here before
+            shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
+            shutil.copy(stored / "sites.json", folder / "sites.json")
 
     def _write_record(self, controls: dict[str, Work]) -> None:
         """Write ``run.json`` and the report; other processes wait until they are there."""

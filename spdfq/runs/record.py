@@ -1,5 +1,6 @@
 """What a run writes about itself: ``run.json``."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from attrs import asdict
 
 from spdfq.evaluation.published import compare
 from spdfq.quantized.checkpoint import TENSORS
-from spdfq.recipe import Recipe, digest
+from spdfq.recipe import digest
 from spdfq.recipe.structure import unstructure
 from spdfq.runs.provenance import device_name, git_commit, versions
 from spdfq.runs.stages import EvaluateStage, ImagesStage, QuantizeStage, Work
 from spdfq.runs.store import StageRecord
+from spdfq.teacher.state import persistent_tensors
 
 
 def now() -> str:
@@ -62,11 +64,11 @@ def facts(
             "std": list(teacher.std),
         },
         "size": {
-            "float": sum(tensor.numel() * tensor.element_size() for tensor in teacher.module.state_dict().values()),
+            "float": sum(tensor.nbytes for tensor in persistent_tensors(teacher.module).values()),
             "quantized": (work.results[QuantizeStage.name] / "quantized" / TENSORS).stat().st_size,
         },
         "images": _images(work),
-        "backend": _backend(recipe),
+        "backend": _backend(work),
         "metrics": metrics,
         "controls": [
             {"name": name, **_images(control), "metrics": control.results[EvaluateStage.name]}
@@ -83,10 +85,12 @@ def _images(work: Work) -> dict[str, Any]:
     return {"type": source, "count": len(images.images), "damaged": list(images.damaged)}
 
 
-def _backend(recipe: Recipe) -> dict[str, Any]:
-    spec = unstructure(recipe.quantization)
+def _backend(work: Work) -> dict[str, Any]:
+    spec = unstructure(work.recipe.quantization)
+    sites = json.loads((work.results[QuantizeStage.name] / "sites.json").read_text(encoding="utf-8"))
     return {
-        "label": recipe.quantization.label,
+        "label": work.recipe.quantization.label,
+        "percent_in_float": sites["multiplications"]["percent_in_float"],
         "placement": spec["placement"]["type"],
         "steps": [step["type"] for step in spec["steps"]],
     }

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from attrs import define, field, frozen
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from spdfq.errors import DataError, SpdfqError
+from spdfq.errors import DataError, SpdfqError, writing
 from spdfq.runtime.ranks import Ranks
 
 T = TypeVar("T")
@@ -58,12 +58,10 @@ class Store:
         ``make``, which decides what rank 0 does alone.
 
         Raises:
-            DataError: a finished stage cannot be read.
+            DataError: a finished stage cannot be read, or the store cannot be written.
         """
-        folder = self.root / f"{name}-{key}"
-        folder.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        with FileLock(folder.with_suffix(".lock")) if self.ranks.leads else nullcontext():
+        with self._locked(name, key) as folder:
             reused = self.ranks.first(lambda: self._found(folder))
             if not reused:
                 make(folder)
@@ -81,10 +79,11 @@ class Store:
         """A folder for the state of work whose result is not kept. It is removed unless the process is killed.
 
         A second process that needs the same folder waits for the first.
+
+        Raises:
+            DataError: the store cannot be written.
         """
-        folder = self.root / f"{name}-{key}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")) if self.ranks.leads else nullcontext():
+        with self._locked(name, key) as folder:
             try:
                 yield folder
                 self.ranks.wait()
@@ -93,6 +92,20 @@ class Store:
                 raise
             if self.ranks.leads:
                 shutil.rmtree(folder)
+
+    @contextmanager
+    def _locked(self, name: str, key: str) -> Iterator[Path]:
+        """The folder of a stage, locked by the first rank."""
+        folder = self.root / f"{name}-{key}"
+        lock = FileLock(folder.with_suffix(".lock"))
+        with writing(self.root, "make it writable, or name another folder in SPDFQ_STORE"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.ranks.leads:
+                lock.acquire()
+        try:
+            yield folder
+        finally:
+            lock.release()
 
     def _found(self, folder: Path) -> bool:
         """Whether the stage is finished; if not, prepare its folder."""
@@ -123,13 +136,15 @@ def lock_folder(folder: Path) -> FileLock:
 
     Raises:
         SpdfqError: another process holds it.
+        DataError: it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise SpdfqError(
-            f"{folder}: another process is writing this run; wait for it, or choose another --out"
-        ) from None
+    with writing(folder, "make it writable, or choose another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise SpdfqError(
+                f"{folder}: another process is writing this run; wait for it, or choose another --out"
+            ) from None
     return lock

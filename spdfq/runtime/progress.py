@@ -1,10 +1,15 @@
 """Progress of long work: nothing, or bars on standard error."""
 
+import io
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from attrs import define, field
+
+from spdfq.errors import SpdfqError, shown
 
 Advance = Callable[..., None]
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
@@ -14,6 +19,32 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 def silent(_: str, __: int) -> Iterator[Advance]:
     """A progress bar that shows nothing."""
     yield lambda steps=1, **values: None
+
+
+def pick_progress(progress: Any) -> Progress:
+    """What shows the progress of a call.
+
+    Args:
+        progress: ``None`` for bars in a terminal and in a notebook, and nothing elsewhere; true or false for bars or
+            nothing everywhere; or a `Progress`.
+
+    Raises:
+        SpdfqError: none of these.
+    """
+    if progress is None:
+        progress = in_notebook() or sys.stderr.isatty()
+    if isinstance(progress, bool):
+        return RichProgress() if progress else silent
+    if not callable(progress) or isinstance(progress, type):
+        raise SpdfqError(f"progress: expected True, False, None or a RichProgress(), got {shown(progress)}")
+    chosen: Progress = progress
+    return chosen
+
+
+def in_notebook() -> bool:
+    """Whether the code runs in a cell of a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
 
 
 @define
@@ -58,8 +89,7 @@ class RichProgress:
     @contextmanager
     def __call__(self, description: str, total: int) -> Iterator[Advance]:
         """Show one bar."""
-        from rich.console import Console, Group
-        from rich.live import Live
+        from rich.console import Group, RenderableType
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.table import Column
         from rich.text import Text
@@ -77,8 +107,11 @@ class RichProgress:
         )
         task = bar.add_task(f"{self.label}{description}", total=total, rate="", left="")
         shown = Text("", style="dim")  # below the bar, where it wraps: no value is cut off
-        console = Console(stderr=True)
-        with Live(bar, console=console, refresh_per_second=8) as live:
+
+        def picture() -> RenderableType:
+            return Group(bar, shown) if shown.plain else bar
+
+        with _cell(picture) if in_notebook() else _terminal(picture) as draw:
 
             def advance(steps: int = 1, **values: float) -> None:
                 state = bar.tasks[task]
@@ -86,13 +119,44 @@ class RichProgress:
                 rate = f"{speed:.1f}/s" if speed else ""
                 bar.update(task, advance=steps, rate=rate, left=self.time_left(state.time_remaining))
                 shown.plain = "   ".join(f"{name}={value:.4g}" for name, value in values.items())
-                if values:
-                    live.update(Group(bar, shown))
+                draw()
 
             yield advance
             bar.update(task, left="")  # the line stays on the screen, and the time left goes on
-        if shown.plain and not console.is_terminal:
-            console.print()  # rich leaves the last line of a log open
+
+
+@contextmanager
+def _terminal(picture: Callable[[], Any]) -> Iterator[Callable[[], None]]:
+    """Draw on standard error, eight times a second; a log gets the last picture alone."""
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    console = Console(stderr=True)
+    with Live(get_renderable=picture, console=console, refresh_per_second=8):
+        yield lambda: None
+    if isinstance(picture(), Group) and not console.is_terminal:
+        console.print()  # rich leaves the last line of a log open
+
+
+@contextmanager
+def _cell(picture: Callable[[], Any]) -> Iterator[Callable[[], None]]:
+    """Draw below a notebook's cell, as plain text, which every notebook shows."""
+    from IPython.display import display
+    from rich.console import Console
+
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    drawn = 0.0
+
+    def draw(pause: float = 0.25) -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn >= pause:
+            text = io.StringIO()
+            Console(file=text, width=100, force_jupyter=False).print(picture())
+            handle.update({"text/plain": text.getvalue().rstrip()}, raw=True)
+            drawn = time.monotonic()
+
+    yield draw
+    draw(pause=0.0)
 
 
 def clock(seconds: float) -> str:

@@ -2,14 +2,15 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from attrs import field, frozen
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from spdfq.errors import ModelError, SpdfqError
+from spdfq.errors import ModelError, SpdfqError, shown
 from spdfq.runtime.progress import Progress, silent
 from spdfq.runtime.ranks import Ranks
 
@@ -22,6 +23,16 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     text = "/".join(map(str, (seed, *purpose)))
     state = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     return torch.Generator().manual_seed(state)
+
+
+def uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draws from U(0, 1): float32 on the CPU, whatever torch's default dtype and device are."""
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draws from N(0, 1): float32 on the CPU, whatever torch's default dtype and device are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @frozen(kw_only=True)
@@ -57,10 +68,8 @@ class Runtime:
         Raises:
             ModelError: the model computes activations again during the backward pass, which nobody can watch.
         """
-        autocasts = (torch.autocast(kind, enabled=False) for kind in {"cpu", self.device.type})
-        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
-            for autocast in autocasts:
-                stack.enter_context(autocast)
+        autocasts = [torch.autocast(kind, enabled=False) for kind in ("cpu", self.device.type)]
+        with torch.inference_mode(False), torch.enable_grad(), autocasts[0], autocasts[1]:
             try:
                 yield
             except CheckpointError:
@@ -85,29 +94,42 @@ def own_threads() -> Iterator[None]:
 
 
 def make_runtime(
-    spec: Any, seed: int, device: str | None = None, progress: Any = silent, ranks: Ranks = ALONE
+    spec: Any, seed: int, device: str | torch.device | None = None, progress: Any = silent, ranks: Ranks = ALONE
 ) -> Runtime:
     """A runtime for a recipe's ``[runtime]`` section; ``device`` replaces the section's own. See `own_threads`.
 
     Raises:
         SpdfqError: the device is not there.
     """
+    chosen = pick_device(spec.device) if device is None else pick_device(device, "device")
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    chosen = pick_device(device or spec.device)
     shown = progress if ranks.leads else silent
     precision = pick_precision(spec.precision, chosen)
     return Runtime(device=chosen, precision=precision, seed=seed, progress=shown, ranks=ranks)
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is an accelerator where there is one."""
+def pick_device(name: str | torch.device, key: str = "runtime.device") -> torch.device:
+    """``auto`` is an accelerator where there is one.
+
+    Args:
+        name: ``auto``, ``cpu``, or the type of the accelerator.
+        key: where the name comes from, for errors.
+
+    Raises:
+        SpdfqError: the device is not there.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
+    if not isinstance(name, (str, torch.device)) or name == "":
+        raise SpdfqError(f"{key}: expected 'auto', 'cpu' or the type of an accelerator, got {shown(name)}")
+    wanted, _, index = str(name).partition(":")
+    if index:
+        raise SpdfqError(f"{key}: leave out ':{index}' of '{name}'; CUDA_VISIBLE_DEVICES={index} chooses the device")
+    if wanted == "auto":
         return accelerator or torch.device("cpu")
-    if name != "cpu" and (accelerator is None or accelerator.type != name):
-        raise SpdfqError(f"runtime.device: this machine has no {name} device; use 'auto' or 'cpu'")
-    return torch.device(name)
+    if wanted != "cpu" and (accelerator is None or accelerator.type != wanted):
+        raise SpdfqError(f"{key}: this machine has no {wanted} device; use 'auto' or 'cpu'")
+    return torch.device(wanted)
 
 
 def pick_precision(name: str, device: torch.device) -> Precision:

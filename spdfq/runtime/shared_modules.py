@@ -52,10 +52,10 @@ def _in_thread(thread: int, hook: Callable[..., Any]) -> Callable[..., Any]:
     return own
 
 
-def copied(module: Module) -> Module:
-    """A deep copy without the `own_hooks` that a thread has at this moment."""
+def copied(module: Module, memo: dict[int, Any] | None = None) -> Module:
+    """A deep copy without the `own_hooks` that a thread has at this moment; ``memo`` is that of `copy.deepcopy`."""
     with _lock:
-        twin = copy.deepcopy(module)
+        twin = copy.deepcopy(module, memo)
     for part in twin.modules():
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             for number in [number for number, hook in hooks.items() if hasattr(hook, _MARK)]:

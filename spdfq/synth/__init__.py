@@ -33,3 +33,4 @@ from spdfq.synth.targets import NoTarget as NoTarget
 from spdfq.synth.targets import OneHotTarget as OneHotTarget
 from spdfq.synth.targets import SoftLabelTarget as SoftLabelTarget
 from spdfq.synth.targets import Target as Target
+from spdfq.synth.targets import label_mask as label_mask

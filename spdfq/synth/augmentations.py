@@ -5,8 +5,13 @@ from typing import ClassVar
 import torch
 from attrs import field, frozen, validators
 from einops import rearrange
+from torch import Tensor
 
+from spdfq.errors import ComponentError, SpdfqError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import augmentations
+from spdfq.runtime.arguments import check_generator, check_tensor
+from spdfq.runtime.runtime import uniform
 from spdfq.synth.changes import Change, Crop, Moment, Move
 
 _LARGEST_SHIFT = 100_000
@@ -14,15 +19,48 @@ _PROBABILITY = (validators.ge(0.0), validators.le(1.0))
 
 
 @frozen(kw_only=True)
-class Augmentation:
+class Augmentation(Checked):
     """Base class of augmentations. A subclass defines `draw`."""
 
     followable: ClassVar[bool] = True
     """Whether maps on the token grid can follow the images. If not, losses and pruning that need it are refused."""
 
+    def __call__(self, images: Tensor, generator: torch.Generator, iteration: int = 0, iterations: int = 1) -> Tensor:
+        """Draw a change and apply it.
+
+        Args:
+            images: ``[B, C, h, w]``.
+            generator: CPU generator.
+            iteration: counted from 0; some augmentations change in the course of a run.
+            iterations: number of iterations of the run.
+
+        Returns:
+            The changed images, differentiable. Maps follow them with what `draw` returns; see `Change.follow`.
+        """
+        check_tensor("images", images, "B, C, h, w")
+        channels, height, width = images.shape[1:]
+        size = (channels, height, width)
+        moment = Moment(iteration=iteration, iterations=iterations, count=len(images), size=size)
+        return self.draw(generator, moment).apply(images)
+
     def draw(self, generator: torch.Generator, moment: Moment) -> Change:
-        """What to do to the images of one iteration. It must depend on the generator and the moment alone."""
-        raise TypeError(f"{type(self).__name__} does not define draw")
+        """What to do to the images of one iteration. It must depend on the generator and the moment alone.
+
+        Args:
+            generator: CPU generator.
+            moment: when, and for which images: their number and size.
+
+        Raises:
+            SpdfqError: an argument of another type.
+        """
+        raise ComponentError(f"{type(self).__name__} does not define draw")
+
+
+def check_draw(generator: torch.Generator, moment: Moment) -> None:
+    """Refuse what is not a CPU generator and a moment."""
+    check_generator(generator)
+    if not isinstance(moment, Moment):
+        raise SpdfqError(f"moment must be Moment(count=B, size=(C, h, w), ...), got {type(moment).__name__}")
 
 
 def _shifts(_: object, __: object, value: int | tuple[int, ...]) -> None:
@@ -50,8 +88,9 @@ class Jitter(Augmentation):
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Move:
         """The movement of one iteration."""
+        check_draw(generator, moment)
         largest = self.largest_shift(moment)
-        down, right = torch.randint(-largest, largest + 1, (2,), generator=generator).tolist()
+        down, right = torch.randint(-largest, largest + 1, (2,), generator=generator, device="cpu").tolist()
         return Move(shift=(down, down if self.shared_axes else right))
 
     def largest_shift(self, moment: Moment) -> int:
@@ -76,7 +115,8 @@ class Flip(Augmentation):
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Move:
         """The movement of one iteration."""
-        drawn = torch.rand(moment.count if self.per_image else 1, generator=generator) < self.probability
+        check_draw(generator, moment)
+        drawn = uniform(generator, moment.count if self.per_image else 1) < self.probability
         return Move(flip=tuple(drawn.tolist()) if self.per_image else bool(drawn))
 
 
@@ -100,11 +140,12 @@ class RandomResizedCrop(Augmentation):
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Crop:
         """The boxes of one iteration."""
-        area, aspect, down, right = torch.rand(4, moment.count, generator=generator)
+        check_draw(generator, moment)
+        area, aspect, down, right = uniform(generator, 4, moment.count)
         area = self.smallest + (1 - self.smallest) * area
         stretched = self.stretch ** (aspect - 0.5)  # factor of one side; the aspect changes by its square
         stretched = stretched.clamp(area.sqrt(), area.rsqrt())
-        full = rearrange(torch.tensor(moment.size[1:]), "side -> side 1")
+        full = rearrange(torch.tensor(moment.size[1:], device="cpu"), "side -> side 1")
         sides = full * torch.stack([area.sqrt() * stretched, area.sqrt() / stretched])
         sides = torch.minimum(sides.round().clamp(min=1), full).long()
         corner = (torch.stack([down, right]) * (full - sides + 1)).long().clamp(max=full - sides)

@@ -8,7 +8,8 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from spdfq.errors import DataError
+from spdfq.errors import ComponentError, DataError
+from spdfq.recipe.structure import Checked
 from spdfq.runtime import Runtime
 from spdfq.runtime.files import read_tensors, write_tensors
 from spdfq.teacher import Teacher
@@ -30,17 +31,17 @@ class SyntheticImages:
         prior: ``[m, blocks, h, w]`` attention priors of the first images' first head; empty if there are none.
         reached: the attention that was reached, of the same shape.
         first_block: index of the first block of ``prior``.
-        damaged: names of real images that were drawn but could not be read.
+        damaged: real images that were drawn but could not be read, with reasons.
     """
 
     images: Tensor
-    boxes: Tensor = field(factory=lambda: torch.zeros(0, 4, dtype=torch.long))
-    owners: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.long))
-    labels: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.long))
-    curves: Tensor = field(factory=lambda: torch.zeros(0, 0, 0))
+    boxes: Tensor = field(factory=lambda: torch.zeros(0, 4, dtype=torch.long, device="cpu"))
+    owners: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.long, device="cpu"))
+    labels: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.long, device="cpu"))
+    curves: Tensor = field(factory=lambda: torch.zeros(0, 0, 0, dtype=torch.float32, device="cpu"))
     columns: tuple[str, ...] = ()
-    prior: Tensor = field(factory=lambda: torch.zeros(0))
-    reached: Tensor = field(factory=lambda: torch.zeros(0))
+    prior: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
+    reached: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
     first_block: int = 0
     damaged: tuple[str, ...] = ()
 
@@ -72,7 +73,7 @@ class SyntheticImages:
 
 
 @define(kw_only=True)
-class Source:
+class Source(Checked):
     """Base class of image sources. A subclass defines `synthesize`.
 
     Args:
@@ -102,4 +103,4 @@ class Source:
             runtime: device, precision, seeds and progress.
             folder: where unfinished work is stored and continued; nothing is stored without it.
         """
-        raise TypeError(f"{type(self).__name__} does not define synthesize")
+        raise ComponentError(f"{type(self).__name__} does not define synthesize")

@@ -3,17 +3,19 @@
 from typing import Literal
 
 import torch
-from attrs import frozen
+from attrs import field, frozen, validators
 from einops import rearrange
 from torch import Tensor
 
 from spdfq.errors import SpdfqError
 from spdfq.losses.frequency import frequency_split
+from spdfq.recipe.structure import Checked
+from spdfq.runtime.arguments import check_tensor
 from spdfq.synth.crops import CropPlan
 
 
 @frozen(kw_only=True)
-class Moment:
+class Moment(Checked):
     """When an augmentation is drawn, and for which images.
 
     Args:
@@ -21,12 +23,19 @@ class Moment:
         iterations: number of iterations of the whole run.
         count: B, number of images.
         size: ``(C, h, w)`` of an image.
+
+    Raises:
+        SpdfqError: a number out of range, or an iteration that is not one of ``iterations``.
     """
 
-    iteration: int = 0
-    iterations: int = 1
-    count: int = 1
+    iteration: int = field(default=0, validator=validators.ge(0))
+    iterations: int = field(default=1, validator=validators.ge(1))
+    count: int = field(default=1, validator=validators.ge(1))
     size: tuple[int, int, int] = (3, 224, 224)
+
+    def __attrs_post_init__(self) -> None:
+        if self.iteration >= self.iterations:
+            raise ValueError(f"iteration is {self.iteration}, but there are {self.iterations}; give iterations too")
 
     def stage(self, stages: int) -> int:
         """Index of the current stage if the run is divided into this many stages of equal length."""
@@ -34,11 +43,15 @@ class Moment:
 
 
 @frozen
-class Change:
+class Change(Checked):
     """Base class of what an augmentation drew. The base class itself changes nothing."""
 
     def apply(self, images: Tensor) -> Tensor:
-        """The changed images ``[B, C, h, w]``, differentiable."""
+        """The changed images ``[B, C, h, w]``, differentiable.
+
+        Raises:
+            SpdfqError: images of another shape, or another number of them than the change was drawn for.
+        """
         return images
 
     def follow(self, maps: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:
@@ -69,6 +82,7 @@ class Move(Change):
 
     def apply(self, images: Tensor) -> Tensor:
         """The moved images ``[B, C, h, w]``."""
+        _check_images(images, None if isinstance(self.flip, bool) else len(self.flip))
         images = self._mirrored(images)
         return images if self.shift == (0, 0) else images.roll(self.shift, (-2, -1))
 
@@ -87,7 +101,7 @@ class Move(Change):
     def _mirrored(self, x: Tensor) -> Tensor:
         if isinstance(self.flip, bool):
             return x.flip(-1) if self.flip else x
-        chosen = rearrange(torch.tensor(self.flip), "b -> b 1 1 1").to(x.device)
+        chosen = rearrange(torch.tensor(self.flip, device=x.device), "b -> b 1 1 1")
         return torch.where(chosen, x.flip(-1), x)
 
 
@@ -105,6 +119,9 @@ class Affine(Change):
 
     def apply(self, images: Tensor) -> Tensor:
         """The changed images ``[B, C, h, w]``."""
+        _check_images(images, len(self.scale))
+        if self.scale.shape != images.shape[:2]:
+            raise SpdfqError(f"this change was drawn for {self.scale.shape[1]} channels, not for {images.shape[1]}")
         scale, offset = (rearrange(part, "b c -> b c 1 1").to(images) for part in (self.scale, self.offset))
         return images * scale + offset
 
@@ -121,8 +138,11 @@ class Crop(Change):
 
     def apply(self, images: Tensor) -> Tensor:
         """The boxes, resized bilinearly to ``[B, C, h, w]``."""
-        no_labels = torch.zeros(len(self.boxes), dtype=torch.long)
-        plan = CropPlan(boxes=self.boxes, owners=torch.arange(len(self.boxes)), labels=no_labels)
+        _check_images(images, len(self.boxes))
+        no_labels = self.boxes.new_zeros(len(self.boxes))
+        plan = CropPlan(
+            boxes=self.boxes, owners=torch.arange(len(self.boxes), device=self.boxes.device), labels=no_labels
+        )
         return plan.views(images, (images.shape[-2], images.shape[-1]))
 
     def follow(self, maps: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:
@@ -146,6 +166,13 @@ class Frequencies(Change):
         """The filtered images ``[B, C, h, w]``."""
         low, high = frequency_split(images, self.radius)
         return (low if self.keep == "low" else high + images.mean((-2, -1), keepdim=True)).to(images.dtype)
+
+
+def _check_images(images: Tensor, count: int | None) -> None:
+    """Refuse images of another shape or number than a change was drawn for; ``None`` fits any number."""
+    check_tensor("images", images, "B, C, h, w")
+    if count is not None and len(images) != count:
+        raise SpdfqError(f"this change was drawn for {count} images, not for {len(images)}; give Moment their count")
 
 
 def apply_all(changes: tuple[Change, ...], images: Tensor) -> Tensor:

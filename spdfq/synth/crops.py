@@ -5,11 +5,15 @@ from attrs import define, field
 from einops import rearrange
 from torch import Tensor
 
+from spdfq.errors import SpdfqError
+from spdfq.recipe.structure import Checked
+from spdfq.runtime.arguments import check_size, check_tensor, check_whole
+
 Size = tuple[int, int]
 
 
 @define(eq=False, kw_only=True)
-class CropPlan:
+class CropPlan(Checked):
     """Where the labelled crops of a group of images lie.
 
     Args:
@@ -18,6 +22,9 @@ class CropPlan:
         labels: ``[crops]`` class of each crop.
         every: interval, in iterations, at which the teacher sees the crops; 0 means never.
         redraw: interval, in iterations, at which the boxes are drawn again; 0 means never.
+
+    Raises:
+        SpdfqError: tensors of another shape, or of different lengths.
     """
 
     boxes: Tensor
@@ -26,6 +33,16 @@ class CropPlan:
     every: int = 1
     redraw: int = 0
     _matrices: dict = field(factory=dict, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        check_tensor("owners", self.owners, "crops")
+        check_tensor("labels", self.labels, "crops")
+        if self.owners.dtype != torch.long or self.labels.dtype != torch.long:
+            raise SpdfqError(f"owners and labels must be int64, got {self.owners.dtype} and {self.labels.dtype}")
+        lengths = len(self.owners), len(self.labels)
+        if self.boxes.shape != (lengths[0], 4) or len(set(lengths)) > 1:
+            found = f"{list(self.boxes.shape)}, {lengths[0]} owners and {lengths[1]} labels"
+            raise SpdfqError(f"boxes must be [crops, 4], with an owner and a label for each crop, got {found}")
 
     def due(self, iteration: int) -> bool:
         """Whether the teacher sees the crops in this iteration."""
@@ -41,21 +58,52 @@ class CropPlan:
         Returns:
             ``[crops, C, *size]``, equal to `torch.nn.functional.interpolate` of each box. Pixels outside a box have a
             weight of exactly zero.
+
+        Raises:
+            SpdfqError: images of another shape, fewer images than the plan has, or a box that is empty or outside the
+                images.
         """
+        check_tensor("images", images, "B, C, H, W")
+        check_size("size", size)
         owners, rows, columns = self._resize_to(images, size)
         # index_select instead of images[owners]: faster, and its gradient is summed in a fixed order
         return rows @ images.index_select(0, owners) @ columns.mT
 
-    def label_mask(self, count: int, classes: int) -> Tensor:
-        """``[count, classes]`` boolean: which classes each image shows."""
-        mask = torch.zeros(count, classes, dtype=torch.bool)
-        mask[self.owners, self.labels] = True
-        return mask
+    def view_classes(self, count: int) -> list[list[int]]:
+        """The classes of each view, for `Target.sample`: of the images first, then of the crops.
+
+        Args:
+            count: B, number of images. An image shows the classes of all its crops.
+        """
+        self._check_owners(count)
+        pairs = list(zip(self.owners.tolist(), self.labels.tolist(), strict=True))
+        whole = [sorted({label for owner, label in pairs if owner == image}) for image in range(count)]
+        return whole + [[label] for _, label in pairs]
+
+    def view_weights(self, count: int) -> Tensor:
+        """``[B+M]`` the weight of each view in label losses: 1/B for an image, 1/(B m) for each of its m crops.
+
+        Args:
+            count: B, number of images.
+        """
+        self._check_owners(count)
+        crops = torch.bincount(self.owners, minlength=count)[self.owners]
+        return torch.cat([torch.ones(count, dtype=torch.float32, device="cpu"), 1 / crops.float()]) / count
+
+    def _check_owners(self, count: int) -> None:
+        check_whole("count", count, 1)
+        if len(self.owners) and not 0 <= int(self.owners.min()) <= int(self.owners.max()) < count:
+            raise SpdfqError(f"there are {count} images, but the plan has a crop of image {int(self.owners.max())}")
 
     def _resize_to(self, images: Tensor, size: Size) -> tuple[Tensor, Tensor, Tensor]:
         """Owners, and the matrices that resize rows and columns; computed once for each kind of image."""
         key = (tuple(images.shape[-2:]), size, images.device, images.dtype)
         if key not in self._matrices:
+            self._check_owners(len(images))
+            start, sides, (full_height, full_width) = self.boxes[:, :2], self.boxes[:, 2:], images.shape[-2:]
+            beyond = start + sides > torch.tensor([full_height, full_width], device=start.device)
+            if bool(((start < 0) | (sides < 1) | beyond).any()):
+                raise SpdfqError(f"a box of the plan is empty or outside the images of {full_height}x{full_width}")
             top, left, height, width = self.boxes.T
             exact = torch.promote_types(images.dtype, torch.float32)
             rows = _resize_matrices(top.to(exact), height.to(exact), images.shape[-2], size[0])
@@ -68,11 +116,12 @@ def _resize_matrices(start: Tensor, length: Tensor, full: int, size: int) -> Ten
     """``[crops, 1, size, full]``: bilinear weights of each output row over the input rows of a box."""
     start, length = rearrange(start, "crops -> crops 1"), rearrange(length, "crops -> crops 1")
     # `interpolate` rounds the scale, then rounds again after a fused multiply-add; exact weights differ by 1e-5
-    source = ((length / size).double() * (torch.arange(size) + 0.5) - 0.5).to(length.dtype).clamp(min=0)
+    centres = torch.arange(size, dtype=torch.float64, device=length.device) + 0.5
+    source = ((length / size).double() * centres - 0.5).to(length.dtype).clamp(min=0)
     source = torch.minimum(source, length - 1)
     below = source.floor()
     above = torch.minimum(below + 1, length - 1)
-    weights = torch.zeros(len(start), size, full, dtype=length.dtype)
+    weights = torch.zeros(len(start), size, full, dtype=length.dtype, device=length.device)
     weights.scatter_add_(2, (start + below).long().unsqueeze(2), (1 - (source - below)).unsqueeze(2))
     weights.scatter_add_(2, (start + above).long().unsqueeze(2), (source - below).unsqueeze(2))
     return rearrange(weights, "crops size full -> crops 1 size full")

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from spdfq.attention import AttentionRecord
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.losses.base import Loss, LossInputs
-from spdfq.runtime import Advance, Runtime
+from spdfq.runtime import Advance, Draws, Runtime
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.changes import Change, Moment, apply_all, follow_all
 from spdfq.synth.crops import CropPlan
@@ -19,6 +18,7 @@ from spdfq.synth.group_state import GroupState, LossWeights
 from spdfq.synth.settings import LOOP_COLUMNS, SynthesisSettings
 from spdfq.synth.sources import noise
 from spdfq.synth.student_training import Student, StudentFactory, StudentTrainer
+from spdfq.synth.targets import label_mask
 from spdfq.teacher import Teacher
 
 # interval in iterations; reading losses back makes an accelerator wait
@@ -55,14 +55,14 @@ class Group:
         self.spec, self.teacher, self.runtime, self.index, self.count = spec, teacher, runtime, index, count
         self.size: tuple[int, int] = teacher.input_size[1:]
         self.columns = (*spec.losses, *LOOP_COLUMNS)
-        self.kept: dict[Any, Any] = {}
+        self.draws = Draws(runtime.seed, index)
         self.redraws = 0
         self.plan: CropPlan = spec.sampler.sample(count, self.size, teacher.num_classes, self.generator("sampler"))
         self.labels: Tensor | None = None
         self.targets: Tensor | None = None
         if spec.target.gives_labels and not teacher.headless:
             self.labels, self.targets = self._labels_and_targets()
-        self.view_weights = self._view_weights()
+        self.view_weights = self.plan.view_weights(count).to(runtime.device)
         self.state = self._new_state()
         self.passes = ForwardPasses(teacher, runtime, count, new_pruner(spec.pruning, teacher, count))
         self.trainer = StudentTrainer(spec.student, _required(student)) if spec.student else None
@@ -71,7 +71,7 @@ class Group:
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """A fresh generator for a purpose of this group."""
-        return self.runtime.generator("group", self.index, *purpose)
+        return self.draws.generator(*purpose)
 
     def run(self, advance: Advance, folder: Path | None = None) -> SyntheticImages:
         """Run the iterations that remain, and return the result.
@@ -127,22 +127,14 @@ class Group:
     def _new_state(self) -> GroupState:
         drawn = noise(self.count, self.teacher, self.generator("noise")).to(self.runtime.device)
         images = self.spec.optimizer.start(drawn).requires_grad_()
-        curve = torch.zeros(self.spec.iterations, len(self.columns), device=images.device)
+        curve = torch.zeros(self.spec.iterations, len(self.columns), device=images.device, dtype=torch.float32)
         return GroupState(images, self.spec.optimizer.build(images), LossWeights(self.spec.losses), curve)
 
     def _labels_and_targets(self) -> tuple[Tensor, Tensor]:
         """Labels and targets ``[B+M, K]`` of the images and then of the crops."""
-        classes = self.teacher.num_classes
-        whole = self.plan.label_mask(self.count, classes)
-        crops = torch.nn.functional.one_hot(self.plan.labels, classes).bool()
-        mask = torch.cat([whole, crops])
-        shown = [row.nonzero().flatten() for row in mask]
+        classes, shown = self.teacher.num_classes, self.plan.view_classes(self.count)
         targets = self.spec.target.sample(shown, classes, self.generator("target"))
-        return mask.to(self.runtime.device), targets.to(self.runtime.device)
-
-    def _view_weights(self) -> Tensor:
-        crops = torch.bincount(self.plan.owners, minlength=self.count)[self.plan.owners]
-        return (torch.cat([torch.ones(self.count), 1 / crops]) / self.count).to(self.runtime.device)
+        return label_mask(shown, classes).to(self.runtime.device), targets.to(self.runtime.device)
 
     def _forward(self, iteration: int) -> LossInputs:
         """Pass the augmented images through the teacher and the student, and the crops through the teacher if due."""
@@ -204,8 +196,7 @@ class Group:
             forward=self.passes.logits,
             follow=lambda maps: follow_all(changes, maps, self.size),
             tokens=tokens,
-            generator=self.generator,
-            kept=self.kept,
+            draws=self.draws,
         )
 
     def _changes(self, iteration: int) -> tuple[Change, ...]:

@@ -1,14 +1,13 @@
 """The source of optimised images: it checks the teacher, runs the groups and joins their results."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from attrs import define
 
 from spdfq.attention import AttentionRecord, record_attention
 from spdfq.errors import RecipeError, SpdfqError
-from spdfq.registry import Registry, augmentations, losses, samplers, sources
+from spdfq.registry import augmentations, losses, samplers, sources
 from spdfq.runtime import Advance, Runtime
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.group import Group
@@ -29,7 +28,7 @@ class OptimizedImages(SynthesisSettings):
         lines = []
         if self.pruning and (late := [at for at in self.pruning.at if at >= self.iterations]):
             lines.append(f"pruning.at: {late} is never reached in {self.iterations} iterations; lower it")
-        sampler = _name(samplers, self.sampler)
+        sampler = samplers.label(self.sampler)
         if self.sampler.needs_classes and not self.target.gives_labels:
             lines.append(f"{sampler} crops have no use without labels; set sampler = 'whole_image'")
         elif self.sampler.several_classes and not self.target.soft:
@@ -88,7 +87,7 @@ class OptimizedImages(SynthesisSettings):
             raise RecipeError(problems)
 
     def _check_followable(self) -> None:
-        names = sorted({_name(augmentations, each) for each in self.augmentations if not each.followable})
+        names = sorted({augmentations.label(each) for each in self.augmentations if not each.followable})
         if names:
             raise RecipeError(
                 [
@@ -139,14 +138,6 @@ class OptimizedImages(SynthesisSettings):
             others = [index for index in range(len(starts)) if index not in parts]
             parts |= {index: run(index, lambda *_, **__: None) for index in others}
         return _joined([parts[index] for index in range(len(starts))])
-
-
-def _name(kind: Registry, component: Any) -> str:
-    """The registered name of a component; the name of its class if it is not registered."""
-    try:
-        return kind.name_of(type(component))
-    except SpdfqError:
-        return type(component).__name__
 
 
 def _joined(parts: list[SyntheticImages]) -> SyntheticImages:

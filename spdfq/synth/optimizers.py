@@ -7,7 +7,10 @@ import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
+from spdfq.errors import ComponentError, SpdfqError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import optimizers
+from spdfq.runtime.arguments import check_tensor
 
 LEARNING_RATE = (validators.gt(0.0), validators.lt(math.inf))
 
@@ -17,8 +20,15 @@ def _betas(_: Any, __: Any, value: tuple[float, float]) -> None:
         raise ValueError(f"each must be at least 0 and below 1, got {list(value)}")
 
 
+def check_pixels(images: Tensor) -> None:
+    """Refuse what an optimizer cannot change, or would leave as it is."""
+    check_tensor("images", images, "B, C, H, W")
+    if not images.is_leaf or not images.requires_grad:
+        raise SpdfqError("images must be a leaf that requires a gradient; give images.detach().requires_grad_()")
+
+
 @frozen(kw_only=True)
-class Optimizer:
+class Optimizer(Checked):
     """Base class of optimizers. A subclass defines `build`.
 
     Args:
@@ -32,8 +42,15 @@ class Optimizer:
         return noise
 
     def build(self, images: Tensor) -> torch.optim.Optimizer:
-        """A torch optimizer of one tensor. The loop sets its learning rate before each step."""
-        raise TypeError(f"{type(self).__name__} does not define build")
+        """A torch optimizer of one tensor. The loop sets its learning rate before each step.
+
+        Args:
+            images: ``[B, C, H, W]``, a leaf that requires a gradient.
+
+        Raises:
+            SpdfqError: anything else; its pixels would never change.
+        """
+        raise ComponentError(f"{type(self).__name__} does not define build")
 
 
 @optimizers.register("adam", paper="arXiv:1412.6980")
@@ -50,6 +67,7 @@ class Adam(Optimizer):
 
     def build(self, images: Tensor) -> torch.optim.Optimizer:
         """A torch optimizer of one tensor."""
+        check_pixels(images)
         return torch.optim.Adam([images], lr=self.lr, betas=self.betas, foreach=False)
 
 
@@ -70,4 +88,5 @@ class AdamW(Optimizer):
 
     def build(self, images: Tensor) -> torch.optim.Optimizer:
         """A torch optimizer of one tensor."""
+        check_pixels(images)
         return torch.optim.AdamW([images], lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, foreach=False)

@@ -6,7 +6,8 @@ import torch
 from attrs import field, frozen, validators
 
 from spdfq.registry import augmentations
-from spdfq.synth.augmentations import Augmentation
+from spdfq.runtime.runtime import normal, uniform
+from spdfq.synth.augmentations import Augmentation, check_draw
 from spdfq.synth.changes import Affine, Change, Frequencies, Moment
 
 _NOT_NEGATIVE = (validators.ge(0.0), validators.lt(10.0))
@@ -25,8 +26,9 @@ class ChannelOffset(Augmentation):
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Affine:
         """The offsets of one iteration."""
+        check_draw(generator, moment)
         left = 1 - moment.iteration / moment.iterations
-        drawn = torch.randn(moment.count, moment.size[0], generator=generator)
+        drawn = normal(generator, moment.count, moment.size[0])
         return Affine(scale=torch.ones_like(drawn), offset=self.std * left * drawn)
 
 
@@ -45,7 +47,8 @@ class ColorJitter(Augmentation):
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Affine:
         """The shifts and scales of one iteration."""
-        m, s = 2 * torch.rand(2, moment.count, moment.size[0], generator=generator) - 1
+        check_draw(generator, moment)
+        m, s = 2 * uniform(generator, 2, moment.count, moment.size[0]) - 1
         scale = (-self.std * s).exp()
         return Affine(scale=scale, offset=-self.mean * m * scale)
 
@@ -59,7 +62,8 @@ class _FrequencyFilter(Augmentation):
 
     def draw(self, generator: torch.Generator, moment: Moment) -> Change:
         """The filter, or a change that does nothing."""
-        filters = bool(torch.rand((), generator=generator) < self.probability)
+        check_draw(generator, moment)
+        filters = bool(uniform(generator) < self.probability)
         return Frequencies(radius=self.radius, keep=self.keep) if filters else Change()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spdfq.attention import AttentionRecord, prefix_tokens, record_attention
 from spdfq.errors import DataError, SpdfqError
+from spdfq.recipe.structure import Checked
 from spdfq.runtime.shared_modules import own_hooks
 from spdfq.synth.changes import Change, follow_all
 from spdfq.synth.sources import noise
@@ -27,7 +28,7 @@ def _ascending(_: Any, __: Any, value: tuple[int, ...]) -> None:
 
 
 @frozen(kw_only=True)
-class TokenPruning:
+class TokenPruning(Checked):
     """Leave out the patches that the class token attends to least (Sparse Model Inversion, arXiv 2510.27186).
 
     The teacher's blocks no longer see these patches, so an iteration costs less and no loss of the model reaches their

@@ -1,13 +1,16 @@
 """Samplers: which classes an image shows, and where (multi-semantic reinforcement, arXiv 2412.16553, section 3.3)."""
 
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from attrs import evolve, field, frozen, validators
 from torch import Tensor
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import ComponentError, SpdfqError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import samplers
+from spdfq.runtime.arguments import check_generator, check_size, check_whole
+from spdfq.runtime.runtime import uniform
 from spdfq.synth.crops import CropPlan
 
 Box = tuple[int, int, int, int]
@@ -17,7 +20,7 @@ SMALLEST_SIDE = 4
 
 
 @frozen
-class Sampler:
+class Sampler(Checked):
     """Base class of samplers.
 
     A subclass defines `sample`. It also defines `redrawn` if its plans set ``CropPlan.redraw``.
@@ -37,23 +40,37 @@ class Sampler:
             size: height and width of the images in pixels.
             num_classes: number of classes to draw from; 0 if the teacher has no head.
             generator: CPU generator. The plan must depend on the arguments and on nothing else.
+
+        Raises:
+            SpdfqError: an argument of another type or out of range.
         """
-        raise TypeError(f"{type(self).__name__} does not define sample")
+        raise ComponentError(f"{type(self).__name__} does not define sample")
 
     def redrawn(self, plan: CropPlan, size: tuple[int, int], generator: torch.Generator) -> CropPlan:
         """The same plan with other boxes. The number of crops of each image and their classes must stay."""
-        raise TypeError(f"{type(self).__name__} does not define redrawn")
+        raise ComponentError(f"{type(self).__name__} does not define redrawn")
+
+
+def _check(count: int, size: tuple[int, int], generator: torch.Generator) -> None:
+    check_whole("count", count, 1)
+    check_size("size", size)
+    check_generator(generator)
 
 
 def draw_labels(count: int, num_classes: int, classes: ClassDraw, generator: torch.Generator) -> Tensor:
     """Draw ``[count]`` class indices.
 
     ``random`` draws each one independently. ``balanced`` draws every class once before it draws any class again.
+
+    Raises:
+        SpdfqError: there are no classes.
     """
+    check_whole("num_classes", num_classes, 1)
     if classes == "random":
-        return torch.randint(num_classes, (count,), generator=generator)
-    rounds = [torch.randperm(num_classes, generator=generator) for _ in range(-(-count // num_classes))]
-    return torch.cat(rounds)[:count]
+        return torch.randint(num_classes, (count,), generator=generator, device="cpu")
+    rounds = range(-(-count // num_classes))
+    drawn = [torch.randperm(num_classes, generator=generator, device="cpu") for _ in rounds]
+    return torch.cat(drawn)[:count]
 
 
 @samplers.register("whole_image")
@@ -68,16 +85,18 @@ class WholeImageSampler(Sampler):
 
     needs_classes: ClassVar[bool] = False
 
-    classes: ClassDraw = field(default="random", validator=validators.in_(get_args(ClassDraw)), kw_only=True)
+    classes: ClassDraw = field(default="random", kw_only=True)
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """A plan with one crop, the whole image, for each image; an empty plan if there are no classes."""
+        _check(count, size, generator)
+        check_whole("num_classes", num_classes, 0)
         if not num_classes:
-            nothing = torch.zeros(0, dtype=torch.long)
-            return CropPlan(boxes=torch.zeros(0, 4, dtype=torch.long), owners=nothing, labels=nothing, every=0)
-        boxes = torch.tensor([[0, 0, *size]]).repeat(count, 1)
+            nothing = torch.zeros(0, dtype=torch.long, device="cpu")
+            return CropPlan(boxes=nothing.reshape(0, 4), owners=nothing, labels=nothing, every=0)
+        boxes = torch.tensor([[0, 0, *size]], device="cpu").repeat(count, 1)
         labels = draw_labels(count, num_classes, self.classes, generator)
-        return CropPlan(boxes=boxes, owners=torch.arange(count), labels=labels, every=0)
+        return CropPlan(boxes=boxes, owners=torch.arange(count, device="cpu"), labels=labels, every=0)
 
 
 @samplers.register("multi_semantic", paper="arXiv:2412.16553")
@@ -100,30 +119,31 @@ class MultiSemanticSampler(Sampler):
     several_classes: ClassVar[bool] = True
 
     max_patches: int = field(default=4, validator=[validators.ge(1), validators.le(4)])
-    layout: CropLayout = field(default="cells", validator=validators.in_(get_args(CropLayout)), kw_only=True)
+    layout: CropLayout = field(default="cells", kw_only=True)
     jitter: float = field(default=0.1, validator=[validators.ge(0.0), validators.le(0.3)], kw_only=True)
     every: int = field(default=1, validator=validators.ge(1), kw_only=True)
     redraw: int = field(default=0, validator=validators.ge(0), kw_only=True)
-    classes: ClassDraw = field(default="random", validator=validators.in_(get_args(ClassDraw)), kw_only=True)
+    classes: ClassDraw = field(default="random", kw_only=True)
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """Draw the crops of a group; see `Sampler.sample`.
 
         Raises:
-            SpdfqError: the images are too small to be cut twice along each axis.
+            SpdfqError: the images are too small to be cut twice along each axis, or there are no classes.
         """
+        _check(count, size, generator)
         if min(size) < SMALLEST_SIDE:
             raise SpdfqError(f"sampler multi_semantic: images of {size[0]}x{size[1]} are too small; use whole_image")
         boxes: list[Box] = []
         owners: list[int] = []
         for image in range(count):
-            crops = int(torch.randint(1, self.max_patches + 1, (), generator=generator))
+            crops = int(torch.randint(1, self.max_patches + 1, (), generator=generator, device="cpu"))
             boxes += self._boxes(crops, size, generator)
             owners += [image] * crops
         labels = draw_labels(len(boxes), num_classes, self.classes, generator)
         return CropPlan(
-            boxes=torch.tensor(boxes),
-            owners=torch.tensor(owners),
+            boxes=torch.tensor(boxes, device="cpu"),
+            owners=torch.tensor(owners, device="cpu"),
             labels=labels,
             every=self.every,
             redraw=self.redraw,
@@ -131,9 +151,11 @@ class MultiSemanticSampler(Sampler):
 
     def redrawn(self, plan: CropPlan, size: tuple[int, int], generator: torch.Generator) -> CropPlan:
         """The same plan with other boxes; see `Sampler.redrawn`."""
+        check_size("size", size)
+        check_generator(generator)
         counts = torch.bincount(plan.owners).tolist()
         boxes = [box for crops in counts for box in self._boxes(crops, size, generator)]
-        return evolve(plan, boxes=torch.tensor(boxes))
+        return evolve(plan, boxes=torch.tensor(boxes, device="cpu"))
 
     def _boxes(self, crops: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
         draw = self._cells if self.layout == "cells" else self._parts
@@ -143,7 +165,7 @@ class MultiSemanticSampler(Sampler):
         """Some cells of a 2×2 grid."""
         y, x = (self._cut(side, generator) for side in size)
         cells = [(0, 0, y, x), (0, x, y, size[1] - x), (y, 0, size[0] - y, x), (y, x, size[0] - y, size[1] - x)]
-        order = torch.randperm(4, generator=generator)[:crops].tolist()
+        order = torch.randperm(4, generator=generator, device="cpu")[:crops].tolist()
         return [cells[index] for index in sorted(order)]
 
     def _parts(self, crops: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
@@ -157,7 +179,7 @@ class MultiSemanticSampler(Sampler):
     def _halves(self, box: Box, generator: torch.Generator) -> list[Box]:
         """A box cut across its longer side; a square is cut either way."""
         top, left, height, width = box
-        cut_rows = height > width or (height == width and bool(torch.rand((), generator=generator) < 0.5))
+        cut_rows = height > width or (height == width and bool(uniform(generator) < 0.5))
         cut = self._cut(height if cut_rows else width, generator)
         if cut_rows:
             return [(top, left, cut, width), (top + cut, left, height - cut, width)]
@@ -165,5 +187,5 @@ class MultiSemanticSampler(Sampler):
 
     def _cut(self, side: int, generator: torch.Generator) -> int:
         """Where to cut a side: near its middle, and never at its ends."""
-        offset = (2 * float(torch.rand((), generator=generator)) - 1) * self.jitter
+        offset = (2 * float(uniform(generator)) - 1) * self.jitter
         return min(max(round(side * (0.5 + offset)), 1), side - 1)

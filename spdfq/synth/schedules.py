@@ -4,20 +4,37 @@ import math
 
 from attrs import field, frozen, validators
 
+from spdfq.errors import ComponentError, SpdfqError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import schedules
+from spdfq.runtime.arguments import check_whole
 
 
 @frozen(kw_only=True)
-class Schedule:
+class Schedule(Checked):
     """Base class of schedules. A subclass defines `factor`."""
 
     def factor(self, iteration: int, iterations: int) -> float:
-        """Factor of the learning rate in an iteration, 0 to 1."""
-        raise TypeError(f"{type(self).__name__} does not define factor")
+        """Factor of the learning rate in an iteration, 0 to 1.
+
+        Args:
+            iteration: counted from 0.
+            iterations: number of iterations of the run.
+
+        Raises:
+            SpdfqError: there is no such iteration.
+        """
+        raise ComponentError(f"{type(self).__name__} does not define factor")
 
     def restarts(self, iteration: int, iterations: int) -> bool:
         """Whether the optimizer forgets its moments before this iteration."""
         return False
+
+
+def _check(iteration: int, iterations: int) -> None:
+    check_whole("iteration", iteration, 0)
+    if iteration >= iterations:
+        raise SpdfqError(f"iteration is {iteration}, but there are {iterations}")
 
 
 @schedules.register("constant")
@@ -27,6 +44,7 @@ class Constant(Schedule):
 
     def factor(self, iteration: int, iterations: int) -> float:
         """Always 1."""
+        _check(iteration, iterations)
         return 1.0
 
 
@@ -47,6 +65,7 @@ class WarmupCosine(Schedule):
 
     def factor(self, iteration: int, iterations: int) -> float:
         """Factor of the learning rate, taken in the middle of the iteration."""
+        _check(iteration, iterations)
         done = (iteration + 0.5) * self.rounds / iterations % 1
         if done < self.warmup:
             return done / self.warmup

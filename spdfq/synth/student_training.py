@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from spdfq.errors import DataError, SpdfqError
 from spdfq.losses.teacher_student import teacher_student_discrepancy
+from spdfq.recipe.structure import Checked
 from spdfq.synth.group_state import strip_prefix
 
 _WEIGHTS, _MOMENTS = "state.", "optimizer."
 
 
 @frozen(kw_only=True)
-class StudentTraining:
+class StudentTraining(Checked):
     """How the quantized student of an adversarial synthesis is trained (PSAQ-ViT V2, arXiv 2209.05687).
 
     The recipe's ``[quantization]`` decides which tensors of the student are quantized. Its steps run until every
@@ -45,6 +46,9 @@ class Student(Protocol):
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters that may be trained, by name."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that training or calibration change, by name and not copied."""
 
     def calibrate(self, images: Tensor) -> None:
         """Choose all ranges again, on images ``[B, C, h, w]``."""
@@ -132,7 +136,7 @@ class StudentTrainer:
         if self._student is None or self._optimizer is None:
             return self._stored
         # cloned, because tied parameters share one storage, which a file refuses to store under two names
-        state = {f"{_WEIGHTS}{name}": value.clone() for name, value in self._student.network.state_dict().items()}
+        state = {f"{_WEIGHTS}{name}": value.clone() for name, value in self._student.tensors().items()}
         moments = {
             f"{_MOMENTS}{name}.{key}": value
             for name, weight in self._student.weights().items()
@@ -154,11 +158,13 @@ class StudentTrainer:
         if not self._stored:
             return
         stored = strip_prefix(_WEIGHTS, self._stored)
-        own = student.network.state_dict()
+        own = student.tensors()
         wrong = [name for name in own.keys() | stored.keys() if _shape(own, name) != _shape(stored, name)]
         if wrong:
             raise DataError(f"the student of an interrupted run has another {min(wrong)}; use --fresh")
-        student.network.load_state_dict(stored)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(stored[name])
         moments = strip_prefix(_MOMENTS, self._stored)
         for name, weight in student.weights().items():
             optimizer.state[weight] = {

@@ -1,14 +1,17 @@
 """Targets: the distributions that the teacher's outputs are pulled towards."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import ComponentError, SpdfqError
+from spdfq.recipe.structure import Checked
 from spdfq.registry import targets
+from spdfq.runtime.arguments import check_generator, check_whole
+from spdfq.runtime.runtime import normal, uniform
 
 Elsewhere = Literal["normal", "uniform", "zero"]
 # the softmax of larger logits is one-hot in float32 anyway
@@ -16,7 +19,7 @@ _LOGIT = (validators.ge(-1e4), validators.le(1e4))
 
 
 @frozen
-class Target:
+class Target(Checked):
     """Base class of targets. A subclass defines `sample`, or sets ``gives_labels`` to false."""
 
     gives_labels: ClassVar[bool] = True
@@ -29,7 +32,8 @@ class Target:
         """Draw a distribution for each view.
 
         Args:
-            labels: the classes that each of B views shows: a class index, or a sequence of class indices.
+            labels: the classes that each of B views shows: a class index, or a sequence of class indices; for example
+                ``plan.view_classes(count)`` of a `CropPlan`.
             num_classes: K.
             generator: CPU generator. The result must depend on the arguments and on nothing else.
 
@@ -39,7 +43,7 @@ class Target:
         Raises:
             SpdfqError: a view shows no class, or a class outside 0 to K - 1; `label_mask` checks this.
         """
-        raise TypeError(f"{type(self).__name__} does not define sample")
+        raise ComponentError(f"{type(self).__name__} does not define sample")
 
 
 @targets.register("soft_label", paper="arXiv:2412.16553")
@@ -57,7 +61,7 @@ class SoftLabelTarget(Target):
 
     low: float = field(default=5.0, validator=list(_LOGIT))
     high: float = field(default=10.0, validator=list(_LOGIT))
-    elsewhere: Elsewhere = field(default="normal", validator=validators.in_(get_args(Elsewhere)), kw_only=True)
+    elsewhere: Elsewhere = field(default="normal", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if self.high < self.low:
@@ -65,11 +69,13 @@ class SoftLabelTarget(Target):
 
     def sample(self, labels: Sequence[Any], num_classes: int, generator: torch.Generator) -> Tensor:
         """``[B, K]`` float32 probabilities; see `Target.sample`."""
-        shape = (len(labels), num_classes)
-        relevant = self.low + (self.high - self.low) * torch.rand(shape, generator=generator)
-        draws = {"normal": torch.randn, "uniform": torch.rand}
-        other = draws[self.elsewhere](shape, generator=generator) if self.elsewhere in draws else torch.zeros(shape)
-        return torch.where(label_mask(labels, num_classes), relevant, other).softmax(-1)
+        check_generator(generator)
+        mask = label_mask(labels, num_classes)
+        shape = mask.shape
+        relevant = self.low + (self.high - self.low) * uniform(generator, *shape)
+        draws = {"normal": normal, "uniform": uniform}
+        other = draws[self.elsewhere](generator, *shape) if self.elsewhere in draws else torch.zeros_like(relevant)
+        return torch.where(mask, relevant, other).softmax(-1)
 
 
 @targets.register("one_hot")
@@ -97,10 +103,23 @@ def label_mask(labels: Sequence[Any], num_classes: int) -> Tensor:
     Raises:
         SpdfqError: a view shows no class, or a class outside 0 to K - 1.
     """
-    mask = torch.zeros(len(labels), num_classes, dtype=torch.bool)
+    check_whole("num_classes", num_classes, 1)
+    if not isinstance(labels, Sequence | Tensor) or isinstance(labels, str):
+        raise SpdfqError(f"labels must hold the classes of each view, such as [3, [0, 2]], got {labels!r}")
+    mask = torch.zeros(len(labels), num_classes, dtype=torch.bool, device="cpu")
     for row, classes in enumerate(labels):
-        shown = torch.as_tensor(classes).reshape(-1)
-        if not len(shown) or shown.is_floating_point() or shown.min() < 0 or shown.max() >= num_classes:
+        shown = _indices(classes)
+        if not len(shown) or shown.min() < 0 or shown.max() >= num_classes:
             raise SpdfqError(f"labels of view {row}: expected classes of 0 to {num_classes - 1}, got {classes}")
         mask[row, shown] = True
     return mask
+
+
+def _indices(classes: Any) -> Tensor:
+    """Class indices ``[n]``; empty if they are no whole numbers."""
+    try:
+        shown = torch.as_tensor(classes, device="cpu").reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        return torch.zeros(0, device="cpu")
+    no_numbers = shown.dtype == torch.bool or shown.is_floating_point() or shown.is_complex()
+    return shown[:0] if no_numbers else shown.long()

@@ -1,9 +1,10 @@
 """The teacher: a pretrained transformer with the normalisation and size of its input."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
 
 import torch
 from attrs import define, field
@@ -11,26 +12,23 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from spdfq.attention import watchable
-from spdfq.errors import ModelError, is_out_of_memory
+from spdfq.errors import DataError, ModelError, is_out_of_memory, shown
 from spdfq.recipe import ModelSpec
+from spdfq.recipe.structure import structure, unstructure
 from spdfq.runtime.shared_modules import as_written, held
 from spdfq.teacher.architectures import build, first_line
-
-
-def _floats(values: Iterable[Any]) -> tuple[float, ...]:
-    return tuple(map(float, values))
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
-    """The module in evaluation mode; on exit, the mode of every submodule is restored."""
-    with held((part, "training", False) for part in module.modules()):
-        yield module.eval()
+from spdfq.teacher.description import check_description, check_module, mean_of_channels, std_of_channels
+from spdfq.teacher.forward import device_of, evaluation_mode, returning_tensor
+from spdfq.teacher.state import check_dense, extra_states
+from spdfq.teacher.transform import MODES, ImageTransform
 
 
 @define(eq=False)
 class Teacher:
     """A full-precision model and the description of its input.
+
+    Making a teacher runs the module once, on one image, to check what it returns. The module's weights, buffers and
+    modes, and torch's random state, do not change.
 
     Args:
         module: any network in float32 from normalised images ``[B, C, H, W]`` to logits ``[B, num_classes]``, or to
@@ -43,11 +41,18 @@ class Teacher:
         crop_pct: share of the image that the evaluation crop keeps.
         interpolation: interpolation of the evaluation resize.
         crop_mode: timm's mode of the evaluation crop.
+        output: for a module that returns a dict, a tuple or an object (Hugging Face): the name or position of the
+            logits or features in it. By default, the only tensor of their shape is taken. ``module`` is then a shallow
+            copy that returns this tensor alone; it shares its weights with yours.
+
+    Raises:
+        ModelError: a value that cannot be right, a module that cannot run on such an image, or that returns something
+            else.
     """
 
     module: nn.Module
-    mean: tuple[float, ...] = field(converter=_floats, kw_only=True)
-    std: tuple[float, ...] = field(converter=_floats, kw_only=True)
+    mean: tuple[float, ...] = field(converter=mean_of_channels, kw_only=True)
+    std: tuple[float, ...] = field(converter=std_of_channels, kw_only=True)
     num_classes: int = field(kw_only=True)
     input_size: tuple[int, int, int] = field(default=None, kw_only=True)
     name: str = field(default="", kw_only=True)
@@ -55,25 +60,21 @@ class Teacher:
     interpolation: str = field(default="bilinear", kw_only=True)
     crop_mode: str = field(default="center", kw_only=True)
 
+    output: str | int | None = field(default=None, kw_only=True)
+
     def __attrs_post_init__(self) -> None:
+        check_module(self.module)
         self.module = watchable(self.module)
         self.name = self.name or type(self.module).__name__
         if self.input_size is None:
             self.input_size = (len(self.mean), *_own_size(self.module))
-        coarse = {p.dtype for p in self.module.parameters() if p.is_floating_point()} - {torch.float32}
-        if coarse:
-            raise ModelError(f"{self.name}: has weights in {_named(coarse)}; give Teacher(module.float(), ...)")
-        if len({len(self.mean), len(self.std), self.input_size[0]}) > 1:
-            raise ModelError(
-                f"{self.name}: mean has {len(self.mean)} values, std {len(self.std)}, the input {self.input_size[0]} "
-                "channels; they must agree"
-            )
-        if not all(value > 0 for value in self.std):
-            raise ModelError(f"{self.name}: std must be above 0, got {list(self.std)}")
-        if self.num_classes < 2 and not self.headless:
-            raise ModelError(
-                f"{self.name}: needs at least 2 classes, or 0 for a backbone without a head, got {self.num_classes}"
-            )
+        elif isinstance(self.input_size, list):
+            self.input_size = tuple(self.input_size)
+        check_description(self)
+        wanted = self.output
+        self.module, self.output = returning_tensor(self.module, self.name, self.input_size, self.num_classes, wanted)
+        if wanted is not None and self.output is None:
+            raise ModelError(f"{self.name}: returns a tensor, which has no field output={wanted!r}; leave it out")
 
     @property
     def headless(self) -> bool:
@@ -83,8 +84,7 @@ class Teacher:
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        parameter = next(self.module.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return device_of(self.module)
 
     @property
     def parameters(self) -> int:
@@ -101,6 +101,30 @@ class Teacher:
         mean, std = self._statistics(images)
         return (images * std + mean).clamp(0, 1)
 
+    def transform(self) -> ImageTransform:
+        """timm's evaluation transform of this model: from a PIL image to a normalised tensor ``[C, H, W]``.
+
+        Raises:
+            DataError: the model takes more than 4 channels.
+        """
+        if self.input_size[0] not in MODES:
+            raise DataError(
+                f"{self.name}: takes {self.input_size[0]} channels, but image files give 1 to 4 (grey, grey and alpha, "
+                "RGB, RGBA); write a dataset of your own"
+            )
+        from timm.data import create_transform
+
+        steps = create_transform(
+            self.input_size,
+            is_training=False,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            interpolation=self.interpolation,
+        )
+        return ImageTransform(MODES[self.input_size[0]], steps)
+
     def pixel_range(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest and highest normalised value of each channel, ``[1, C, 1, 1]``."""
         mean, std = self._statistics(like)
@@ -115,22 +139,27 @@ class Teacher:
             yield module
 
     def fingerprint(self) -> str:
-        """A hash of the module's printed architecture, of every weight and of the input description."""
+        """A hash of the module's printed architecture, of all parameters, buffers and extra state, and of the input.
+
+        Raises:
+            ModelError: a tensor is sparse, quantized or without a shape, or extra state is not plain data.
+        """
         described = (str(self.module), self.mean, self.std, self.num_classes, self.input_size, self.crop_pct)
-        state = hashlib.sha256(repr((*described, self.interpolation, self.crop_mode)).encode())
-        for name, tensor in self.module.state_dict().items():
+        state = hashlib.sha256(repr((*described, self.interpolation, self.crop_mode, self.output)).encode())
+        extra = extra_states(self.module)
+        tensors = {f"{name}:": value for name, value in extra.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
+        state.update(json.dumps(plain, sort_keys=True).encode())
+        for name, tensor in chain(self.module.named_parameters(), self.module.named_buffers(), tensors.items()):
+            check_dense(name, tensor)
             state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()[:20]
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation ``[1, C, 1, 1]`` on the device of a tensor."""
-        mean, std = (torch.tensor(values, device=like.device) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=like.device, dtype=torch.float32) for values in (self.mean, self.std))
         return rearrange(mean, "c -> 1 c 1 1"), rearrange(std, "c -> 1 c 1 1")
-
-
-def _named(dtypes: set[torch.dtype]) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _own_size(module: nn.Module) -> tuple[int, int]:
@@ -153,7 +182,7 @@ def _input_sides(spec: ModelSpec, module: nn.Module) -> tuple[int, int]:
 @torch.no_grad()
 def _try_size(spec: ModelSpec, module: nn.Module, size: tuple[int, int, int]) -> None:
     try:
-        module(torch.zeros(1, *size))
+        module(torch.zeros(1, *size, dtype=torch.float32, device="cpu"))
     except Exception as error:  # each architecture fails with its own error
         if is_out_of_memory(error):
             raise
@@ -177,19 +206,27 @@ def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
     """
     from timm.data import resolve_model_data_config
 
-    spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
-    module = build(spec, weights)
+    if not isinstance(spec, (str, ModelSpec)):
+        raise ModelError(f"load_teacher: expected a model's name or a ModelSpec, got {shown(spec)}")
+    if not isinstance(weights, bool):
+        raise ModelError(f"load_teacher: weights must be True or False, got {shown(weights)}")
+    problems: list[str] = []
+    table = {"name": spec} if isinstance(spec, str) else unstructure(spec)
+    checked: ModelSpec = structure(ModelSpec, table, "model", problems)
+    if problems:
+        raise ModelError("; ".join(problems))
+    module = build(checked, weights)
     config = resolve_model_data_config(module)
-    size = (config["input_size"][0], *_input_sides(spec, module))
-    if spec.img_size is not None:
-        _try_size(spec, module.eval(), size)
+    size = (config["input_size"][0], *_input_sides(checked, module))
+    if checked.img_size is not None:
+        _try_size(checked, module.eval(), size)
     return Teacher(
         module.eval(),
         mean=config["mean"],
         std=config["std"],
         num_classes=module.num_classes,
         input_size=size,
-        name=spec.name,
+        name=checked.name,
         crop_pct=config["crop_pct"],
         interpolation=config["interpolation"],
         crop_mode=config["crop_mode"],

@@ -121,12 +121,12 @@ def test_a_quantized_models_attention_is_recorded_as_it_is_multiplied():
     assert record.names == ["network.blocks.0.attn", "network.blocks.1.attn"]
     assert (record.grids, record.prefix) == (GRIDS["vit"], 1)
     for block, (query, key, row) in enumerate(zip(record.queries, record.keys, record.class_attention, strict=True)):
-        quantizer = student.network.blocks[block].attn.query_quantizer
+        quantizer = student.quantizers[f"blocks.{block}.attn.query"]
         assert query.shape == (1, 2, 17, 16)
         assert torch.equal(quantizer(query), query), "already on the grid of its quantizer"
         scores = query[:, :, :1] @ key.mT / 4  # the square root of 16 channels
         assert largest_gap([scores.softmax(-1)[:, :, 0, 1:]], [row]) < 1e-6
-    assert not torch.equal(student.network.blocks[0].attn.query_quantizer(query * 1.01), query * 1.01)
+    assert not torch.equal(student.quantizers["blocks.0.attn.query"](query * 1.01), query * 1.01)
 
 
 def test_the_outputs_of_a_quantized_models_attention_are_refused_by_name():
@@ -375,3 +375,26 @@ def test_every_option_of_a_intercepted_call_is_honoured(options):
         found = model(x)
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.equal(record.attention_outputs[0], found)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_method_or_a_part_of_the_model_is_recorded_once_for_each_call(name):
+    model = build(name)
+    images = images_for(model)
+    with record_attention(model) as record:
+        model(images)
+        whole = [row.clone() for row in record.class_attention]
+        for call in (model.forward_features, model.forward_features, model, model.forward_features):
+            call(images)
+            assert record.names == NAMES[name]
+            assert all(map(torch.equal, record.class_attention, whole))
+
+
+def test_the_blocks_alone_are_recorded_once_for_each_call():
+    model = build("vit")
+    with record_attention(model) as record:
+        for _ in range(2):
+            model.blocks(torch.randn(3, 17, 32))
+            assert record.names == NAMES["vit"]
+        model.blocks[1](torch.randn(3, 17, 32))
+        assert record.names == NAMES["vit"][1:]

@@ -4,6 +4,7 @@ import pytest
 from support.benches import BENCH, bench_files
 
 from spdfq.bench.plan import read_plan
+from spdfq.bench.run import check_plan
 from spdfq.errors import RecipeError
 
 
@@ -85,6 +86,45 @@ def test_what_the_base_itself_says_stays_where_a_part_says_nothing_else(tmp_path
     assert cells["spdfq-repq"]["synthesis"]["group"] == 8
     assert cells["spdfq-repq"]["synthesis"]["images"] == 32  # which the part says
     assert "group" not in cells["gaussian_noise-repq"]["synthesis"]
+
+
+def test_a_value_of_the_base_that_a_part_replaces_is_told_with_both_values(write, tmp_path):
+    (tmp_path / "images/few.toml").write_text("[synthesis]\ntype = 'optimize'\nimages = 2\nlosses.cross_entropy = {}\n")
+    (tmp_path / "wide.toml").write_text("quantization.weights.bits = 8\nevaluation.batch = 9\nseed = 0")
+    text = """
+[base]
+extends = ["base.toml", "images/optimized.toml"]
+[base.synthesis]
+images = 3
+group = 8
+[base.quantization]
+weights.bits = 6
+activations.bits = 6
+[base.evaluation]
+batch = 9
+[parents]
+images = ["images/noise.toml", "images/few.toml"]
+bits = [[], "wide.toml"]
+[keys]
+quantization.activations.bits = [4]
+"""
+    plan = read_plan(write(text))
+    assert plan.warnings == (
+        "base.synthesis.images = 3: is not used with images = noise, which sets 4; to set it in every cell, give "
+        "keys.synthesis.images = [3]",
+        "base.synthesis.group = 8: is not used with images = noise, which has another type of synthesis; set it in a "
+        "part of your own where it is meant",
+        "base.quantization.weights.bits = 6: is not used with bits = wide, which sets 8; to set it in every cell, give "
+        "keys.quantization.weights.bits = [6]",
+        "base.synthesis.images = 3: is not used with images = few, which sets 2; to set it in every cell, give "
+        "keys.synthesis.images = [3]",
+    )
+    assert [c.data["synthesis"]["images"] for c in plan.combinations] == [4, 4, 2, 2]
+    everywhere = read_plan(write(text + "synthesis.images = [3]\n"))
+    assert [c.data["synthesis"]["images"] for c in everywhere.combinations] == [3] * 4
+    assert not any("synthesis.images" in line for line in everywhere.warnings)
+    assert read_plan(write()).warnings == ()
+    assert [line for line in check_plan(plan) if line.startswith("base.")] == list(plan.warnings)
 
 
 def test_keys_beside_a_type_are_not_lost_to_it(write):

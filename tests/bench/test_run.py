@@ -173,6 +173,17 @@ def test_a_checkpoint_that_is_not_there_is_one_clear_error(write, ran, tmp_path)
         run_bench(write(text), out=tmp_path / "out")
 
 
+def test_the_files_of_a_model_in_a_folder_are_part_of_the_key(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    recipe = load_recipe({"extends": ["quickstart"], "model": {"name": f"local-dir:{tmp_path}"}})
+    keys = {bench.result_key(recipe)}
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("other")
+        keys.add(bench.result_key(recipe))
+    assert len(keys) == 3
+
+
 def test_several_processes_are_refused(write, ran, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "join", lambda: Ranks(rank=1, count=2))
     with pytest.raises(SpdfqError, match="start it without torchrun"):

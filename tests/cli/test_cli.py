@@ -208,7 +208,7 @@ def test_a_recipe_with_six_mistakes_gives_six_lines_and_exit_code_2(tmp_path):
 
 
 def test_check_says_ok_and_warns(small):
-    assert spdfq("check", small).output == "ok\n"
+    assert spdfq("check", small).output == "0.00 % of the multiplications have an operand in float\nok\n"
     result = spdfq("check", small, "--set", "synthesis.sampler='multi_semantic'")
     assert result.exit_code == 0
     assert result.output.startswith("warning: synthesis: multi_semantic without soft labels")

@@ -75,6 +75,34 @@ def test_show_recipe_prints_toml(name):
     assert shown == load_recipe(name).to_dict() if name in COMPLETE else shown
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("quickstart", "recipe"), ("images/spdfq", "recipe"), ("repq", "step"), ("attention_prior", "loss")],
+)
+def test_show_needs_no_kind_for_a_name_that_only_one_kind_has(name, kind):
+    assert spdfq("show", name).stdout == spdfq("show", kind, name).stdout
+
+
+def test_show_takes_the_path_of_a_recipe(small):
+    assert spdfq("show", small).stdout == spdfq("show", "recipe", small).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "qickstart",
+            "qickstart: no component or recipe of that name; did you mean 'quickstart'? ('spdfq list' shows all)",
+        ),
+        ("real", "real: is the name of a source and of a recipe; give the kind before the name"),
+        ("loss", "loss: is a kind; give a NAME after it ('spdfq list loss' shows its names)"),
+    ],
+)
+def test_a_name_that_show_does_not_know_or_knows_twice_is_one_line(name, message):
+    shown = spdfq("show", name)
+    assert (shown.stderr, shown.stdout, shown.exit_code) == (f"error: {message}\n", "", 2)
+
+
 @pytest.mark.parametrize("name", COMPLETE)
 def test_init_prints_a_recipe_that_checks_and_says_the_same(name, tmp_path):
     path = tmp_path / "my.toml"

@@ -5,6 +5,7 @@ import re
 import pytest
 from support.registered import made
 
+from spdfq.errors import SpdfqError
 from spdfq.recipe.describe import describe
 from spdfq.recipe.structure import structure, unstructure
 from spdfq.registry import registry
@@ -62,6 +63,24 @@ def test_a_component_says_what_it_is_and_what_its_fields_mean(kind, name):
     assert entry.paper is None or re.fullmatch(r"arXiv:\d{4}\.\d{5}|arXiv:\d{4}\.\d{4}", entry.paper)
     undocumented = [told.name for told in describe(entry.component) if not told.doc]
     assert undocumented == []
+
+
+@everything
+def test_a_component_made_in_python_refuses_a_value_of_the_wrong_type_in_one_line(kind, name):
+    cls = type(made(kind, name))
+    for told in describe(cls):
+        for wrong in (object(), cls):
+            with pytest.raises(SpdfqError) as caught:
+                made(kind, name, **{told.name: wrong})
+            assert str(caught.value).startswith(f"{cls.__name__}.{told.name}: expected ")
+            assert "\n" not in str(caught.value)
+
+
+@everything
+def test_a_component_made_in_python_refuses_an_unknown_key(kind, name):
+    with pytest.raises(SpdfqError, match=r"\.qqq: unknown key \(keys: ") as caught:
+        made(kind, name, qqq=1)
+    assert "\n" not in str(caught.value)
 
 
 @everything

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from support.data import names
 from support.runs import STEPS, again
 
 from spdfq.errors import DataError
@@ -22,10 +23,10 @@ def test_damaged_images_are_left_out_and_named_in_the_record_and_in_a_warning(fi
     said = []
     changed = {**recipe, "evaluation": {"dataset": damaged}}
     result = again(finished, changed, "damaged", announce=said.append)
-    assert (result.metrics["images"], result.metrics["damaged"]) == (9, ["3/0.png"])
+    assert (result.metrics["images"], names(result.metrics["damaged"])) == (9, ("3/0.png",))
     record = json.loads((result.folder / "run.json").read_text())
     assert record["metrics"] == result.metrics
-    line = "evaluation.dataset: 1 image cannot be read and is left out: 3/0.png"
+    line = f"evaluation.dataset: 1 image cannot be read and is left out: {result.metrics['damaged'][0]}"
     assert record["warnings"] == [line]
     assert f"warning: {line}" in said
     assert line in (result.folder / "report.html").read_text()
@@ -46,5 +47,8 @@ def test_damaged_images_among_real_ones_for_calibration_are_named(finished, reci
     base = {**recipe, "extends": [name for name in recipe["extends"] if not name.startswith("images/")]}
     result = again(finished, {**base, **real, "quantization": {"steps": STEPS[:1]}}, "real")
     record = json.loads((result.folder / "run.json").read_text())
-    assert record["images"] == {"type": "real", "count": 9, "damaged": ["3/0.png"]}
-    assert record["warnings"] == ["synthesis.dataset: 1 image cannot be read and is left out: 3/0.png"]
+    assert record["images"] | {"damaged": names(record["images"]["damaged"])} == {
+        **{"type": "real", "count": 9, "damaged": ("3/0.png",)}
+    }
+    (line,) = record["warnings"]
+    assert line.startswith("synthesis.dataset: 1 image cannot be read and is left out: 3/0.png (")

@@ -3,16 +3,19 @@
 import os
 import signal
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from support.data import GREY, RED, teacher, write
 
-from spdfq.data import FashionMnist, ImageFolder, decoded
+from spdfq.data import FashionMnist, ImageFolder
 from spdfq.errors import DataError
 from spdfq.registry import datasets
+from spdfq.teacher import Teacher
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def folder(tmp_path):
 # image folders
 
 
-def test_labels_count_the_subfolders_in_alphabetical_order_and_the_last_partial_batch_is_given(folder):
+def test_labels_count_the_subfolders_in_order_and_the_last_partial_batch_is_given(folder):
     dataset = folder(
         {"dog": {"1.png": RED, "2.jpg": RED}, "cat": {"1.png": GREY, "x/2.PNG": GREY}, "elk": {"1.bmp": RED}}
     )
@@ -63,13 +66,90 @@ def test_every_suffix_that_pillow_reads_is_an_image_and_nothing_hidden_is(folder
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_pixels_of_more_than_8_bits_are_named_instead_of_clipped(folder, tmp_path, mode):
+def test_pixels_of_more_than_8_bits_are_left_out_with_the_reason_instead_of_clipped(folder, tmp_path, mode):
     dataset = folder({"a": {"1.png": RED}})
     Image.new(mode, (8, 8), 1000).save(tmp_path / "a" / "2.tif")
     ((images, _, damaged),) = dataset.batches(teacher(), 2)
-    assert (len(images), damaged) == (1, ("a/2.tif",))
+    reason = f"({mode} pixels instead of 8 bits per channel; convert it first)"
+    assert (len(images), damaged) == (1, (f"a/2.tif {reason}",))
     with pytest.raises(DataError, match=rf"2\.tif: not a readable image \({mode} pixels instead of 8.*; convert"):
         list(ImageFolder(root=str(tmp_path), damaged="refuse").batches(teacher(), 2))
+
+
+def test_a_grey_png_of_16_bits_is_read_by_its_high_byte_as_those_in_colour_are(folder, tmp_path):
+    dataset = folder({"a": {}})
+    values = np.array([0, 255, 256, 0x33FF, 0xFEFF, 0xFFFF], np.uint16)
+    Image.fromarray(np.resize(values, (6, 6)).T.copy()).save(tmp_path / "a" / "1.png")
+    with Image.open(tmp_path / "a" / "1.png") as stored:
+        assert stored.mode.startswith("I")
+    for size in ((1, 6, 6), (3, 6, 6)):
+        owner = teacher(size=size)
+        ((images, _, damaged),) = dataset.batches(owner, 2)
+        assert damaged == ()
+        found = (owner.denormalise(images) * 255).round().int()
+        assert found[0, :, :, 0].tolist() == [[0, 0, 1, 0x33, 0xFE, 0xFF]] * size[0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "suffix", "seen"),
+    [
+        ("1", 1, "png", [255] * 3),
+        ("1", 1, "tif", [255] * 3),
+        ("LA", (51, 7), "png", [51] * 3),
+        ("CMYK", (0, 255, 255, 0), "tif", [255, 0, 0]),
+        ("CMYK", (0, 255, 255, 0), "jpg", [255, 0, 0]),
+        ("RGBA", (255, 0, 0, 7), "png", [255, 0, 0]),
+    ],
+)
+def test_images_of_every_mode_of_8_bits_are_read_as_colours(folder, tmp_path, mode, colour, suffix, seen):
+    dataset, owner = folder({"a": {}}), teacher()
+    Image.new(mode, (8, 8), colour).save(tmp_path / "a" / f"1.{suffix}")
+    ((images, _, damaged),) = dataset.batches(owner, 2)
+    assert ((owner.denormalise(images) * 255).round()[0, :, 0, 0].tolist(), damaged) == (seen, ())
+
+
+def test_a_model_of_four_channels_sees_colours_and_transparency(folder, tmp_path):
+    dataset, owner = folder({"a": {"1.png": ("RGBA", (255, 0, 51, 102)), "2.png": RED}}), teacher(size=(4, 8, 8))
+    ((images, _, damaged),) = dataset.batches(owner, 2)
+    assert (owner.denormalise(images) * 255).round()[:, :, 0, 0].tolist() == [[255, 0, 51, 102]]
+    assert damaged == ("a/2.png (no alpha channel, but the model takes 4 channels: RGBA)",)
+    ((images, _, _),) = dataset.batches(owner := teacher(size=(2, 8, 8)), 2, [0])
+    assert (owner.denormalise(images) * 255).round()[:, :, 0, 0].tolist() == [[82, 102]]
+    with pytest.raises(
+        DataError, match=r"^Means: takes 5 channels, but image files give 1 to 4 .*; write a dataset of"
+    ):
+        list(dataset.batches(teacher(size=(5, 8, 8)), 2))
+
+
+def linked(dataset, link, target):
+    path = Path(dataset.root) / link
+    path.symlink_to(target)
+    return [(entry.name, entry.label) for entry in dataset.entries()]
+
+
+def test_linked_folders_are_read_once_and_loops_end(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write(elsewhere, {"more": {"3.png": RED, "deep/4.png": RED}})
+    dataset = folder({"a": {"1.png": RED}, "b": {"2.png": RED}})
+    expected = [("a/1.png", 0), ("a/link/3.png", 0), ("a/link/deep/4.png", 0), ("b/2.png", 1)]
+    assert linked(dataset, "a/link", elsewhere / "more") == expected
+    assert linked(dataset, "a/twice", elsewhere / "more") == expected
+    assert linked(dataset, "a/loop", "../a") == expected
+    assert linked(dataset, "a/up", "..") == expected
+    assert linked(dataset, "a/.hidden", elsewhere) == expected
+    assert len(next(iter(dataset.batches(teacher(), 9))).labels) == 4
+    more = [("c/more/3.png", 2), ("c/more/deep/4.png", 2)]
+    assert linked(dataset, "c", elsewhere) == [*expected, *more]
+    assert len(set(dataset.identities())) == 4
+
+
+@pytest.mark.parametrize("link", ["a/more", "bb"])
+def test_a_link_that_leads_nowhere_is_refused_because_it_may_be_a_class(folder, tmp_path, link):
+    dataset = folder({"a": {"1.png": RED}})
+    with pytest.raises(
+        DataError, match=rf"^image_folder: .*{link}: is a link to .*gone, which does not exist; mend or"
+    ):
+        linked(dataset, link, tmp_path / "gone")
 
 
 def test_an_image_that_cannot_be_preprocessed_counts_as_damaged(folder, monkeypatch):
@@ -80,9 +160,9 @@ def test_an_image_that_cannot_be_preprocessed_counts_as_damaged(folder, monkeypa
 
     dataset = folder({"a": {"1.png": RED, "2.png": RED}})
     Image.new("L", (2000, 1)).save(dataset.entries()[1].location)
-    monkeypatch.setattr(decoded, "_transform", lambda teacher: full)
+    monkeypatch.setattr(Teacher, "transform", lambda self: full)
     ((images, _, damaged),) = dataset.batches(teacher(), 2)
-    assert (len(images), damaged) == (1, ("a/2.png",))
+    assert (len(images), damaged) == (1, ("a/2.png (MemoryError: )",))
 
 
 def kill(location):

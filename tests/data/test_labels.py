@@ -145,7 +145,7 @@ def folders(tmp_path):
 def test_the_thousand_synsets_are_imagenets_classes_in_the_order_of_the_model(folders):
     dataset = folders(synsets())
     dataset.check_classes(teacher(1000))
-    assert [folder.name for folder in dataset._folders()] == list(synsets())
+    assert dataset.class_names == list(synsets())
 
 
 def test_missing_and_strange_folders_among_them_are_named(folders, tmp_path):

@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 import torch
-from support.data import encoded, shade, shades, teacher, write
+from support.data import encoded, names, shade, shades, teacher, write
 
 from spdfq.data import ImageFolder, ImageList, Parquet, WebDataset
 from spdfq.errors import DataError
@@ -73,7 +73,7 @@ def images(numbers=NUMBERS, labels=LABELS):
 def read(dataset, batch=3, indices=None):
     """Numbers, labels and damaged of each batch."""
     batches = dataset.batches(teacher(3), batch, indices)
-    return [(shades(found.images), found.labels.tolist(), found.damaged) for found in batches]
+    return [(shades(found.images), found.labels.tolist(), names(found.damaged)) for found in batches]
 
 
 @layouts

@@ -13,12 +13,12 @@ import torch
 from attrs import frozen
 from safetensors import safe_open
 from support.accuracy import BATCH, evaluated, stopping
-from support.data import GREY, RED, Means, shade, teacher, write
+from support.data import GREY, RED, Means, names, shade, teacher, write
 
 from spdfq.data import FashionMnist, ImageFolder
 from spdfq.errors import DataError, NonFiniteError
 from spdfq.evaluation import predictions
-from spdfq.evaluation.accuracy import LogitsEvaluator, accuracy, agreement, left_out
+from spdfq.evaluation.accuracy import LogitsEvaluator, accuracy, agreement, another_order, left_out
 from spdfq.evaluation.predictions import Predictions
 from spdfq.recipe import Evaluation
 from spdfq.runtime import Runtime
@@ -66,6 +66,33 @@ def test_accuracy_of_a_case_done_by_hand():
     # first and third are right; the second is second best, the fourth the worst of six
     assert accuracy(logits, labels) == {"top1": 50.0, "top5": 75.0}
     assert accuracy(logits[:, :3], torch.tensor([0, 0, 2, 1])) == {"top1": 75.0}
+
+
+@pytest.mark.parametrize("classes", [6, 7, 20])
+def test_the_five_best_classes_count_and_no_others(classes):
+    logits = torch.arange(float(classes)).flip(0).expand(classes, classes)  # class 0 is the best of each image
+    assert accuracy(logits, torch.arange(classes)) == {"top1": 100 / classes, "top5": 500 / classes}
+    assert accuracy(logits[:5, :5], torch.arange(5)) == {"top1": 20.0}
+
+
+def predicting(classes):
+    """Logits whose highest is that of the class asked for."""
+    return torch.eye(10)[torch.as_tensor(classes)]
+
+
+def test_classes_in_another_order_are_seen_in_the_predictions():
+    labels = torch.arange(10).repeat(5)
+    shifted = (labels + 1) % 10
+    shifted[:4] = 7
+    assert another_order(predicting(shifted), labels) == (
+        "top-1 is 0.00 %, but would be 92.00 % if each class had the index that the model predicts most often for it; "
+        "the classes are in a different order than the model's"
+    )
+    assert another_order(predicting(labels), labels) is None
+    assert another_order(predicting(torch.full_like(labels, 3)), labels) is None, "a model that has learnt nothing"
+    generator = torch.Generator().manual_seed(0)
+    assert another_order(torch.randn(50, 10, generator=generator), labels) is None
+    assert another_order(predicting(shifted)[:49], labels[:49]) is None, "too few images"
 
 
 def test_agreement_of_a_case_done_by_hand():
@@ -116,10 +143,10 @@ def test_accuracy_is_that_of_the_images_that_can_be_read_and_the_others_are_name
     spec, owner = Evaluation(dataset=folder(DAMAGED), batch=2), teacher()
     steps = Steps()
     fp = EVALUATOR.reference(owner, spec, Runtime(progress=steps))
-    assert (fp.damaged, fp.labels.tolist()) == (("a/1.png", "b/2.png"), [0, 0, 1, 1])
+    assert (names(fp.damaged), fp.labels.tolist()) == (("a/1.png", "b/2.png"), [0, 0, 1, 1])
     assert (steps.total, steps.moved) == (6, [2, 2, 2]), "the bar counts them as done"
     metrics = EVALUATOR.measure(owner.module, owner, spec, Runtime(), fp)
-    assert (metrics["images"], metrics["damaged"]) == (4, ["a/1.png", "b/2.png"])
+    assert (metrics["images"], names(metrics["damaged"])) == (4, ("a/1.png", "b/2.png"))
     # every mean is negative, so the smaller factor wins: class 0 everywhere
     assert metrics["fp"] == metrics["quantized"] == {"top1": 50.0}
     assert metrics["agreement"] == 100.0
@@ -132,21 +159,26 @@ def test_both_models_must_have_seen_the_same_images(folder, tmp_path):
     (tmp_path / "images/a/1.png").write_bytes(good)
     (tmp_path / "images/a/0.png").write_bytes(good[:40])
     with pytest.raises(
-        DataError, match=r"^evaluation\.dataset: a/0\.png, a/1\.png could be read for only one of the two models"
+        DataError,
+        match=r"^evaluation\.dataset: a/0\.png \(.*\), a/1\.png \(.*\) could be read for only one of the two models",
     ):
         EVALUATOR.measure(owner.module, owner, spec, Runtime(), fp)
 
 
 def test_images_that_are_all_damaged_are_an_error(folder):
     dataset = folder({"a": {"0.png": None, "1.png": None}, "b": {"0.png": None}})
-    with pytest.raises(DataError, match=r"^evaluation\.dataset: none of the 3 images can be read, the first is a/0"):
+    with pytest.raises(
+        DataError, match=r"^evaluation\.dataset: none of the 3 images can be read, the first is a/0.png \(\w"
+    ):
         evaluated(Means(2), teacher(), dataset, batch=2)
 
 
 def test_the_line_on_damaged_images_names_the_first_five():
     assert left_out(("a",)) == "1 image cannot be read and is left out: a"
-    names = tuple(map(str, range(2007)))
-    assert left_out(names) == "2,007 images cannot be read and are left out: 0, 1, 2, 3, 4 and 2,002 more"
+    assert (
+        left_out(tuple(map(str, range(2007))))
+        == "2,007 images cannot be read and are left out: 0, 1, 2, 3, 4 and 2,002 more"
+    )
 
 
 def test_predictions_are_read_back_as_they_were(tmp_path):
@@ -201,7 +233,7 @@ def test_an_evaluation_resumed_after_any_batch_is_the_uninterrupted_one_to_the_b
     assert (steps.total, sum(steps.moved)) == (COUNT, COUNT)
     assert steps.moved[0] == (2 * batches or 2), "the bar starts where it stood"
     assert same(resumed, evaluated(owner.module, owner, dataset, BATCH))
-    assert resumed.damaged == ("a/04.png",)
+    assert names(resumed.damaged) == ("a/04.png",)
 
 
 def test_an_evaluation_that_had_finished_every_batch_computes_none(folder, tmp_path, save_always):

@@ -78,7 +78,7 @@ def test_weights_that_lack_more_than_the_head_do_not_fit(tmp_path):
     weights = load_file(data_file("vit_fmnist.safetensors"))
     del weights["norm.weight"]
     save_file(weights, tmp_path / "short.safetensors")
-    with pytest.raises(ModelError, match=r"does not fit VisionTransformer: Missing key.*norm\.weight"):
+    with pytest.raises(ModelError, match=r"does not fit VisionTransformer: lacks norm\.weight$"):
         load_teacher(
             ModelSpec(name="bundled:vit_fmnist", num_classes=0, checkpoint=str(tmp_path / "short.safetensors"))
         )
@@ -93,7 +93,7 @@ def test_a_timm_model_without_its_head_is_a_backbone():
 
 
 def test_one_class_is_still_no_classifier():
-    with pytest.raises(ModelError, match="needs at least 2 classes, or 0 for a backbone without a head, got 1"):
+    with pytest.raises(ModelError, match="at least 2, or 0 for a backbone without a head, got 1"):
         own(classes=1)
     with pytest.raises(
         RecipeError, match=r"model.num_classes: must be at least 2, or 0 for the model without its head"

@@ -22,7 +22,6 @@ from spdfq.losses import (
     chunks,
 )
 from spdfq.losses.functional import attention_entropy, head_similarity, head_ssim
-from spdfq.runtime import generator
 
 C1, C2 = 0.01**2, 0.03**2
 few = settings(deadline=None, max_examples=25)
@@ -202,7 +201,7 @@ def test_the_entropy_loss_takes_the_head_means_of_patch_rows(name, skipped):
 
 def test_the_entropy_loss_draws_rows_anew_in_each_iteration():
     inputs = recorded("vit", pictures(2), {QUERIES_AND_KEYS})
-    inputs = attrs.evolve(inputs, generator=lambda *purpose: generator(0, *purpose), iterations=9)
+    inputs = attrs.evolve(inputs, iterations=9)
     loss = AttentionEntropyLoss(rows=4)
     values = [loss(attrs.evolve(inputs, iteration=iteration)).item() for iteration in (0, 0, 1)]
     assert values[0] == values[1] != values[2]

@@ -1,7 +1,6 @@
 """The losses against numbers computed by hand, and their classes on hand-made inputs."""
 
 import math
-from functools import partial
 
 import attrs
 import pytest
@@ -30,7 +29,7 @@ from spdfq.losses.functional import (
     soft_cross_entropy,
     total_variation,
 )
-from spdfq.runtime import generator
+from spdfq.runtime import Draws
 from spdfq.synth import Move
 
 PATCH = 4
@@ -72,7 +71,7 @@ def test_attention_prior_loss_has_the_right_gradient():
         ([torch.zeros(1, 2, 3)], 0, "2 blocks of attention but 1 of priors"),
         ([torch.zeros(1, 2, 3)] * 2, 2, "block index of 0 to 1"),
         ([torch.zeros(1, 2, 3)] * 2, -1, "block index of 0 to 1"),
-        ([torch.zeros(1, 2, 3), torch.zeros(1, 1, 3)], 0, "block 1: attention .* prior"),
+        ([torch.zeros(1, 2, 3), torch.zeros(1, 1, 3)], 0, "attention of block 1 and its prior must both be"),
     ],
 )
 def test_attention_prior_loss_refuses_priors_that_do_not_fit(prior, start, message):
@@ -235,13 +234,13 @@ def test_patch_similarity_entropy_loss_merges_heads_drops_the_prefix_and_sums_ov
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
 def test_a_weight_must_be_a_finite_number_of_at_least_zero(weight):
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(ValueError, match=r"TotalVariationLoss\.weight: .*(at least 0|expected a number)"):
         TotalVariationLoss(weight=weight)
 
 
 def test_a_loss_without_a_formula_says_so():
     with pytest.raises(TypeError, match="Loss does not define __call__"):
-        Loss()(LossInputs(images=torch.zeros(1)))
+        Loss()(LossInputs(images=torch.zeros(1, 1, 4, 4)))
 
 
 # attention prior: the class
@@ -253,7 +252,7 @@ def prior_inputs(blocks=4, images=2, heads=3, grid=(3, 4), windows=1, **extra):
     rows = [0.8 * random(images * windows, heads, tokens, seed=block).softmax(-1) for block in range(blocks)]
     record = AttentionRecord(names=[""] * blocks, grids=[grid] * blocks, class_attention=rows, prefix=1)
     pixels = torch.zeros(images, 1, grid[0] * PATCH, grid[1] * PATCH)
-    return LossInputs(images=pixels, attention=record, generator=partial(generator, 0), **extra)
+    return LossInputs(images=pixels, attention=record, draws=Draws(), **extra)
 
 
 @pytest.mark.parametrize(("blocks", "start"), [("deep", 2), ("all", 0)])
@@ -314,7 +313,7 @@ def test_maps_move_with_the_images(flip, down, right):
     maps = loss.maps(still, 0)
     pixels = maps.unflatten(-1, (3, 4)).repeat_interleave(PATCH, -2).repeat_interleave(PATCH, -1)
     move = Move(flip=flip, shift=(down, right))
-    moved = move.apply(pixels.flatten(0, 1))
+    moved = move.apply(pixels).flatten(0, 1)
     expected = F.avg_pool2d(moved, PATCH).flatten(1).view_as(maps)
     assert torch.allclose(loss.maps(moved_by(still, move), 0), expected, atol=1e-6)
 
@@ -328,5 +327,5 @@ def test_maps_stay_where_follow_is_off_or_attention_is_windowed():
 
 @pytest.mark.parametrize("wrong", [{"blocks": "shallow"}, {"scale": "mean"}])
 def test_attention_prior_refuses_unknown_choices(wrong):
-    with pytest.raises(ValueError, match="must be in"):
+    with pytest.raises(ValueError, match="expected one of"):
         AttentionPriorLoss(**wrong)

@@ -28,12 +28,7 @@ from spdfq.losses.functional import (
     total_variation,
 )
 from spdfq.losses.teacher_student import attention_rows
-from spdfq.runtime import generator
-
-
-def seeded(seed):
-    return lambda *purpose: generator(seed, *purpose)
-
+from spdfq.runtime import Draws
 
 # total variation
 
@@ -55,31 +50,32 @@ def test_total_variation_with_light_diagonals_has_the_right_gradient():
 def test_the_target_is_that_of_the_paper_for_its_own_group_and_scaled_for_others():
     loss = TotalVariationLoss(target=(2500.0, 2500.0))
     published, smaller = torch.zeros(32, 3, 224, 224), torch.zeros(8, 1, 28, 28)
-    assert loss(LossInputs(images=published)).item() == exactly(2500)
-    assert loss(LossInputs(images=smaller)).item() == exactly(2500 * math.sqrt(8 * 28**2 / (32 * 3 * 224**2)))
+    scaled = 2500 * math.sqrt(8 * 28**2 / (32 * 3 * 224**2))
+    assert loss(LossInputs(images=published, draws=Draws())).item() == exactly(2500)
+    assert loss(LossInputs(images=smaller, draws=Draws())).item() == exactly(scaled)
 
 
 def test_a_group_whose_pixels_are_repeated_is_as_far_from_its_target_in_proportion():
     images, loss = random(2, 3, 8, 8), TotalVariationLoss(target=(5000.0, 5000.0))
-    once, fourfold = (loss(LossInputs(images=images.repeat(n, 1, 1, 1))).item() for n in (1, 4))
+    once, fourfold = (loss(LossInputs(images=images.repeat(n, 1, 1, 1), draws=Draws())).item() for n in (1, 4))
     assert fourfold == exactly(2 * once)
 
 
 def test_the_public_codes_target_knows_nothing_of_the_size():
     loss = TotalVariationLoss(target=(2500.0, 2500.0), faithful=True)
-    assert loss(LossInputs(images=torch.zeros(1, 1, 4, 4))).item() == exactly(2500)
+    assert loss(LossInputs(images=torch.zeros(1, 1, 4, 4), draws=Draws())).item() == exactly(2500)
 
 
 def test_the_loss_is_the_distance_from_the_target_on_either_side():
     smooth, rough = torch.zeros(1, 1, 4, 4), 100 * random(1, 1, 4, 4)
     loss = TotalVariationLoss(target=(7.0, 7.0), faithful=True)
-    assert loss(LossInputs(images=smooth)).item() == exactly(7)
-    assert loss(LossInputs(images=rough)).item() == exactly(total_variation(rough).item() - 7)
+    assert loss(LossInputs(images=smooth, draws=Draws())).item() == exactly(7)
+    assert loss(LossInputs(images=rough, draws=Draws())).item() == exactly(total_variation(rough).item() - 7)
 
 
 def test_a_target_is_drawn_once_for_a_group_from_its_range():
     loss = TotalVariationLoss(target=(2500.0, 3000.0), faithful=True)
-    groups = [LossInputs(images=torch.zeros(1, 1, 4, 4), generator=seeded(seed)) for seed in range(20)]
+    groups = [LossInputs(images=torch.zeros(1, 1, 4, 4), draws=Draws(seed)) for seed in range(20)]
     drawn = [loss(inputs).item() for inputs in groups]
     assert drawn == [loss(inputs).item() for inputs in groups]
     assert all(2500 <= value <= 3000 for value in drawn)
@@ -165,7 +161,7 @@ def test_the_frequency_loss_compares_views_of_the_augmented_images_at_the_radius
 
 
 def test_the_frequency_loss_needs_a_forward_pass():
-    with pytest.raises(SpdfqError, match=r"LossInputs\.forward is missing; give the teacher's forward pass"):
+    with pytest.raises(SpdfqError, match=r"frequency_consistency: got no forward; give the teacher's forward pass"):
         FrequencyConsistencyLoss()(LossInputs(images=random(1, 1, 8, 8)))
 
 
@@ -223,7 +219,7 @@ def record_of(rows):
 def alignment_inputs(teacher, student, images=1, **extra):
     record, other = record_of(teacher), record_of(student)
     pixels = torch.zeros(images, 1, 4, 4)
-    return LossInputs(images=pixels, attention=record, student_attention=other, generator=seeded(0), **extra)
+    return LossInputs(images=pixels, attention=record, student_attention=other, draws=Draws(), **extra)
 
 
 def test_one_mask_of_the_largest_scores_over_all_blocks_serves_every_block():
@@ -282,7 +278,7 @@ def test_a_quantized_student_agrees_better_at_eight_bits_than_at_three():
             attention=record,
             student_logits=student_logits,
             student_attention=other,
-            generator=seeded(0),
+            draws=Draws(),
         )
         for loss in (MaskedAttentionAlignmentLoss(), TeacherStudentDiscrepancyLoss()):
             value = loss(inputs)

@@ -31,7 +31,6 @@ from spdfq.quantizers import UniformQuantizer
 from spdfq.recipe import load_recipe
 from spdfq.registry import placements, registry
 from spdfq.runs.pipeline import check
-from spdfq.runs.record import _backend
 from spdfq.teacher import load_teacher
 
 EVERY = [*FUSED, *EXPLICIT]
@@ -132,9 +131,9 @@ def test_weights_only_leaves_every_activation_alone():
 
 def test_the_label_of_a_run_says_32_bits_where_activations_stay_in_float():
     recipe = {"extends": ["models/vit_fmnist", "images/gaussian_noise", "backends/blockwise"]}
-    shown = _backend(load_recipe(recipe, ["quantization.placement='weights_only'"]))
-    assert (shown["label"], shown["placement"]) == ("W4A32", "weights_only")
-    assert _backend(load_recipe(recipe, [PSAQ]))["label"] == "W4A4"
+    weights_only = load_recipe(recipe, ["quantization.placement='weights_only'"]).quantization
+    assert weights_only.label == "W4A32"
+    assert load_recipe(recipe, [PSAQ]).quantization.label == "W4A4"
 
 
 # points
@@ -164,8 +163,9 @@ def test_the_quantized_forward_at_the_points_is_the_closed_form():
     with torch.no_grad():
         x, block = plain.patch(images()).flatten(2).mT, plain.body
         ranges = [tensor.aminmax() for tensor in (block.norm(x), block.linear(block.norm(x)), block(x))]
-        steps = block.linear.weight.abs().amax(1, keepdim=True) / 3
-        weight = (block.linear.weight / steps).round().clamp(-4, 3) * steps
+        low, high = block.linear.weight.aminmax(dim=1, keepdim=True)
+        assert (high < 0).any()  # a channel of one sign: its range is extended to zero
+        weight = rounded(block.linear.weight, low.clamp(max=0), high.clamp(min=0))
         branch = rounded(rounded(block.norm(x), *ranges[0]) @ weight.T + block.linear.bias, *ranges[1])
         expected = plain.head(rounded(x + branch, *ranges[2]).mean(1))
         torch.testing.assert_close(model(images()), expected)
@@ -288,6 +288,17 @@ def test_overrides_that_leave_nothing_of_the_label_are_told():
         "quantization.overrides: no activations have the 4 bits of the label W4A4; they have 8",
     ]
     assert check(recipe, overrides=["quantization.overrides=[{sites=['blocks.*.weight'], bits=8}]"]) == []
+
+
+@pytest.mark.parametrize(("name", "told"), [("test_resnet", True), ("test_vit", False)])
+def test_a_network_without_attention_is_told(name, told):
+    recipe = {"extends": ["images/gaussian_noise", "backends/repq"], "model": {"name": name, "pretrained": False}}
+    recipe["evaluation"] = {"dataset": {"type": "fashion_mnist"}}
+    line = f"no attention was seen in {name}; spdfq is made for vision transformers"
+    assert any(found.startswith(line) for found in check(recipe)) == told
+    loaded = load_recipe(recipe)
+    notes = place(load_teacher(loaded.model, weights=False), loaded.quantization).site_table().get("notes", [])
+    assert any(found.startswith(f"model: {line}") for found in notes) == told
 
 
 def test_a_last_layer_whose_input_is_quantized_before_it_is_noted():

@@ -17,6 +17,7 @@ from torch import nn
 from spdfq.errors import DataError
 from spdfq.report import write_pictures, write_report
 from spdfq.report.curves import curves
+from spdfq.report.page import bits_label
 from spdfq.report.pictures import _columns, _Places, heat
 from spdfq.synth.base import SyntheticImages
 from spdfq.teacher import Teacher
@@ -390,3 +391,24 @@ def test_a_damaged_loss_table_is_refused_by_name(tmp_path, rows):
 def test_a_report_is_written_without_importing_torch():
     code = "import sys, spdfq.report; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("label", "percent", "shown"),
+    [
+        ("W4A4", 55.93, "W4A4 (55.9 % in float)"),
+        ("W4A4", 0.9, "W4A4"),
+        ("W4A4", None, "W4A4"),
+        ("W4A32", 100.0, "W4A32"),
+    ],
+)
+def test_the_label_says_how_much_stays_in_float(tmp_path, label, percent, shown):
+    backend = run_json()["backend"] | {"label": label} | ({} if percent is None else {"percent_in_float": percent})
+    assert bits_label(backend) == shown
+    whole_folder(tmp_path)
+    counts = {"total": 1_234_567, "float": 69, "percent_in_float": 55.93}
+    rows = [{"name": "head.bias", "what": "parameter of Linear"}]
+    (tmp_path / "sites.json").write_text(json.dumps({"quantized": [], "float": rows, "multiplications": counts}))
+    text = Page(page(tmp_path, backend=backend)).text
+    assert f"FP 91.14 % → {shown} 89.86 %" in text
+    assert "55.93 % of the 1,234,567 multiplications of a forward pass have an operand in float." in text

@@ -107,11 +107,12 @@ def test_damaged_images_of_a_control_are_reported(recipe, tmp_path):
     dataset = {"type": "image_folder", "root": str(tmp_path / "images")}
     changed = {**recipe, "controls": {"photos": {"type": "real", "images": 2, "dataset": dataset}}}
     result = run(changed, out=tmp_path / "run", announce=said.append)
-    told = "controls.photos.dataset: 1 image cannot be read and is left out: a/2.png"
+    damaged = "a/2.png (not an image format that Pillow knows)"
+    told = f"controls.photos.dataset: 1 image cannot be read and is left out: {damaged}"
     record = json.loads((result.folder / "run.json").read_text())
     assert f"warning: {told}" in said
     assert told in record["warnings"]
-    assert record["controls"][0]["damaged"] == ["a/2.png"]
+    assert record["controls"][0]["damaged"] == [damaged]
 
 
 def test_a_control_that_fails_is_named_and_the_runs_own_result_is_kept(recipe, photos, tmp_path):

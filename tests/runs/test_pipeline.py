@@ -74,7 +74,8 @@ def test_run_json_says_what_was_run_and_what_came_of_it(finished, recipe):
     }
     assert record["images"] == {"type": "optimize", "count": IMAGES, "damaged": []}
     steps = ["calibrate", "blockwise"]
-    assert record["backend"] == {"label": "W4A4", "placement": "matmul_inputs", "steps": steps}
+    expected = {"label": "W4A4", "percent_in_float": 0.0, "placement": "matmul_inputs", "steps": steps}
+    assert record["backend"] == expected
     assert (record["device"], record["threads"], record["seed"]) == ("cpu", 1, 0)
     assert record["precision"] == pick_precision("auto", torch.device("cpu"))
     assert record["versions"]["torch"] == torch.__version__

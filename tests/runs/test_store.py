@@ -1,6 +1,7 @@
 """Finished stages are kept; begun ones go on; half of anything is never believed."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from spdfq.errors import DataError, SpdfqError
+from spdfq.quantized.checkpoint import save_quantized
+from spdfq.report import write_sheet
 from spdfq.runs.store import STATE, Store, lock_folder, store_beside
 from spdfq.runtime.files import read_tensors, replace_file, write_tensors, write_text
 
@@ -153,7 +156,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
         temporary.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match=r"value.json: cannot be written \(disk full\); make room there"):
         replace_file(path, fail)
     assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"value.json": "old"}
     write_text(path, "new: \N{GREEK SMALL LETTER ALPHA}")
@@ -168,3 +171,67 @@ def test_tensors_come_back_with_their_metadata(tmp_path):
     assert metadata == {"iteration": "3"}
     with pytest.raises(DataError, match=r"y.safetensors: damaged or missing .*; delete it"):
         read_tensors(tmp_path / "y.safetensors", "delete it")
+
+
+def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path):
+    metadata = {f"key {number}": f'caf\u00e9 "{number}"\n\\/\x1f' for number in range(20)}
+    given = {name: torch.arange(3).to(dtype) for name, dtype in (("b", torch.int64), ("a", torch.float16))}
+    written = []
+    for name in ("first", "second"):
+        write_tensors(tmp_path / name, given, metadata)
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1]
+    found, kept = read_tensors(tmp_path / "first", "delete it")
+    assert kept == metadata
+    assert all(torch.equal(found[name], value) for name, value in given.items())
+    write_tensors(tmp_path / "none", given)
+    assert read_tensors(tmp_path / "none", "delete it")[1] == {}
+
+
+# places that cannot be written
+
+ANOTHER = "make room there, make it writable, or choose another folder"
+
+
+@pytest.mark.parametrize(
+    ("write", "place", "remedy"),
+    [
+        (lock_folder, "file/run", "make it writable, or choose another --out"),
+        (lambda path: write_text(path, "text"), "file/run.json", ANOTHER),
+        (lambda path: write_tensors(path, {"a": torch.ones(1)}), "file/a.safetensors", ANOTHER),
+        (lambda path: write_sheet(path, [("run", torch.zeros(1, 3, 8, 8))]), "folder.png", ANOTHER),
+        (lambda path: save_quantized(None, path, None), "file/run", ANOTHER),
+        (
+            lambda path: Store(path).stage("images", "abc", None, None),
+            "file/store",
+            "make it writable, or name another folder in SPDFQ_STORE",
+        ),
+        (
+            lambda path: Store(path).unfinished("again", "abc").__enter__(),
+            "file/store",
+            "make it writable, or name another folder in SPDFQ_STORE",
+        ),
+    ],
+    ids=["run folder", "text", "tensors", "sheet", "checkpoint", "stage", "unfinished stage"],
+)
+def test_a_place_that_cannot_be_written_is_one_line_with_the_place_and_the_remedy(tmp_path, write, place, remedy):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(DataError) as raised:
+        write(tmp_path / place)
+    reason = str(raised.value).removeprefix(f"{tmp_path / place}: cannot be written (").removesuffix(f"); {remedy}")
+    assert reason.startswith(("Not a directory", "Is a directory", "Error while serializing: I/O error: Not a direct"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_the_right_to_write_is_refused_by_name(tmp_path, monkeypatch):
+    def refuse(path, flags, *rest, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)  # tests may run as root, who can write everywhere
+    with pytest.raises(DataError, match=r"run: cannot be written \(Permission denied\); make it writable, or choose"):
+        lock_folder(tmp_path / "run")
+    monkeypatch.undo()
+    (tmp_path / "a").write_text("")
+    with pytest.raises(DataError, match=r"/a: cannot be written \(it is a file\); make it writable, or choose another"):
+        lock_folder(tmp_path / "a")

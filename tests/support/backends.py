@@ -38,7 +38,8 @@ def network(name, **changes):
 
 
 def teacher_of(module):
-    return Teacher(module, mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=10, input_size=(3, 32, 32))
+    classes = getattr(module, "num_classes", 10)
+    return Teacher(module, mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=classes, input_size=(3, 32, 32))
 
 
 def teacher(name, **changes):
@@ -71,7 +72,7 @@ def taken(step, model, chosen, **changes):
 
 
 def state_of(model):
-    return {name: value.detach().clone() for name, value in model.network.state_dict().items()}
+    return {name: value.detach().clone() for name, value in model.tensors().items()}
 
 
 class Interrupted(Exception):

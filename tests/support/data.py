@@ -58,3 +58,9 @@ def write(folder, classes):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encoded(colour, {".jpg": "JPEG"}.get(path.suffix.lower(), path.suffix[1:])))
         (folder / name).mkdir(exist_ok=True)
+
+
+def names(damaged):
+    """The names of damaged images without the reasons."""
+    assert all(found.endswith(")") for found in damaged)
+    return tuple(found.partition(" (")[0] for found in damaged)

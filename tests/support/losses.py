@@ -5,6 +5,7 @@ import torch
 
 from spdfq.attention import record_attention
 from spdfq.losses import LossInputs
+from spdfq.runtime import Draws
 from support.networks import build
 
 
@@ -21,7 +22,7 @@ def recorded(name, images, needs):
     model = build(name).requires_grad_(False)
     with record_attention(model, needs) as record:
         logits = model(images)
-    return LossInputs(images=images, logits=logits, attention=record)
+    return LossInputs(images=images, logits=logits, attention=record, draws=Draws())
 
 
 def pictures(count=3, seed=0):

@@ -56,7 +56,7 @@ def test_a_shift_meant_for_224_pixels_is_scaled_to_the_side_of_the_images(side, 
     assert [jitter.largest_shift(at(iteration, 2, side=side)) for iteration in (0, 1)] == widths
 
 
-@pytest.mark.parametrize("pixels", [0, -1, (), (2, 0), 10**20])
+@pytest.mark.parametrize("pixels", [0, -1, (), (2, 0), 10**6])
 def test_shifts_that_move_nothing_are_refused(pixels):
     with pytest.raises(ValueError, match="1 to 100000 pixels"):
         Jitter(pixels=pixels)

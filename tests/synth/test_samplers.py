@@ -184,8 +184,7 @@ def test_an_image_shows_the_classes_of_all_its_crops():
     plan = CropPlan(
         boxes=torch.tensor([[0, 0, 2, 2]] * 4), owners=torch.tensor([0, 0, 0, 2]), labels=torch.tensor([1, 3, 1, 0])
     )
-    expected = [[False, True, False, True], [False] * 4, [True, False, False, False]]
-    assert plan.label_mask(3, 4).tolist() == expected
+    assert plan.view_classes(3) == [[1, 3], [], [0], [1], [3], [1], [0]]
 
 
 def test_images_too_small_to_cut_are_refused():
@@ -199,5 +198,5 @@ def test_images_too_small_to_cut_are_refused():
     ids=str,
 )
 def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match=r"must be|expected"):
         MultiSemanticSampler(**wrong)

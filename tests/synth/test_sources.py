@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from attrs import evolve
+from attrs import evolve, frozen
 from support.teachers import RUNTIME, SIDE, recipe, tiny_teacher
 
-from spdfq.data import Batch
+from spdfq.data import Batch, LabelledImages
 from spdfq.errors import DataError
 from spdfq.runtime import Runtime
 from spdfq.synth import GaussianNoise, RealImages, SyntheticImages
@@ -43,7 +43,8 @@ def test_gaussian_noise_is_standard_normal_in_the_normalised_space():
     assert not torch.equal(images, GaussianNoise(images=20).synthesize(tiny_teacher(), Runtime(seed=1)).images)
 
 
-class Numbered:
+@frozen(kw_only=True)
+class Numbered(LabelledImages):
     """Image i is filled with the number i."""
 
     def __len__(self):

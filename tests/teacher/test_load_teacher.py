@@ -6,6 +6,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from attrs import evolve
 from safetensors.torch import load_file, save_file
 
 import spdfq.teacher.architectures
@@ -15,6 +16,7 @@ from spdfq.evaluation.accuracy import accuracy, logits_over
 from spdfq.recipe import Evaluation, ModelSpec, load_recipe
 from spdfq.runtime import Runtime
 from spdfq.teacher import load_teacher
+from spdfq.teacher.architectures import notes
 from spdfq.teacher.zoo import BUNDLED, data_file
 
 TINY = ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", {"num_classes": 7, "img_size": 32})
@@ -265,11 +267,141 @@ def test_a_checkpoint_of_another_model_says_what_does_not_fit(saved):
     path, state = saved
     del state["head.bias"]
     save_file(state, path)
-    with pytest.raises(ModelError, match=r'does not fit VisionTransformer: Missing key.*"head\.bias"'):
+    with pytest.raises(ModelError, match=r"does not fit VisionTransformer: lacks head\.bias$"):
         load_teacher(spec(path))
-    save_file({**state, "head.bias": torch.zeros(3)}, path)
-    with pytest.raises(ModelError, match=r"does not fit VisionTransformer: size mismatch for head\.bias"):
+    save_file({**state, "head.bias": torch.zeros(3), "a": torch.zeros(1)}, path)
+    with pytest.raises(ModelError, match=r"holds a, which the model lacks; head\.bias is \[3\] instead of \[10\]$"):
         load_teacher(spec(path))
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(
+        ModelError, match=r"lacks cls_token, pos_embed, patch_embed\.proj\.weight and 77 more; holds a, which"
+    ):
+        load_teacher(spec(path))
+
+
+PREFIXES = ("module.", "model.", "_orig_mod.", "model_ema.", "backbone.", "state_dict.", "model._orig_mod.", "my.vit.")
+
+
+def renamed(state, *prefixes):
+    return {f"{prefix}{name}": tensor.clone() for prefix in prefixes for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_common_prefix_of_all_names_is_left_out_and_told(saved, prefix):
+    path, state = saved
+    save_file(renamed(state, prefix), path)
+    module = load_teacher(spec(path)).module
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in state.items())
+    assert notes(spec(path), module) == [f"model: {path}: names begin with {prefix!r}, which is left out"]
+    bare = evolve(spec(path), num_classes=0)
+    assert notes(bare, load_teacher(bare).module)
+
+
+def test_names_without_a_prefix_are_no_news(saved):
+    path, _ = saved
+    assert notes(spec(path), load_teacher(spec(path)).module) == []
+    assert notes(ModelSpec(name="bundled:vit_fmnist"), load_teacher("bundled:vit_fmnist").module) == []
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "named"),
+    [
+        (("model.", "model_ema."), "'model.' and 'model_ema.'"),
+        (("", "model_ema."), "without a prefix and 'model_ema.'"),
+    ],
+)
+def test_several_sets_of_weights_in_a_file_are_named(saved, prefixes, named):
+    path, state = saved
+    save_file(renamed(state, *prefixes), path)
+    with pytest.raises(ModelError, match=rf"safetensors: holds 2 sets of weights, {named}; keep the one you want$"):
+        load_teacher(spec(path))
+
+
+def test_other_tensors_beside_a_prefix_are_named(saved):
+    path, state = saved
+    save_file({**renamed(state, "model."), "loss.weight": torch.ones(1)}, path)
+    with pytest.raises(ModelError, match=r"also holds loss\.weight, without the prefix 'model\.'; leave them out$"):
+        load_teacher(spec(path))
+
+
+def test_weights_of_another_head_say_how_many_classes_they_have(tmp_path):
+    options = {"name": "vit_tiny_patch16_224", "img_size": 32}
+    path = tmp_path / "w.safetensors"
+    save_file(load_teacher(ModelSpec(**options, pretrained=False, num_classes=7)).module.state_dict(), path)
+    for asked in (None, 9):
+        message = one_line(**options, checkpoint=str(path), num_classes=asked)
+        assert message.endswith(
+            f"has 7 classes, the model {asked or 1000}; set model.num_classes = 7, or give other weights"
+        )
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith("head.")}, path)
+    message = one_line(**options, checkpoint=str(path))
+    assert message.endswith("has no head; set model.num_classes = 0, or give weights with a head")
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_head_that_the_weights_of_the_hub_do_not_have_is_refused_and_not_left_random(weights):
+    with pytest.raises(
+        ModelError, match=r"^model\.num_classes: the weights of vit_tiny.* have 1000 classes, not 7; leave it"
+    ):
+        load_teacher(ModelSpec(name=TINY[0], num_classes=7), weights=weights)
+    with pytest.raises(
+        ModelError, match=r"the weights of vit_small_patch14_dinov2\.lvd142m have no head, not 7; leave"
+    ):
+        load_teacher(ModelSpec(name="vit_small_patch14_dinov2.lvd142m", num_classes=7), weights=weights)
+
+
+# models in a folder, and of other owners on the hub
+
+
+@pytest.fixture
+def own_folder(tmp_path):
+    """What timm's save_for_hf writes, and the network it was given."""
+    module = load_teacher(ModelSpec(name="vit_tiny_patch16_224", pretrained=False, num_classes=3, img_size=32)).module
+    timm.models.save_for_hf(module, tmp_path / "own", model_args={"img_size": 32}, safe_serialization=True)
+    return tmp_path / "own", module
+
+
+def test_a_folder_of_timm_is_a_model(own_folder):
+    folder, module = own_folder
+    teacher = load_teacher(f"local-dir:{folder}")
+    assert (teacher.num_classes, teacher.input_size, teacher.mean) == (3, (3, 32, 32), (0.5, 0.5, 0.5))
+    assert torch.equal(teacher.module.head.weight, module.head.weight)
+    assert load_teacher(ModelSpec(name=f"local-dir:{folder}", num_classes=0)).headless
+    message = one_line(f"local-dir:{folder}", num_classes=5)
+    assert message.endswith("has 3 classes, the model 5; set model.num_classes = 3, or give other weights")
+
+
+def test_a_folder_that_is_no_model_is_one_line(own_folder, tmp_path):
+    folder, _ = own_folder
+    assert one_line(f"local-dir:{tmp_path}").startswith(
+        f"model.name: local-dir:{tmp_path}: no such folder, or it has no"
+    )
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "has no model.safetensors, the only file of weights that is read here" in one_line(f"local-dir:{folder}")
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    message = one_line(f"local-dir:{folder}", pretrained=False)
+    assert message.endswith("with its own settings (its config.json is not timm's: no 'architecture')")
+
+
+def test_a_model_of_another_owner_on_the_hub_is_read_from_the_cache_where_the_hub_is_out_of_reach(
+    own_folder, tmp_path, monkeypatch
+):
+    folder, module = own_folder
+    snapshot = tmp_path / "cache/models--me--mine/snapshots/abc"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (tmp_path / "cache/models--me--mine/refs").mkdir()
+    (tmp_path / "cache/models--me--mine/refs/main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    teacher = load_teacher("hf-hub:me/mine")
+    assert torch.equal(teacher.module.head.weight, module.head.weight)
+    assert "have 3 classes, not 5" in one_line("hf-hub:me/mine", num_classes=5)
+    assert one_line("hf-hub:me/other") == (
+        "model.name: hf-hub:me/other could not be downloaded from the hub (it cannot be reached); check the network, "
+        "or give a local copy: model.name = 'local-dir:path'"
+    )
+    hint = "has no model 'me/mine'; a model of the Hugging Face hub is 'hf-hub:owner/name', one in a folder 'local-dir:"
+    assert hint in one_line("me/mine")
 
 
 def test_a_missing_or_pickled_checkpoint_is_refused(tmp_path):

@@ -39,11 +39,8 @@ def test_any_module_can_be_a_teacher():
 
 def test_a_teacher_reads_its_input_size_from_the_module_where_it_can():
     assert Teacher(build("vit"), mean=[0.5] * 3, std=[0.5] * 3, num_classes=10).input_size == (3, 32, 32)
-    assert Teacher(timm.create_model("test_resnet"), mean=[0] * 3, std=[1] * 3, num_classes=9).input_size == (
-        3,
-        160,
-        160,
-    )
+    resnet = timm.create_model("test_resnet", num_classes=9)
+    assert Teacher(resnet, mean=[0] * 3, std=[1] * 3, num_classes=9).input_size == (3, 160, 160)
     with pytest.raises(ModelError, match=r"Linear: its input size is unknown; give Teacher\(\.\.\., input_size="):
         own(input_size=None)
 
@@ -54,7 +51,10 @@ def test_a_teacher_reads_its_input_size_from_the_module_where_it_can():
         ({"mean": (0.5,)}, "mean has 1 values, std 2, the input 2 channels; they must agree"),
         ({"input_size": (3, 4, 4)}, "mean has 2 values, std 2, the input 3 channels; they must agree"),
         ({"std": (0.5, 0.0)}, r"std must be above 0, got \[0\.5, 0\.0\]"),
-        ({"num_classes": 1}, "needs at least 2 classes, or 0 for a backbone without a head, got 1"),
+        (
+            {"num_classes": 1},
+            "num_classes must be a whole number, at least 2, or 0 for a backbone .*, got 1",
+        ),
     ],
 )
 def test_a_description_that_contradicts_itself_is_refused(changes, message):
@@ -137,6 +137,34 @@ def test_the_fingerprint_follows_weights_architecture_and_input_description():
     teacher.module.norm.running_mean += 1e-3
     known.add(teacher.fingerprint())
     assert len(known) == 6
+
+
+def test_the_fingerprint_follows_what_is_not_in_the_state_dict():
+    class Extra(Linear):
+        def __init__(self):
+            super().__init__()
+            self.extra = {"step": 1}
+
+        def get_extra_state(self):
+            return self.extra
+
+    def printed(**changes):
+        torch.manual_seed(0)
+        module = Extra()
+        module.register_buffer("made", torch.zeros(1).expand(3), persistent=False)
+        module.register_state_dict_post_hook(lambda _, state, *__: state.clear())
+        for name, value in changes.items():
+            setattr(module, name, value)
+        return Teacher(module, mean=(0, 0), std=(1, 1), num_classes=3, input_size=(2, 4, 4)).fingerprint()
+
+    changes = [{}, {"made": torch.ones(3)}, {"extra": {"step": 2}}, {"extra": None}, {"extra": torch.ones(2)}]
+    found = [printed(**change) for change in changes]
+    assert found == [printed(**change) for change in changes]
+    assert len(set(found)) == len(changes)
+    with pytest.raises(ModelError, match=r"^Extra: get_extra_state returns a object that only pickle"):
+        printed(extra=object())
+    with pytest.raises(ModelError, match=r"^made: is sparse or quantized"):
+        printed(made=torch.eye(3).to_sparse())
 
 
 def test_two_depths_of_one_architecture_differ_in_fingerprint():

@@ -67,7 +67,7 @@ class Ridge(Step):
         """
         model.check_calibrated()
         layers = self._layers(model, calibration.images[:1])
-        finished = FinishedParts.of(model.network, calibration, "ridge")
+        finished = FinishedParts.of(model, calibration, "ridge")
         with (
             calibration.teacher.frozen() as float_network,
             calibration.runtime.progress("correcting layers", len(layers)) as advance,
@@ -129,7 +129,7 @@ class Ridge(Step):
 
 
 def _changed(model: QuantizedModel, layer: LinearLayer) -> list[str]:
-    """Names, in the network's state dict, of the tensors that the correction of a layer changes."""
+    """Names, in `QuantizedModel.tensors`, of the tensors that the correction of a layer changes."""
     names = [layer.weight, *([layer.bias] if layer.bias else [])]
     quantizer = model.quantizers.get(layer.weight)
     return names + [f"{layer.weight}_quantizer.{name}" for name in (quantizer.stores if quantizer else ())]

@@ -8,7 +8,7 @@ from spdfq.quantizers import Quantizer
 def learnable_activation_scales(model: QuantizedModel, prefix: str) -> dict[str, Quantizer]:
     """The activation quantizers with one scale for the whole tensor, at sites that start with ``prefix``.
 
-    The keys are the names of the scales in the network's state dict.
+    The keys are the names of the scales in `QuantizedModel.tensors`.
     """
     return {
         f"{name}_quantizer.scale": quantizer

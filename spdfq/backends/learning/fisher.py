@@ -1,5 +1,6 @@
 """The importance of each output value of a block: its squared gradient, the diagonal of the Fisher information."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -68,10 +69,13 @@ def _gradients(
     with hook, torch.enable_grad(), model.visiting(quantize_up_to_block):
         logits = model.network(images)
     # summed, not averaged: the gradient of an image must not depend on the batch size
-    return torch.autograd.grad(divergence(logits, wanted, headless).sum(), leaves)
+    total = divergence(logits, wanted, headless).sum()
+    # zero for what the network does not use, such as the attention weights that a block returns too
+    gradients = torch.autograd.grad(total, leaves, materialize_grads=True)
+    return tuple(tensor.movedim(axis, 0) for tensor, axis in zip(gradients, call.returned.values(), strict=True))
 
 
-def _with_leaves(output: Any, returned: tuple[int, ...]) -> tuple[Any, list[Tensor]]:
+def _with_leaves(output: Any, returned: Iterable[int]) -> tuple[Any, list[Tensor]]:
     """A block's output with some of its tensors, counted among its tensors, replaced by leaves; and the leaves."""
     items = [output] if isinstance(output, Tensor) else list(output)
     positions = [index for index, item in enumerate(items) if isinstance(item, Tensor)]

@@ -25,7 +25,7 @@ from spdfq.backends.learning.fisher import squared_gradients
 from spdfq.backends.learning.qdrop import QDrop
 from spdfq.backends.learning.training import SAVE_SECONDS, LearningRates, Training, adam, take_step, trainable
 from spdfq.backends.propagation import Propagation, of_images
-from spdfq.errors import NonFiniteError
+from spdfq.errors import ComponentError, NonFiniteError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT
 from spdfq.quantized.visiting import Visit
@@ -66,7 +66,7 @@ class BlockLearner:
 
     def weight(self, name: str, weight: Tensor) -> Tensor:
         """The tensor that is multiplied instead of a weight."""
-        raise TypeError(f"{type(self).__name__} does not define weight")
+        raise ComponentError(f"{type(self).__name__} does not define weight")
 
     def penalty(self, share: float) -> Tensor | float:
         """A term that is added to the error when ``share`` (0 to 1) of the iterations are done."""
@@ -135,7 +135,7 @@ class Reconstruction(Step, ABC):
             SpdfqError: a site was not calibrated.
         """
         model.check_calibrated()
-        finished = FinishedParts.of(model.network, calibration, self.name)
+        finished = FinishedParts.of(model, calibration, self.name)
         with calibration.teacher.frozen() as float_network:
             calls = block_calls(float_network, block_names(model), calibration.images[:1])
             teacher = Propagation(float_network, calibration.images, self.batch)

@@ -33,7 +33,7 @@ def output(module, count=6, seed=0):
 
 
 def parameters(model):
-    return {name: value.detach().clone() for name, value in model.network.state_dict().items()}
+    return {name: value.detach().clone() for name, value in model.tensors().items()}
 
 
 def same(first, second):

@@ -94,7 +94,7 @@ def test_a_block_that_follows_another_takes_its_output_and_others_a_forward_pass
     follows = {name: [call.follows for call in calls_of(name)] for name in BLOCKS}
     assert follows == {"vit": [False, True], "swin": [False, True, False, True], "cait": [False, True, False, False]}
     # patches and class token, the class token alone going on
-    assert [call.streams for call in calls_of("cait")] == [(0,), (0,), (0, 1), (0, 1)]
+    assert [call.streams for call in calls_of("cait")] == [{0: 0}, {0: 0}, {0: 0, 1: 0}, {0: 0, 1: 0}]
 
 
 def calls_of(name):
@@ -107,7 +107,7 @@ def test_what_is_the_same_for_every_image_is_kept_with_the_call():
     rope = {name: value for name, value in calls[1].given.items() if isinstance(value, torch.Tensor)}
     assert list(rope) == ["rope"]
     assert rope["rope"].shape[0] == 16
-    assert calls[1].streams == (0,)
+    assert calls[1].streams == {0: 0}
 
 
 def test_rows_of_several_to_an_image_stay_together():
@@ -218,13 +218,13 @@ def test_a_block_that_runs_twice_is_reconstructed_once(watched):
 @pytest.mark.parametrize("biases", [False, True])
 def test_the_quantized_weights_of_the_blocks_are_learned_and_nothing_else(biases):
     model = quantized("vit")
-    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    before = {name: value.clone() for name, value in model.tensors().items()}
     reconstruct(model, teacher("vit"), evolve(STEP, biases=biases))
     layers = [
         f"{block}.{layer}" for block in BLOCKS["vit"] for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     ]
     learned = {f"{layer}.{leaf}" for layer in layers for leaf in (("weight", "bias") if biases else ("weight",))}
-    changed = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {name for name, value in model.tensors().items() if not torch.equal(value, before[name])}
     assert changed == learned
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.network.parameters())
 
