@@ -93,7 +93,8 @@ def make_images(
     source: Any = recipe.synthesis
     back_end: Any = recipe.quantization
     options = {"student": student_factory(teacher, back_end, runtime)} if source.needs_student else {}
-    images: SyntheticImages = source.synthesize(teacher, runtime, folder, **options)
+    with runtime.own_modes():
+        images: SyntheticImages = source.synthesize(teacher, runtime, folder, **options)
     return images
 
 

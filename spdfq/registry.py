@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import sys
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -137,6 +138,7 @@ def first_paragraph(component: type) -> str:
 
 plugin_failures: dict[str, str] = {}
 _plugins_loaded = False
+_loading = threading.RLock()
 
 
 def load_plugins() -> None:
@@ -145,16 +147,17 @@ def load_plugins() -> None:
     The error of a plugin that fails to import is kept in `plugin_failures`, and shown when a name is not found.
     """
     global _plugins_loaded
-    if _plugins_loaded:
-        return
-    _plugins_loaded = True  # before the loop, because a plugin may look up names while it is imported
-    for built_in in REGISTRIES.values():
-        import_module(built_in.package)  # before the plugins, so that a duplicate name is reported for the plugin
-    for plugin in entry_points(group=ENTRY_POINTS):
-        try:
-            plugin.load()
-        except Exception as error:  # a broken plugin must not break the library
-            plugin_failures[plugin.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    with _loading:  # another thread waits for all names
+        if _plugins_loaded:
+            return
+        _plugins_loaded = True  # before the loop, because a plugin may look up names while it is imported
+        for built_in in REGISTRIES.values():
+            import_module(built_in.package)  # before the plugins, so that a duplicate name is reported for the plugin
+        for plugin in entry_points(group=ENTRY_POINTS):
+            try:
+                plugin.load()
+            except Exception as error:  # a broken plugin must not break the library
+                plugin_failures[plugin.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 REGISTRIES: dict[str, Registry] = {}

@@ -59,8 +59,6 @@ def _is_exported(part: nn.Module) -> bool:
 
 
 def _unusable(tensor: Tensor) -> str:
-    if nn.parameter.is_lazy(tensor):
-        return "has no shape yet; run the module once before"
     if tensor.is_meta:
         return "is on the meta device, without values; load the weights before"
     if tensor.is_inference():

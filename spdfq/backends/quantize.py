@@ -39,11 +39,12 @@ def quantize(
     """
     check_images(teacher, images)
     teacher.module.to(runtime.device)
-    images = images.to(runtime.device, torch.float32)
-    bits = bits_within(spec.budget, teacher, images, spec, runtime, folder) if spec.budget else None
-    model = place(teacher, spec, bits)
-    for index, step in enumerate(spec.steps):
-        step.run(model, Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index))
+    with runtime.own_modes():
+        images = images.detach().to(runtime.device, torch.float32, copy=images.is_inference())
+        bits = bits_within(spec.budget, teacher, images, spec, runtime, folder) if spec.budget else None
+        model = place(teacher, spec, bits)
+        for index, step in enumerate(spec.steps):
+            step.run(model, Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index))
     return model
 
 
@@ -96,7 +97,7 @@ def check_quantization(teacher: Teacher, spec: Quantization) -> list[str]:
     """
     model = place(teacher, spec)
     if spec.budget:
-        example = torch.zeros(1, *teacher.input_size, device=teacher.device)
+        example = torch.zeros(1, *teacher.input_size, device=teacher.device, dtype=torch.float32)
         check_budget(model, spec.budget, override_bits(teacher, spec, model.sites), example)
     problems = []
     for index, step in enumerate(spec.steps):

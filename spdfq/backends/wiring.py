@@ -13,6 +13,7 @@ from attrs import define, field, frozen
 from torch import Tensor, nn
 
 from spdfq.attention import PRODUCT_FUNCTIONS, FunctionMode, fused_attention
+from spdfq.runtime.runtime import normal
 
 _LAYER_NORMS = {F.layer_norm, torch.layer_norm}
 # They mix tokens, but leave equal tokens as they are, so that a signature would survive them.
@@ -154,7 +155,7 @@ class _WiringMode(FunctionMode):
             return result
         tokens = result.numel() // len(weight)
         norm = self.norms.setdefault(name, NormCalls(name, self.names.get(id(bias)), tokens))
-        signature = torch.randn(len(weight), generator=self.generator).to(result)
+        signature = normal(self.generator, len(weight)).to(result)
         output = signature.expand_as(result).clone()
         self.outputs[id(output)] = _NormOutput(output, norm, signature, output.numel())
         return output

@@ -111,4 +111,4 @@ class LabelledImages(Checked):
         if self.limit is None or self.limit >= count:
             return list(range(count))
         generator = torch.Generator().manual_seed(self.subset_seed)
-        return torch.randperm(count, generator=generator)[: self.limit].sort().values.tolist()
+        return torch.randperm(count, generator=generator, device="cpu")[: self.limit].sort().values.tolist()

@@ -218,6 +218,10 @@ class _DecodedDataset(Dataset):
     def collate(self, items: list[tuple[Tensor, int] | Unreadable]) -> tuple[Tensor, Tensor, list[Unreadable]]:
         """Images ``[b, C, H, W]`` and labels ``[b]`` of the readable items, and the unreadable items."""
         pairs = [item for item in items if not isinstance(item, Unreadable)]
-        images = torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0, *self.size)
-        labels = torch.tensor([label for _, label in pairs], dtype=torch.long)
+        images = (
+            torch.stack([image for image, _ in pairs])
+            if pairs
+            else torch.empty(0, *self.size, dtype=torch.float32, device="cpu")
+        )
+        labels = torch.tensor([label for _, label in pairs], dtype=torch.long, device="cpu")
         return images, labels, [item for item in items if isinstance(item, Unreadable)]

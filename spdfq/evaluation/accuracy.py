@@ -17,7 +17,6 @@ ENOUGH_PER_CLASS = 5
 _GAIN, _OWN = 30, 0.9
 
 
-@torch.no_grad()
 def logits_over(
     model: nn.Module, teacher: Teacher, spec: Any, runtime: Runtime, label: str, folder: Path | None = None
 ) -> Predictions:
@@ -45,7 +44,8 @@ def logits_over(
     known = ranks.first(lambda: list(finished.batches))
     own = {start: batches[start] for start in ranks.share([start for start in batches if start not in known])}
     resumed = sum(len(batches[start]) for start in finished.batches)
-    with evaluation_mode(model), runtime.progress(label, resumed + sum(map(len, own.values()))) as advance:
+    progress = runtime.progress(label, resumed + sum(map(len, own.values())))
+    with runtime.own_modes(), torch.no_grad(), evaluation_mode(model), progress as advance:
         if resumed:
             advance(resumed)
         for start, found in _batch_by_batch(model, teacher, spec, runtime.device, own):
@@ -65,7 +65,7 @@ def _batch_by_batch(
     found = spec.dataset.batches(teacher, spec.batch, indices) if indices else ()
     for start, (images, labels, damaged) in zip(own, found, strict=True):
         # some models fail on an empty batch
-        logits = model(images.to(device)).float().cpu() if len(images) else torch.zeros(0, teacher.num_classes)
+        logits = model(images.to(device)).float().cpu() if len(images) else images.new_zeros(0, teacher.num_classes)
         yield start, Predictions(logits, labels, damaged)
 
 

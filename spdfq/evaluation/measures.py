@@ -39,7 +39,9 @@ def class_centroids(features: Tensor, labels: Tensor, classes: int) -> Centroids
         labels: int64 ``[n]``, from 0 to ``classes - 1``.
         classes: number of classes, K.
     """
-    sums = torch.zeros(classes, features.shape[1]).index_add(0, labels, features.float())
+    sums = torch.zeros(classes, features.shape[1], dtype=torch.float32, device="cpu").index_add(
+        0, labels, features.float()
+    )
     counts = torch.bincount(labels, minlength=classes)
     return Centroids(sums / counts.clamp(min=1).unsqueeze(-1), counts)
 
@@ -97,7 +99,7 @@ def spectrum_slope(pixels: Tensor) -> float | None:
     mean = mean[1 : side // 2 + 1]
     if len(mean) < _FEWEST_RINGS or not (mean > 1e-12 * power[0, 0]).all() or not (mean > 0).all():
         return None
-    x = torch.arange(1, len(mean) + 1).double().log()
+    x = torch.arange(1, len(mean) + 1, dtype=torch.float64, device="cpu").log()
     y = mean.log()
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
@@ -117,7 +119,6 @@ def prior_overlap(prior: Tensor, reached: Tensor) -> float:
     return float(torch.minimum(*shares).sum(-1).mean())
 
 
-@torch.no_grad()
 def class_features(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
     """The input ``[b, D]`` and the logits ``[b, K]`` of the classifier for each batch of images, on the CPU.
 
@@ -131,9 +132,11 @@ def class_features(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime
         )
     with evaluation_mode(module):
         for images in batches:
-            tokens = module.forward_features(images.to(runtime.device))
-            features = module.forward_head(tokens, pre_logits=True)
-            yield features.float().cpu(), module.forward_head(tokens).float().cpu()
+            with runtime.own_modes(), torch.no_grad():
+                tokens = module.forward_features(images.to(runtime.device))
+                features = module.forward_head(tokens, pre_logits=True)
+                logits = module.forward_head(tokens)
+            yield features.float().cpu(), logits.float().cpu()
 
 
 def dataset_centroids(teacher: Teacher, spec: Any, runtime: Runtime) -> Centroids | None:
@@ -159,7 +162,6 @@ def dataset_centroids(teacher: Teacher, spec: Any, runtime: Runtime) -> Centroid
     return class_centroids(features, torch.cat(labels), teacher.num_classes)
 
 
-@torch.no_grad()
 def image_head_similarity(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime) -> float:
     """Similarity of the teacher's attention heads on images; see `spdfq.losses.functional.head_similarity`.
 
@@ -167,7 +169,8 @@ def image_head_similarity(teacher: Teacher, batches: Iterable[Tensor], runtime: 
         SpdfqError: the attention cannot be recorded, or no block has two heads.
     """
     total, count = 0.0, 0
-    with evaluation_mode(teacher.module), record_attention(teacher.module, {QUERIES_AND_KEYS}) as record:
+    modes, recording = runtime.own_modes(), record_attention(teacher.module, {QUERIES_AND_KEYS})
+    with modes, torch.no_grad(), evaluation_mode(teacher.module), recording as record:
         for images in batches:
             teacher.module(images.to(runtime.device))
             total += float(recorded_head_similarity(record).mean()) * len(images)

@@ -38,7 +38,7 @@ def nearest_neighbours(queries: Tensor, bank: Tensor, labels: Tensor, classes: i
     bank, votes = F.normalize(bank, dim=-1), []
     for part in F.normalize(queries, dim=-1).split(max(1, _CHUNK // len(bank))):
         cosine, nearest = (part @ bank.mT).topk(NEIGHBOURS)
-        empty = torch.zeros(len(part), classes)
+        empty = torch.zeros(len(part), classes, dtype=part.dtype, device=part.device)
         votes.append(empty.scatter_add_(1, labels[nearest], (cosine / _TEMPERATURE).exp()))
     return torch.cat(votes)
 

@@ -64,7 +64,8 @@ class AttentionEntropyLoss(Loss):
         """``[B, R, K]``. Up to a factor, the mean over heads is one product of the concatenated heads."""
         record = inputs.attention
         query, key = record.queries[block][:, :, record.prefix :], record.keys[block][:, :, record.prefix :]
-        drawn = torch.randperm(query.shape[-2], generator=inputs.generator("rows", block, inputs.iteration))
+        generator = inputs.generator("rows", block, inputs.iteration)
+        drawn = torch.randperm(query.shape[-2], generator=generator, device="cpu")
         chosen = query[:, :, drawn[: self.rows].to(query.device)]
         return _concatenated(chosen) @ _concatenated(key).mT
 

@@ -12,6 +12,7 @@ from spdfq.errors import ComponentError
 from spdfq.recipe.structure import Checked
 from spdfq.registry import priors
 from spdfq.runtime.arguments import check_generator, check_size, check_whole
+from spdfq.runtime.runtime import uniform
 
 Combine = Literal["sum", "max"]
 # below this, the square of a distance divided by sigma overflows float32
@@ -72,15 +73,15 @@ class MixturePrior(Prior):
         check_size("grid", grid)
         check_generator(generator)
         shape = (count, self.max_components, 1)
-        draw = torch.rand(5, *shape, generator=generator)
+        draw = uniform(generator, 5, *shape)
         low, high = self.sigma
         spread_y, spread_x = low + (high - low) * draw[2], low + (high - low) * draw[3]
         rho = self.correlation * (2 * draw[4] - 1)
         y, x = _centres(grid)
         dy, dx = (y - draw[0]) / spread_y, (x - draw[1]) / spread_x
         heights = self.log_profile((dy**2 + dx**2 - 2 * rho * dy * dx) / (1 - rho**2))
-        used = torch.randint(1, self.max_components + 1, (count, 1, 1), generator=generator)
-        unused = rearrange(torch.arange(self.max_components), "bumps -> 1 bumps 1") >= used
+        used = torch.randint(1, self.max_components + 1, (count, 1, 1), generator=generator, device="cpu")
+        unused = rearrange(torch.arange(self.max_components, device="cpu"), "bumps -> 1 bumps 1") >= used
         heights = heights.masked_fill(unused, -math.inf)
         maps = heights.logsumexp(1) if self.combine == "sum" else heights.amax(1)
         # normalised by a softmax of logarithms: on a coarse grid a narrow bump underflows to zero at every token
@@ -89,7 +90,7 @@ class MixturePrior(Prior):
 
 def _centres(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Row and column ``[h*w]`` of the centre of each token, in sides of the grid."""
-    rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
+    rows, columns = ((torch.arange(side, dtype=torch.float32, device="cpu") + 0.5) / side for side in grid)
     return repeat(rows, "h -> (h w)", w=grid[1]), repeat(columns, "w -> (h w)", h=grid[0])
 
 

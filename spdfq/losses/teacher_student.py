@@ -12,6 +12,7 @@ from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
 from spdfq.runtime.arguments import check_alike
+from spdfq.runtime.runtime import uniform
 
 
 def teacher_student_discrepancy(teacher: Tensor, student: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class MaskedAttentionAlignmentLoss(Loss):
         inside = max(1, int(share * scores.shape[1] + 1e-6))
         kept = max(1, round(inside * (1 - self.dropped)))
         generator = inputs.generator("mask", block, inputs.iteration)
-        order = torch.rand(len(scores), inside, generator=generator).argsort(-1)[:, :kept].to(scores.device)
+        order = uniform(generator, len(scores), inside).argsort(-1)[:, :kept].to(scores.device)
         return torch.zeros_like(scores).scatter(1, scores.topk(inside).indices.gather(1, order), 1)
 
 

@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
-import torch
 from attrs import define, field, validators
 from torch import Tensor
 
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
 from spdfq.registry import losses
 from spdfq.runtime.arguments import check_number, check_tensor
+from spdfq.runtime.runtime import uniform
 
 # the targets of PSAQ-ViT are meant for a group of 32 images of 3x224x224
 _PUBLISHED_PIXELS = 32 * 3 * 224 * 224
@@ -90,7 +90,7 @@ class TotalVariationLoss(Loss):
         assert self.target is not None
         low, high = self.target
         self.given(inputs, "draws")
-        share = inputs.keep("target", lambda: torch.rand((), generator=inputs.generator("target")).item())
+        share = inputs.keep("target", lambda: uniform(inputs.generator("target")).item())
         scale = 1 if self.faithful else math.sqrt(inputs.images.numel() / _PUBLISHED_PIXELS)
         return scale * (low + (high - low) * share)
 

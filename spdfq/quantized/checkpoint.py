@@ -9,6 +9,7 @@ import torch
 from attrs import astuple
 from torch import Tensor, nn
 
+from spdfq.attention import watchable
 from spdfq.errors import DataError, ModelError, SpdfqError, shown, writing
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.multiplications import Multiplications
@@ -194,7 +195,7 @@ def _file_digest(path: Path) -> str:
 def _architecture(config: dict[str, Any], module: nn.Module | None) -> nn.Module:
     if module is not None:
         check_module(module)
-        return module
+        return watchable(module)
     name, table = config["teacher"]["name"], config["recipe"].get("model", {})
     if table.get("name") != name:
         raise ModelError(f"{name} is not a model that a recipe names; give its module: load_quantized(folder, module)")

@@ -31,7 +31,7 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
             quantizer does not exist or is that of the images, or a weight quantizer accepts no negative values.
     """
     _check_templates(spec)
-    example = torch.zeros(1, *teacher.input_size, device=teacher.device)
+    example = torch.zeros(1, *teacher.input_size, device=teacher.device, dtype=torch.float32)
     with teacher.frozen() as network:
         sites, leftovers = find_sites(network, example, spec.placement.kinds & POINTS)
         multiplications = count_multiplications(network, example)

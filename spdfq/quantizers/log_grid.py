@@ -13,7 +13,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 def octave_fractions(parts: int, device: torch.device) -> Tensor:
     """``2 ** (-i / parts)`` for i in 0 .. parts - 1, float32, the same on every device."""
-    return torch.tensor([2.0 ** (-i / parts) for i in range(parts)], device=device)
+    return torch.tensor([2.0 ** (-i / parts) for i in range(parts)], device=device, dtype=torch.float32)
 
 
 def power_of_two(numerator: Tensor, fractions: Tensor) -> Tensor:

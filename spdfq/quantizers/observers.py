@@ -174,5 +174,5 @@ class GridMseObserver(Observer):
 
     def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: RangedQuantizer) -> Range:
         """The best candidate of each row; among equals the widest."""
-        factors = torch.linspace(1.0, self.smallest, self.steps).tolist()
+        factors = torch.linspace(1.0, self.smallest, self.steps, dtype=torch.float32, device="cpu").tolist()
         return least_error([(low * factor, high * factor) for factor in factors], samples, quantizer)

@@ -45,9 +45,9 @@ class ProgressiveObserver(Observer):
     def choose(self, samples: Tensor, low: Tensor, high: Tensor, quantizer: RangedQuantizer) -> Range:
         """The best pair of each row of ``samples`` ``[C, n]``."""
         one_factor = quantizer.one_ended or bool((low >= 0).all())
-        grid = torch.linspace(1.0, self.smallest, self.steps, device=low.device)
+        grid = torch.linspace(1.0, self.smallest, self.steps, device=low.device, dtype=low.dtype)
         distance = (1.0 - self.smallest) / (self.steps - 1)
-        offsets = distance * torch.tensor([0.0, -0.5, 0.5], device=low.device)
+        offsets = distance * torch.tensor([0.0, -0.5, 0.5], device=low.device, dtype=low.dtype)
         factors = repeat(_pairs(grid, one_factor), "pairs ends -> pairs ends c", c=len(low))
         for _ in range(self.refinements):
             best = self._best(factors, samples, low, high, quantizer, self.kept)

@@ -61,7 +61,7 @@ class ShiftUniformLog2Quantizer(SearchedQuantizer, LogarithmicQuantizer):
         shift = parameters["shift"]
         top, last = torch.log2(1 + shift), self.levels - 1
         step = (top - torch.log2(shift)) / last
-        codes = torch.arange(last, device=shift.device)
+        codes = torch.arange(last, device=shift.device, dtype=shift.dtype)
         edges = (torch.exp2(top - (codes + 0.5) * step) - shift).clamp(min=0)
         values = torch.exp2((top - codes * step).round()) - shift
         values = torch.where(values > edges[-1], values, 0.0)

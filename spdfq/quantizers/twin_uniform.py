@@ -110,7 +110,7 @@ class TwinUniformQuantizer(SearchedQuantizer):
             value = self.reconstruct(self.encode(x, parameters), parameters)
         if not x.requires_grad:
             return value
-        last_codes = torch.tensor([self.grid_size - 1.0, self.levels - 1.0], device=x.device)
+        last_codes = torch.tensor([self.grid_size - 1.0, self.levels - 1.0], device=x.device, dtype=x.dtype)
         ends = self.reconstruct(last_codes, parameters)
         inside = (x >= (ends[0] if self.signed else 0.0)) & (x <= ends[1])
         return straight_through(torch.where(inside, x, x.detach()), value)

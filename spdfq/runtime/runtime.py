@@ -2,13 +2,15 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from attrs import field, frozen
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
-from spdfq.errors import SpdfqError, shown
+from spdfq.errors import ModelError, SpdfqError, shown
 from spdfq.runtime.progress import Progress, silent
 from spdfq.runtime.ranks import Ranks
 
@@ -21,6 +23,16 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     text = "/".join(map(str, (seed, *purpose)))
     state = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     return torch.Generator().manual_seed(state)
+
+
+def uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draws from U(0, 1): float32 on the CPU, whatever torch's default dtype and device are."""
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draws from N(0, 1): float32 on the CPU, whatever torch's default dtype and device are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @frozen(kw_only=True)
@@ -46,10 +58,25 @@ class Runtime:
         return generator(self.seed, *purpose)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The autocast context of the precision."""
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        """The autocast context of the precision; float32 ends an autocast around it."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    @contextmanager
+    def own_modes(self) -> Iterator[None]:
+        """Autograd without autocast, whatever modes the caller has set (``no_grad``, ``inference_mode``, ``autocast``).
+
+        Raises:
+            ModelError: the model computes activations again during the backward pass, which nobody can watch.
+        """
+        autocasts = [torch.autocast(kind, enabled=False) for kind in ("cpu", self.device.type)]
+        with torch.inference_mode(False), torch.enable_grad(), autocasts[0], autocasts[1]:
+            try:
+                yield
+            except CheckpointError:
+                raise ModelError(
+                    "the model uses gradient checkpointing, which does not keep what is recorded of a forward pass; "
+                    "turn it off, for example with module.set_grad_checkpointing(False)"
+                ) from None
 
 
 _calls: list[int] = []

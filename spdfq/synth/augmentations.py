@@ -11,6 +11,7 @@ from spdfq.errors import ComponentError, SpdfqError
 from spdfq.recipe.structure import Checked
 from spdfq.registry import augmentations
 from spdfq.runtime.arguments import check_generator, check_tensor
+from spdfq.runtime.runtime import uniform
 from spdfq.synth.changes import Change, Crop, Moment, Move
 
 _LARGEST_SHIFT = 100_000
@@ -89,7 +90,7 @@ class Jitter(Augmentation):
         """The movement of one iteration."""
         check_draw(generator, moment)
         largest = self.largest_shift(moment)
-        down, right = torch.randint(-largest, largest + 1, (2,), generator=generator).tolist()
+        down, right = torch.randint(-largest, largest + 1, (2,), generator=generator, device="cpu").tolist()
         return Move(shift=(down, down if self.shared_axes else right))
 
     def largest_shift(self, moment: Moment) -> int:
@@ -115,7 +116,7 @@ class Flip(Augmentation):
     def draw(self, generator: torch.Generator, moment: Moment) -> Move:
         """The movement of one iteration."""
         check_draw(generator, moment)
-        drawn = torch.rand(moment.count if self.per_image else 1, generator=generator) < self.probability
+        drawn = uniform(generator, moment.count if self.per_image else 1) < self.probability
         return Move(flip=tuple(drawn.tolist()) if self.per_image else bool(drawn))
 
 
@@ -140,11 +141,11 @@ class RandomResizedCrop(Augmentation):
     def draw(self, generator: torch.Generator, moment: Moment) -> Crop:
         """The boxes of one iteration."""
         check_draw(generator, moment)
-        area, aspect, down, right = torch.rand(4, moment.count, generator=generator)
+        area, aspect, down, right = uniform(generator, 4, moment.count)
         area = self.smallest + (1 - self.smallest) * area
         stretched = self.stretch ** (aspect - 0.5)  # factor of one side; the aspect changes by its square
         stretched = stretched.clamp(area.sqrt(), area.rsqrt())
-        full = rearrange(torch.tensor(moment.size[1:]), "side -> side 1")
+        full = rearrange(torch.tensor(moment.size[1:], device="cpu"), "side -> side 1")
         sides = full * torch.stack([area.sqrt() * stretched, area.sqrt() / stretched])
         sides = torch.minimum(sides.round().clamp(min=1), full).long()
         corner = (torch.stack([down, right]) * (full - sides + 1)).long().clamp(max=full - sides)

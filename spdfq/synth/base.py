@@ -35,13 +35,13 @@ class SyntheticImages:
     """
 
     images: Tensor
-    boxes: Tensor = field(factory=lambda: torch.zeros(0, 4, dtype=torch.long))
-    owners: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.long))
-    labels: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.long))
-    curves: Tensor = field(factory=lambda: torch.zeros(0, 0, 0))
+    boxes: Tensor = field(factory=lambda: torch.zeros(0, 4, dtype=torch.long, device="cpu"))
+    owners: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.long, device="cpu"))
+    labels: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.long, device="cpu"))
+    curves: Tensor = field(factory=lambda: torch.zeros(0, 0, 0, dtype=torch.float32, device="cpu"))
     columns: tuple[str, ...] = ()
-    prior: Tensor = field(factory=lambda: torch.zeros(0))
-    reached: Tensor = field(factory=lambda: torch.zeros(0))
+    prior: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
+    reached: Tensor = field(factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
     first_block: int = 0
     damaged: tuple[str, ...] = ()
 

@@ -101,7 +101,7 @@ class Move(Change):
     def _mirrored(self, x: Tensor) -> Tensor:
         if isinstance(self.flip, bool):
             return x.flip(-1) if self.flip else x
-        chosen = rearrange(torch.tensor(self.flip), "b -> b 1 1 1").to(x.device)
+        chosen = rearrange(torch.tensor(self.flip, device=x.device), "b -> b 1 1 1")
         return torch.where(chosen, x.flip(-1), x)
 
 
@@ -139,8 +139,10 @@ class Crop(Change):
     def apply(self, images: Tensor) -> Tensor:
         """The boxes, resized bilinearly to ``[B, C, h, w]``."""
         _check_images(images, len(self.boxes))
-        no_labels = torch.zeros(len(self.boxes), dtype=torch.long)
-        plan = CropPlan(boxes=self.boxes, owners=torch.arange(len(self.boxes)), labels=no_labels)
+        no_labels = self.boxes.new_zeros(len(self.boxes))
+        plan = CropPlan(
+            boxes=self.boxes, owners=torch.arange(len(self.boxes), device=self.boxes.device), labels=no_labels
+        )
         return plan.views(images, (images.shape[-2], images.shape[-1]))
 
     def follow(self, maps: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:

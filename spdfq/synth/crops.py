@@ -88,7 +88,7 @@ class CropPlan(Checked):
         """
         self._check_owners(count)
         crops = torch.bincount(self.owners, minlength=count)[self.owners]
-        return torch.cat([torch.ones(count), 1 / crops]) / count
+        return torch.cat([torch.ones(count, dtype=torch.float32, device="cpu"), 1 / crops.float()]) / count
 
     def _check_owners(self, count: int) -> None:
         check_whole("count", count, 1)
@@ -101,7 +101,7 @@ class CropPlan(Checked):
         if key not in self._matrices:
             self._check_owners(len(images))
             start, sides, (full_height, full_width) = self.boxes[:, :2], self.boxes[:, 2:], images.shape[-2:]
-            beyond = start + sides > torch.tensor([full_height, full_width])
+            beyond = start + sides > torch.tensor([full_height, full_width], device=start.device)
             if bool(((start < 0) | (sides < 1) | beyond).any()):
                 raise SpdfqError(f"a box of the plan is empty or outside the images of {full_height}x{full_width}")
             top, left, height, width = self.boxes.T
@@ -116,11 +116,12 @@ def _resize_matrices(start: Tensor, length: Tensor, full: int, size: int) -> Ten
     """``[crops, 1, size, full]``: bilinear weights of each output row over the input rows of a box."""
     start, length = rearrange(start, "crops -> crops 1"), rearrange(length, "crops -> crops 1")
     # `interpolate` rounds the scale, then rounds again after a fused multiply-add; exact weights differ by 1e-5
-    source = ((length / size).double() * (torch.arange(size) + 0.5) - 0.5).to(length.dtype).clamp(min=0)
+    centres = torch.arange(size, dtype=torch.float64, device=length.device) + 0.5
+    source = ((length / size).double() * centres - 0.5).to(length.dtype).clamp(min=0)
     source = torch.minimum(source, length - 1)
     below = source.floor()
     above = torch.minimum(below + 1, length - 1)
-    weights = torch.zeros(len(start), size, full, dtype=length.dtype)
+    weights = torch.zeros(len(start), size, full, dtype=length.dtype, device=length.device)
     weights.scatter_add_(2, (start + below).long().unsqueeze(2), (1 - (source - below)).unsqueeze(2))
     weights.scatter_add_(2, (start + above).long().unsqueeze(2), (source - below).unsqueeze(2))
     return rearrange(weights, "crops size full -> crops 1 size full")

@@ -127,7 +127,7 @@ class Group:
     def _new_state(self) -> GroupState:
         drawn = noise(self.count, self.teacher, self.generator("noise")).to(self.runtime.device)
         images = self.spec.optimizer.start(drawn).requires_grad_()
-        curve = torch.zeros(self.spec.iterations, len(self.columns), device=images.device)
+        curve = torch.zeros(self.spec.iterations, len(self.columns), device=images.device, dtype=torch.float32)
         return GroupState(images, self.spec.optimizer.build(images), LossWeights(self.spec.losses), curve)
 
     def _labels_and_targets(self) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class LossWeights:
     norms: Tensor = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.norms = torch.zeros(1 + len(self.automatic), dtype=torch.float64)
+        self.norms = torch.zeros(1 + len(self.automatic), dtype=torch.float64, device="cpu")
 
     @property
     def automatic(self) -> list[str]:

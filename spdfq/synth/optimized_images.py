@@ -115,6 +115,12 @@ class OptimizedImages(SynthesisSettings):
             NonFiniteError: a loss or a gradient.
             DataError: a state file is damaged.
         """
+        with runtime.own_modes():
+            return self._synthesized(teacher, runtime, folder, student)
+
+    def _synthesized(
+        self, teacher: Teacher, runtime: Runtime, folder: Path | None, student: StudentFactory | None
+    ) -> SyntheticImages:
         self.check(teacher)
         starts, ranks = range(0, self.images, self.group), runtime.ranks
         if folder:

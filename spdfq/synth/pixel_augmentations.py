@@ -6,6 +6,7 @@ import torch
 from attrs import field, frozen, validators
 
 from spdfq.registry import augmentations
+from spdfq.runtime.runtime import normal, uniform
 from spdfq.synth.augmentations import Augmentation, check_draw
 from spdfq.synth.changes import Affine, Change, Frequencies, Moment
 
@@ -27,7 +28,7 @@ class ChannelOffset(Augmentation):
         """The offsets of one iteration."""
         check_draw(generator, moment)
         left = 1 - moment.iteration / moment.iterations
-        drawn = torch.randn(moment.count, moment.size[0], generator=generator)
+        drawn = normal(generator, moment.count, moment.size[0])
         return Affine(scale=torch.ones_like(drawn), offset=self.std * left * drawn)
 
 
@@ -47,7 +48,7 @@ class ColorJitter(Augmentation):
     def draw(self, generator: torch.Generator, moment: Moment) -> Affine:
         """The shifts and scales of one iteration."""
         check_draw(generator, moment)
-        m, s = 2 * torch.rand(2, moment.count, moment.size[0], generator=generator) - 1
+        m, s = 2 * uniform(generator, 2, moment.count, moment.size[0]) - 1
         scale = (-self.std * s).exp()
         return Affine(scale=scale, offset=-self.mean * m * scale)
 
@@ -62,7 +63,7 @@ class _FrequencyFilter(Augmentation):
     def draw(self, generator: torch.Generator, moment: Moment) -> Change:
         """The filter, or a change that does nothing."""
         check_draw(generator, moment)
-        filters = bool(torch.rand((), generator=generator) < self.probability)
+        filters = bool(uniform(generator) < self.probability)
         return Frequencies(radius=self.radius, keep=self.keep) if filters else Change()
 
 

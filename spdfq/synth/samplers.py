@@ -10,6 +10,7 @@ from spdfq.errors import ComponentError, SpdfqError
 from spdfq.recipe.structure import Checked
 from spdfq.registry import samplers
 from spdfq.runtime.arguments import check_generator, check_size, check_whole
+from spdfq.runtime.runtime import uniform
 from spdfq.synth.crops import CropPlan
 
 Box = tuple[int, int, int, int]
@@ -66,9 +67,10 @@ def draw_labels(count: int, num_classes: int, classes: ClassDraw, generator: tor
     """
     check_whole("num_classes", num_classes, 1)
     if classes == "random":
-        return torch.randint(num_classes, (count,), generator=generator)
-    rounds = [torch.randperm(num_classes, generator=generator) for _ in range(-(-count // num_classes))]
-    return torch.cat(rounds)[:count]
+        return torch.randint(num_classes, (count,), generator=generator, device="cpu")
+    rounds = range(-(-count // num_classes))
+    drawn = [torch.randperm(num_classes, generator=generator, device="cpu") for _ in rounds]
+    return torch.cat(drawn)[:count]
 
 
 @samplers.register("whole_image")
@@ -90,11 +92,11 @@ class WholeImageSampler(Sampler):
         _check(count, size, generator)
         check_whole("num_classes", num_classes, 0)
         if not num_classes:
-            nothing = torch.zeros(0, dtype=torch.long)
-            return CropPlan(boxes=torch.zeros(0, 4, dtype=torch.long), owners=nothing, labels=nothing, every=0)
-        boxes = torch.tensor([[0, 0, *size]]).repeat(count, 1)
+            nothing = torch.zeros(0, dtype=torch.long, device="cpu")
+            return CropPlan(boxes=nothing.reshape(0, 4), owners=nothing, labels=nothing, every=0)
+        boxes = torch.tensor([[0, 0, *size]], device="cpu").repeat(count, 1)
         labels = draw_labels(count, num_classes, self.classes, generator)
-        return CropPlan(boxes=boxes, owners=torch.arange(count), labels=labels, every=0)
+        return CropPlan(boxes=boxes, owners=torch.arange(count, device="cpu"), labels=labels, every=0)
 
 
 @samplers.register("multi_semantic", paper="arXiv:2412.16553")
@@ -135,13 +137,13 @@ class MultiSemanticSampler(Sampler):
         boxes: list[Box] = []
         owners: list[int] = []
         for image in range(count):
-            crops = int(torch.randint(1, self.max_patches + 1, (), generator=generator))
+            crops = int(torch.randint(1, self.max_patches + 1, (), generator=generator, device="cpu"))
             boxes += self._boxes(crops, size, generator)
             owners += [image] * crops
         labels = draw_labels(len(boxes), num_classes, self.classes, generator)
         return CropPlan(
-            boxes=torch.tensor(boxes),
-            owners=torch.tensor(owners),
+            boxes=torch.tensor(boxes, device="cpu"),
+            owners=torch.tensor(owners, device="cpu"),
             labels=labels,
             every=self.every,
             redraw=self.redraw,
@@ -153,7 +155,7 @@ class MultiSemanticSampler(Sampler):
         check_generator(generator)
         counts = torch.bincount(plan.owners).tolist()
         boxes = [box for crops in counts for box in self._boxes(crops, size, generator)]
-        return evolve(plan, boxes=torch.tensor(boxes))
+        return evolve(plan, boxes=torch.tensor(boxes, device="cpu"))
 
     def _boxes(self, crops: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
         draw = self._cells if self.layout == "cells" else self._parts
@@ -163,7 +165,7 @@ class MultiSemanticSampler(Sampler):
         """Some cells of a 2×2 grid."""
         y, x = (self._cut(side, generator) for side in size)
         cells = [(0, 0, y, x), (0, x, y, size[1] - x), (y, 0, size[0] - y, x), (y, x, size[0] - y, size[1] - x)]
-        order = torch.randperm(4, generator=generator)[:crops].tolist()
+        order = torch.randperm(4, generator=generator, device="cpu")[:crops].tolist()
         return [cells[index] for index in sorted(order)]
 
     def _parts(self, crops: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
@@ -177,7 +179,7 @@ class MultiSemanticSampler(Sampler):
     def _halves(self, box: Box, generator: torch.Generator) -> list[Box]:
         """A box cut across its longer side; a square is cut either way."""
         top, left, height, width = box
-        cut_rows = height > width or (height == width and bool(torch.rand((), generator=generator) < 0.5))
+        cut_rows = height > width or (height == width and bool(uniform(generator) < 0.5))
         cut = self._cut(height if cut_rows else width, generator)
         if cut_rows:
             return [(top, left, cut, width), (top + cut, left, height - cut, width)]
@@ -185,5 +187,5 @@ class MultiSemanticSampler(Sampler):
 
     def _cut(self, side: int, generator: torch.Generator) -> int:
         """Where to cut a side: near its middle, and never at its ends."""
-        offset = (2 * float(torch.rand((), generator=generator)) - 1) * self.jitter
+        offset = (2 * float(uniform(generator)) - 1) * self.jitter
         return min(max(round(side * (0.5 + offset)), 1), side - 1)

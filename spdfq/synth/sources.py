@@ -10,6 +10,7 @@ from spdfq.errors import DataError
 from spdfq.recipe.structure import component
 from spdfq.registry import sources
 from spdfq.runtime import Runtime
+from spdfq.runtime.runtime import normal
 from spdfq.synth.base import Source, SyntheticImages
 from spdfq.teacher import Teacher
 
@@ -30,7 +31,7 @@ class GaussianNoise(Source):
 
 def noise(count: int, teacher: Teacher, generator: torch.Generator) -> torch.Tensor:
     """Standard normal noise ``[count, C, H, W]`` on the CPU, in the teacher's input size."""
-    return torch.randn(count, *teacher.input_size, generator=generator)
+    return normal(generator, count, *teacher.input_size)
 
 
 @sources.register("real")
@@ -54,7 +55,7 @@ class RealImages(Source):
         available = len(self.dataset)
         if available < self.images:
             raise DataError(f"synthesis.images: {self.images} asked for, but the dataset holds {available}; lower it")
-        order = torch.randperm(available, generator=runtime.generator("real")).tolist()
+        order = torch.randperm(available, generator=runtime.generator("real"), device="cpu").tolist()
         found: list[torch.Tensor] = []
         damaged: list[str] = []
         while missing := self.images - sum(map(len, found)):

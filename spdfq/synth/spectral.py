@@ -53,11 +53,12 @@ class Coordinates:
     def __init__(self, images: Tensor, power: float) -> None:
         channels, height, width = images.shape[1:]
         lowest = 1 / max(height, width)
-        rows = rearrange(torch.fft.fftfreq(height, dtype=torch.float64), "h -> h 1")
-        columns = torch.fft.fftfreq(width, dtype=torch.float64)
+        rows = rearrange(torch.fft.fftfreq(height, dtype=torch.float64, device="cpu"), "h -> h 1")
+        columns = torch.fft.fftfreq(width, dtype=torch.float64, device="cpu")
         weights = (rows.square() + columns.square()).sqrt().clamp(min=lowest) ** -power
         weights = weights / weights.square().mean().sqrt()
-        colors = torch.tensor(_COLORS, dtype=torch.float64) if channels == 3 else torch.eye(channels)
+        rows_of_three = torch.tensor(_COLORS, dtype=torch.float64, device="cpu")
+        colors = rows_of_three if channels == 3 else torch.eye(channels, dtype=torch.float64, device="cpu")
         colors = colors / colors.square().sum(1).mean().sqrt()
         self.size = (height, width)
         self.weights = weights[:, : width // 2 + 1].to(images)

@@ -11,6 +11,7 @@ from spdfq.errors import ComponentError, SpdfqError
 from spdfq.recipe.structure import Checked
 from spdfq.registry import targets
 from spdfq.runtime.arguments import check_generator, check_whole
+from spdfq.runtime.runtime import normal, uniform
 
 Elsewhere = Literal["normal", "uniform", "zero"]
 # the softmax of larger logits is one-hot in float32 anyway
@@ -71,9 +72,9 @@ class SoftLabelTarget(Target):
         check_generator(generator)
         mask = label_mask(labels, num_classes)
         shape = mask.shape
-        relevant = self.low + (self.high - self.low) * torch.rand(shape, generator=generator)
-        draws = {"normal": torch.randn, "uniform": torch.rand}
-        other = draws[self.elsewhere](shape, generator=generator) if self.elsewhere in draws else torch.zeros(shape)
+        relevant = self.low + (self.high - self.low) * uniform(generator, *shape)
+        draws = {"normal": normal, "uniform": uniform}
+        other = draws[self.elsewhere](generator, *shape) if self.elsewhere in draws else torch.zeros_like(relevant)
         return torch.where(mask, relevant, other).softmax(-1)
 
 
@@ -105,7 +106,7 @@ def label_mask(labels: Sequence[Any], num_classes: int) -> Tensor:
     check_whole("num_classes", num_classes, 1)
     if not isinstance(labels, Sequence | Tensor) or isinstance(labels, str):
         raise SpdfqError(f"labels must hold the classes of each view, such as [3, [0, 2]], got {labels!r}")
-    mask = torch.zeros(len(labels), num_classes, dtype=torch.bool)
+    mask = torch.zeros(len(labels), num_classes, dtype=torch.bool, device="cpu")
     for row, classes in enumerate(labels):
         shown = _indices(classes)
         if not len(shown) or shown.min() < 0 or shown.max() >= num_classes:
@@ -117,8 +118,8 @@ def label_mask(labels: Sequence[Any], num_classes: int) -> Tensor:
 def _indices(classes: Any) -> Tensor:
     """Class indices ``[n]``; empty if they are no whole numbers."""
     try:
-        shown = torch.as_tensor(classes).reshape(-1)
+        shown = torch.as_tensor(classes, device="cpu").reshape(-1)
     except (TypeError, ValueError, RuntimeError):
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
     no_numbers = shown.dtype == torch.bool or shown.is_floating_point() or shown.is_complex()
     return shown[:0] if no_numbers else shown.long()

@@ -1,7 +1,9 @@
 """Building a teacher's network: a bundled or timm architecture, with weights from the hub or from a local file."""
 
 import difflib
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from spdfq.errors import DataError, ModelError
 from spdfq.recipe import ModelSpec
 from spdfq.teacher.zoo import BUNDLED, data_file
+
+_building = threading.Lock()
 
 _HUB, _FOLDER = ("hf-hub", "hf_hub"), "local-dir"  # as timm writes them, before a colon
 
@@ -25,8 +29,7 @@ def build(spec: ModelSpec, weights: bool = True) -> Any:
         ModelError: unknown name, unreachable hub, or weights that do not fit.
         DataError: damaged weights.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _new_weights():
         module = _bundled(spec, weights) if spec.bundled else _from_timm(spec, weights)
     if weights and (path := local_weights(spec)):
         _load_weights(module, path, "model.checkpoint" if spec.checkpoint else "model.name")
@@ -48,6 +51,22 @@ def local_weights(spec: ModelSpec) -> Path | None:
         return Path(spec.checkpoint)
     source, _, folder = spec.name.partition(":")
     return Path(folder, "model.safetensors") if source == _FOLDER and spec.pretrained else None
+
+
+@contextmanager
+def _new_weights() -> Iterator[None]:
+    """Inside the ``with`` block, new weights are the same always, float32 and on the CPU.
+
+    Random state and default dtype are those of all threads, so one thread builds at a time.
+    """
+    with _building, torch.inference_mode(False), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        dtype = torch.get_default_dtype()
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def _bundled(spec: ModelSpec, weights: bool) -> Any:

@@ -14,7 +14,7 @@ from spdfq.errors import ModelError, SpdfqError, is_out_of_memory
 from spdfq.runtime.shared_modules import held
 from spdfq.teacher.architectures import first_line
 
-_one_by_one = threading.Lock()  # two calls that replace the buffers of one module would not both put them back
+_one_by_one = threading.RLock()  # two calls that replace the buffers of one module would not both put them back
 
 
 @contextmanager

@@ -156,7 +156,7 @@ class Teacher:
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation ``[1, C, 1, 1]`` on the device of a tensor."""
-        mean, std = (torch.tensor(values, device=like.device) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=like.device, dtype=torch.float32) for values in (self.mean, self.std))
         return rearrange(mean, "c -> 1 c 1 1"), rearrange(std, "c -> 1 c 1 1")
 
 
@@ -180,7 +180,7 @@ def _input_sides(spec: ModelSpec, module: nn.Module) -> tuple[int, int]:
 @torch.no_grad()
 def _try_size(spec: ModelSpec, module: nn.Module, size: tuple[int, int, int]) -> None:
     try:
-        module(torch.zeros(1, *size))
+        module(torch.zeros(1, *size, dtype=torch.float32, device="cpu"))
     except Exception as error:  # each architecture fails with its own error
         if is_out_of_memory(error):
             raise

@@ -114,7 +114,7 @@ def test_a_value_that_cannot_be_right_is_refused(changes, message):
     [
         ("vit", "module must be an nn.Module, got 'vit'"),
         (nn.Linear, "module must be an nn.Module, got the class Linear"),
-        (nn.Linear(2, 2, device="meta"), "Linear: has weights on the meta device; load them first"),
+        (nn.Linear(2, 2, device="meta"), "Linear: weight is on the meta device, without values"),
         (nn.LazyLinear(3), "weight: has no shape yet"),
     ],
 )

@@ -100,6 +100,7 @@ class _Measured:
         self.found[site, bits] = value
         if self.path:
             stored = {
-                f"{name} {width}": torch.tensor(one, dtype=torch.float64) for (name, width), one in self.found.items()
+                f"{name} {width}": torch.tensor(one, dtype=torch.float64, device="cpu")
+                for (name, width), one in self.found.items()
             }
             write_tensors(self.path, stored)

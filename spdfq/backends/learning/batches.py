@@ -21,7 +21,7 @@ def batch_rows(calibration: Calibration, batch: int, iteration: int, *purpose: s
     if count <= batch:
         return slice(None)
     epoch, step = divmod(iteration, -(-count // batch))
-    order = torch.randperm(count, generator=calibration.runtime.generator(*purpose, epoch))
+    order = torch.randperm(count, generator=calibration.runtime.generator(*purpose, epoch), device="cpu")
     return order[step * batch : (step + 1) * batch].to(calibration.images.device)
 
 

@@ -38,5 +38,7 @@ class QDrop:
     def _mixed(self, plain: Tensor, quantized: Tensor) -> Tensor:
         if not self.drop:
             return quantized
-        in_float = torch.rand(plain.shape, generator=self._generator, device=plain.device) < self.drop
+        in_float = (
+            torch.rand(plain.shape, generator=self._generator, device=plain.device, dtype=torch.float32) < self.drop
+        )
         return torch.where(in_float, plain, quantized)
