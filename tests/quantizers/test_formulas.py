@@ -201,6 +201,14 @@ def test_twin_uniform_aligns_its_grids_by_a_power_of_two_and_ends_at_the_range()
     assert squares(below, quantizer) < 0.5 * squares(below, frozen_on(gelu, UniformQuantizer(bits=4)))
 
 
+@pytest.mark.parametrize("exponent", [1, 7, 15])
+def test_twin_uniform_finds_the_exponent_of_its_data(exponent):
+    x = torch.tensor([1.0] + [2.0**-exponent] * 50)
+    quantizer = frozen_on(x, TwinUniformQuantizer(bits=2))
+    assert quantizer.exponent == exponent
+    assert torch.equal(quantizer(x), x)
+
+
 def test_twin_uniform_refuses_another_split():
     with pytest.raises(ValueError, match="split"):
         TwinUniformQuantizer(split="half")
@@ -258,6 +266,14 @@ def test_dual_uniform_without_outlying_columns_is_uniform():
     dual = frozen_on(weight, DualUniformQuantizer(**options), GridMseObserver())
     assert int(dual.outlier.sum()) == 0
     assert bitwise_equal(dual(weight), frozen_on(weight, UniformQuantizer(**options), GridMseObserver())(weight))
+
+
+def test_dual_uniform_sets_no_column_without_an_outlier_apart():
+    weight = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    # one of 100 values of a row is an outlier, and five columns could be set apart
+    weight[:, 40], weight[:, 41] = 50.0, 20.0
+    quantizer = frozen_on(weight, DualUniformQuantizer(granularity="channel", share=0.05))
+    assert quantizer.outlier.nonzero().flatten().tolist() == [40]
 
 
 def test_dual_uniform_takes_convolutions():
