@@ -1,5 +1,7 @@
 """Calibration: ranges from a float pass over the images, and images that cannot be used."""
 
+import sys
+
 import pytest
 import torch
 from support.backends import (
@@ -55,13 +57,14 @@ def test_the_batch_size_does_not_change_minmax_ranges():
 
 def test_every_image_counts():
     chosen, given = teacher("vit"), images()
-    given[4] *= 100
+    given[4] *= 3
     last = quantize(chosen, given, back_end(f"{CALIBRATE.removesuffix('}]')}, batch=2}}]"), RUNTIME)
     expected = (given.max() - given.min()) / 15
     torch.testing.assert_close(last.quantizers["patch_embed.proj.input"].scale, expected)
 
 
-def test_images_that_are_nan_are_named_by_the_first_site_they_reach():
+def test_values_that_are_nan_are_named_by_the_first_site_that_has_them(monkeypatch):
+    monkeypatch.setattr(sys.modules["spdfq.backends.quantize"], "check_images", lambda *_: None)
     given = images()
     given[3, 0, 5, 5] = torch.nan
     with pytest.raises(NonFiniteError, match=r"^calibrate: patch_embed.proj.input: 1 of 15360 observed values are NaN"):

@@ -248,7 +248,7 @@ def test_a_device_that_is_not_there_is_one_line(small, tmp_path, monkeypatch):
     result = spdfq("run", small, "--device", "cuda", "--out", tmp_path / "out", "--quiet")
     assert (result.exit_code, result.stderr) == (
         2,
-        "error: runtime.device: this machine has no cuda device; use 'auto' or 'cpu'\n",
+        "error: device: this machine has no cuda device; use 'auto' or 'cpu'\n",
     )
 
 

@@ -54,9 +54,8 @@ class Page(HTMLParser):
 
 def teacher(channels=1, mean=0.5, std=0.25):
     size = (channels, 4, 4)
-    return Teacher(
-        nn.Linear(1, 2), mean=[mean] * channels, std=[std] * channels, num_classes=2, input_size=size, name="tiny"
-    )
+    module = nn.Sequential(nn.Flatten(), nn.Linear(channels * 16, 2))
+    return Teacher(module, mean=[mean] * channels, std=[std] * channels, num_classes=2, input_size=size, name="tiny")
 
 
 def run_json():

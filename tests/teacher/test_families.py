@@ -243,7 +243,7 @@ def test_the_page_of_models_lists_the_members_that_are_measured():
     members = re.findall(
         r'_(?:plain|sized|any)\("(.+?)", "(\w+)"', (root / "tools/families.py").read_text(encoding="utf-8")
     )
-    members += re.findall(r'Family\("(.+?)", "([\w/-]+)"', (root / "tools/families.py").read_text(encoding="utf-8"))
+    members += re.findall(r'Family\(\s*"(.+?)", "([\w/-]+)"', (root / "tools/families.py").read_text(encoding="utf-8"))
     rows = re.findall(
         r"^\| ([^|]+) \| `([\w/-]+)` \|", (root / "docs/models.md").read_text(encoding="utf-8"), re.MULTILINE
     )

@@ -347,7 +347,7 @@ def test_a_reconstruction_killed_within_a_block_goes_on_bit_for_bit(tmp_path, mo
 
 @pytest.mark.parametrize("temperature", [(-1.0, -2.0), (0.0, 0.0), (math.inf, 2.0)])
 def test_a_temperature_below_one_is_refused(temperature):
-    with pytest.raises(ValueError, match="must be two finite numbers of at least 1"):
+    with pytest.raises(ValueError, match="finite number"):
         AdaRound(temperature=temperature)
 
 
