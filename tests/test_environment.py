@@ -1,6 +1,8 @@
 """What a caller has set in PyTorch (modes, defaults) changes no result."""
 
+import ast
 from contextlib import contextmanager
+from pathlib import Path
 
 import attrs
 import pytest
@@ -11,6 +13,7 @@ from support.registered import every, made, seeded
 from support.teachers import CLASSES, GRID, RUNTIME, SIDE, recipe, tiny_teacher
 from torch import nn
 
+import spdfq
 from spdfq.backends import Calibration, quantize
 from spdfq.errors import ModelError
 from spdfq.evaluation.evaluator import evaluator_for
@@ -308,3 +311,21 @@ def checkpointing(flag, reentrant):
     for index, block in enumerate(teacher.module.blocks):
         teacher.module.blocks[index] = Forgetful(block, flag, reentrant)
     return teacher
+
+
+# the source
+
+
+def test_every_new_tensor_names_its_device_and_its_dtype_where_torch_would_choose_one():
+    decided_by_torch = {"zeros", "ones", "empty", "rand", "randn", "linspace", "eye", "fftfreq", "rfftfreq"}
+    decided_by_values = {"arange", "full", "tensor", "as_tensor", "randint", "randperm"}
+    missing = []
+    for path in Path(spdfq.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            name = called.rpartition(".")[2]
+            if called.startswith("torch.") and name in decided_by_torch | decided_by_values:
+                given = {keyword.arg for keyword in node.keywords}
+                if "device" not in given or (name in decided_by_torch and "dtype" not in given):
+                    missing.append(f"{path.name}:{node.lineno} {called}")
+    assert missing == []
