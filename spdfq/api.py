@@ -14,7 +14,7 @@ from spdfq.backends.quantize import check_quantization
 from spdfq.backends.quantized_student import student_factory
 from spdfq.data import LabelledImages
 from spdfq.errors import DataError, ModelError, RecipeError, shown
-from spdfq.evaluation.accuracy import left_out
+from spdfq.evaluation.accuracy import another_order, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.quantized.model import QuantizedModel
 from spdfq.recipe import Evaluation, Quantization, Recipe
@@ -178,7 +178,10 @@ def evaluate(
     network, _ = returning_tensor(
         model.to(runtime.device), "model", teacher.input_size, teacher.num_classes, teacher.output
     )
-    found = evaluator.measure(network, teacher, spec, runtime, evaluator.reference(teacher, spec, runtime))
+    fp = evaluator.reference(teacher, spec, runtime)
+    found = evaluator.measure(network, teacher, spec, runtime, fp)
+    if not teacher.headless:
+        _warn([*spec.dataset.class_warnings(teacher), *filter(None, [another_order(fp.logits, fp.labels)])])
     if found["damaged"]:
         _warn([left_out(tuple(found["damaged"]))])
     return found | {"simulated": any(isinstance(part, QuantizedModel) for part in model.modules())}

@@ -120,8 +120,8 @@ def another_order(logits: Tensor, labels: Tensor) -> str | None:
     if there - here <= _GAIN or own < _OWN:
         return None
     return (
-        f"top-1 is {here:.2f} %, but would be {there:.2f} % if each class had the index that the model predicts most "
-        "often for it; the classes are in a different order than the model's"
+        f"evaluation.dataset: top-1 is {here:.2f} %, but would be {there:.2f} % if each class had the index that the "
+        "model predicts most often for it; the classes are in a different order than the model's"
     )
 
 

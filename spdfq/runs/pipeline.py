@@ -200,7 +200,7 @@ def evaluate_run(
     with store_beside(Path(folder), ranks=ranks).unfinished("again", key) as state:
         fp = evaluator.reference(teacher, spec, runtime, state / "fp")
         if ranks.leads and not teacher.headless and (doubt := another_order(fp.logits, fp.labels)):
-            announce(f"warning: evaluation.dataset: {doubt}")
+            announce(f"warning: {doubt}")
         return evaluator.measure(model.to(runtime.device), teacher, spec, runtime, fp, state / "quantized")
 
 
@@ -309,7 +309,7 @@ class _Run:
         if line := check_full_precision(work.recipe, work.teacher, fp.logits, fp.labels):
             self.announce(line)
         if not work.teacher.headless and (line := another_order(fp.logits, fp.labels)):
-            self._warn(f"evaluation.dataset: {line}")
+            self._warn(line)
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)

@@ -7,6 +7,7 @@ from support.data import RED, shade, shades, teacher, write
 from timm.data import ImageNetInfo
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
+import spdfq
 from spdfq.data import ImageFolder, ImageList, Parquet
 from spdfq.data.classes import natural_order
 from spdfq.errors import DataError
@@ -93,6 +94,14 @@ def test_twelve_numbers_are_labelled_by_their_value_with_a_warning_that_torchvis
 @pytest.mark.parametrize("names", [numbers(0, 8), [f"{number:02}" for number in range(12)], ["ant", "bee"]])
 def test_folders_in_one_order_alone_are_no_news(folders, names):
     assert told(folders(names), teacher(len(names))) == []
+
+
+def test_spdfq_evaluate_warns_too(folders):
+    model = teacher(12)
+    with pytest.warns(
+        UserWarning, match=r"^evaluation\.dataset: class 2 is 2 in natural order, and 10 in the order of"
+    ):
+        spdfq.evaluate(model.module, model, folders(numbers(0, 11)), progress=False)
 
 
 # the model's own names

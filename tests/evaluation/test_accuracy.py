@@ -86,8 +86,8 @@ def test_classes_in_another_order_are_seen_in_the_predictions():
     shifted = (labels + 1) % 10
     shifted[:4] = 7
     assert another_order(predicting(shifted), labels) == (
-        "top-1 is 0.00 %, but would be 92.00 % if each class had the index that the model predicts most often for it; "
-        "the classes are in a different order than the model's"
+        "evaluation.dataset: top-1 is 0.00 %, but would be 92.00 % if each class had the index that the model predicts "
+        "most often for it; the classes are in a different order than the model's"
     )
     assert another_order(predicting(labels), labels) is None
     assert another_order(predicting(torch.full_like(labels, 3)), labels) is None, "a model that has learnt nothing"
