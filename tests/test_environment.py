@@ -1,6 +1,8 @@
 """What a caller has set in PyTorch (modes, defaults) changes no result."""
 
+import ast
 from contextlib import contextmanager
+from pathlib import Path
 
 import attrs
 import pytest
@@ -11,6 +13,7 @@ from support.registered import every, made, seeded
 from support.teachers import CLASSES, GRID, RUNTIME, SIDE, recipe, tiny_teacher
 from torch import nn
 
+import spdfq
 from spdfq.backends import Calibration, quantize
 from spdfq.errors import ModelError
 from spdfq.evaluation.evaluator import evaluator_for
@@ -56,7 +59,6 @@ ENVIRONMENTS = {
     "meta": lambda: default(torch.float32, "meta"),
 }
 in_every_environment = pytest.mark.parametrize("environment", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
-DEFAULTS = [(dtype, "meta") for dtype in (torch.bfloat16, torch.float64)]
 STEPS = "quantization.steps=[{type='calibrate'}, {type='blockwise', iterations=2}, {type='distill', iterations=2}]"
 
 
@@ -151,10 +153,10 @@ def test_a_checkpoint_is_the_same_in_every_environment(tmp_path, ordinary):
 # components under other defaults
 
 
-def under(defaults, make):
+def under(make):
     """What ``make`` returns under other defaults, after the same call without them."""
     usual = make()
-    with default(*defaults):
+    with default(torch.bfloat16, "meta"):
         return usual, make()
 
 
@@ -170,36 +172,29 @@ def same(first, second):
     return first == second
 
 
-under_other_defaults = pytest.mark.parametrize("defaults", DEFAULTS, ids=["bfloat16", "float64"])
-
-
-@under_other_defaults
 @every("prior")
-def test_a_prior(name, defaults):
-    assert same(*under(defaults, lambda: made("prior", name).sample(3, (4, 5), seeded())))
+def test_a_prior(name):
+    assert same(*under(lambda: made("prior", name).sample(3, (4, 5), seeded())))
 
 
-@under_other_defaults
 @every("sampler")
-def test_a_sampler(name, defaults):
+def test_a_sampler(name):
     def crops():
         plan = made("sampler", name).sample(3, (SIDE, SIDE), CLASSES, seeded())
         return plan, plan.views(x, (SIDE, SIDE)), plan.view_weights(3), plan.view_classes(3)
 
     x = images(3)
-    assert same(*under(defaults, crops))
+    assert same(*under(crops))
 
 
-@under_other_defaults
 @every("target")
-def test_a_target(name, defaults):
+def test_a_target(name):
     if made("target", name).gives_labels:
-        assert same(*under(defaults, lambda: made("target", name).sample([0, [1, 3], 2], CLASSES, seeded())))
+        assert same(*under(lambda: made("target", name).sample([0, [1, 3], 2], CLASSES, seeded())))
 
 
-@under_other_defaults
 @every("augmentation")
-def test_an_augmentation(name, defaults):
+def test_an_augmentation(name):
     x, maps, moment = images(3), images(3)[:, :2, : GRID[0], : GRID[1]], Moment(count=3, size=(3, SIDE, SIDE))
 
     def changed():
@@ -207,12 +202,11 @@ def test_an_augmentation(name, defaults):
         change = component.draw(seeded(), moment)
         return change.apply(x), change.follow(maps, (SIDE, SIDE)) if component.followable else None
 
-    assert same(*under(defaults, changed))
+    assert same(*under(changed))
 
 
-@under_other_defaults
 @every("loss")
-def test_a_loss_and_its_gradient(name, defaults):
+def test_a_loss_and_its_gradient(name):
     loss = made("loss", name)
     if loss.needs_student:
         pytest.skip("student")
@@ -223,20 +217,18 @@ def test_a_loss_and_its_gradient(name, defaults):
         tiny_teacher(),
         recipe(iterations=2, images=2, losses=losses, sampler=made("sampler", "whole_image")),
     )
-    assert same(*under(defaults, lambda: spec.synthesize(teacher, RUNTIME)))
+    assert same(*under(lambda: spec.synthesize(teacher, RUNTIME)))
 
 
-@under_other_defaults
 @every("optimizer")
-def test_an_optimizer(name, defaults):
+def test_an_optimizer(name):
     teacher, spec = tiny_teacher(), recipe(iterations=2, images=2, optimizer=made("optimizer", name))
-    assert same(*under(defaults, lambda: spec.synthesize(teacher, RUNTIME).images))
+    assert same(*under(lambda: spec.synthesize(teacher, RUNTIME).images))
 
 
-@under_other_defaults
 @every("quantizer")
 @pytest.mark.parametrize("observer", ["minmax", "grid_mse", "progressive", "percentile_mse"])
-def test_a_quantizer_and_its_observer(name, observer, defaults):
+def test_a_quantizer_and_its_observer(name, observer):
     x = images().abs().flatten(2)
 
     def quantized():
@@ -247,12 +239,11 @@ def test_a_quantizer_and_its_observer(name, observer, defaults):
         values = quantizer(leaf)
         return quantizer.tensors(), values.detach(), torch.autograd.grad(values.sum(), leaf)[0], quantizer.codes(x)
 
-    assert same(*under(defaults, quantized))
+    assert same(*under(quantized))
 
 
-@under_other_defaults
 @every("step")
-def test_a_step(name, defaults):
+def test_a_step(name):
     teacher, x = tiny_teacher(), images()
 
     def logits():
@@ -263,7 +254,7 @@ def test_a_step(name, defaults):
         step.run(model, Calibration(teacher=teacher, images=x, runtime=RUNTIME))
         return model(x).detach()
 
-    assert same(*under(defaults, logits))
+    assert same(*under(logits))
 
 
 # gradient checkpointing
@@ -308,3 +299,21 @@ def checkpointing(flag, reentrant):
     for index, block in enumerate(teacher.module.blocks):
         teacher.module.blocks[index] = Forgetful(block, flag, reentrant)
     return teacher
+
+
+# the source
+
+
+def test_every_new_tensor_names_its_device_and_its_dtype_where_torch_would_choose_one():
+    decided_by_torch = {"zeros", "ones", "empty", "rand", "randn", "linspace", "eye", "fftfreq", "rfftfreq"}
+    decided_by_values = {"arange", "full", "tensor", "as_tensor", "randint", "randperm"}
+    missing = []
+    for path in Path(spdfq.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            name = called.rpartition(".")[2]
+            if called.startswith("torch.") and name in decided_by_torch | decided_by_values:
+                given = {keyword.arg for keyword in node.keywords}
+                if "device" not in given or (name in decided_by_torch and "dtype" not in given):
+                    missing.append(f"{path.name}:{node.lineno} {called}")
+    assert missing == []

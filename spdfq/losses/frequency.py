@@ -30,8 +30,8 @@ def frequency_split(images: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     check_number("radius", radius, 0)
     images = at_least_float32(images)
     height, width = images.shape[-2:]
-    down = rearrange(torch.fft.fftfreq(height, device=images.device), "h -> h 1")
-    right = torch.fft.rfftfreq(width, device=images.device)
+    down = rearrange(torch.fft.fftfreq(height, dtype=torch.float32, device=images.device), "h -> h 1")
+    right = torch.fft.rfftfreq(width, dtype=torch.float32, device=images.device)
     inside = 2 * (down.square() + right.square()).sqrt() <= radius  # in cycles per pixel, at most 0.5
     low = torch.fft.irfft2(torch.fft.rfft2(images) * inside, s=(height, width))
     return low, images - low

@@ -61,7 +61,16 @@ class QuantizedModel(nn.Module):
         super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logits of normalised images ``[B, C, H, W]``."""
+        """The logits of normalised images ``[B, C, H, W]``.
+
+        Several threads may call one model. `torch.compile` leaves it as it is. Under your own `torch.autocast`,
+        products are computed in its dtype, and quantizers in float32. `spdfq.evaluate` measures without autocast.
+
+        Raises:
+            ModelError: `nn.DataParallel` replicated the model.
+        """
+        if getattr(self, "_is_replica", False):  # the weights of a replica are no parameters, so no site would be found
+            raise ModelError("nn.DataParallel cannot run a quantized model; give each device a copy.deepcopy of it")
         if torch.compiler.is_dynamo_compiling():  # a compiler sees neither hooks nor function modes
             logits: Tensor = torch.compiler.disable(self.forward)(images)
             return logits

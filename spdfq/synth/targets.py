@@ -120,6 +120,6 @@ def _indices(classes: Any) -> Tensor:
     try:
         shown = torch.as_tensor(classes, device="cpu").reshape(-1)
     except (TypeError, ValueError, RuntimeError):
-        return torch.zeros(0, device="cpu")
+        return torch.zeros(0, dtype=torch.float32, device="cpu")
     no_numbers = shown.dtype == torch.bool or shown.is_floating_point() or shown.is_complex()
     return shown[:0] if no_numbers else shown.long()
