@@ -12,7 +12,7 @@ from support.backends import RUNTIME, Interrupted, back_end, images, quantized, 
 from spdfq.backends import AdaRound, Blockwise, Calibrate
 from spdfq.backends.blocks import block_calls
 from spdfq.backends.learning import reconstruction
-from spdfq.backends.learning.adaround import Rounding, rectified_sigmoid
+from spdfq.backends.learning.adaround import HIGH, LOW, Rounding, rectified_sigmoid
 from spdfq.backends.learning.fisher import squared_gradients
 from spdfq.backends.learning.qdrop import QDrop
 from spdfq.backends.learning.reconstruction import BlockReconstruction
@@ -102,6 +102,17 @@ def test_the_penalty_waits_and_then_its_exponent_falls_from_the_first_temperatur
         for number in learner.parameters:
             number.fill_(torch.logit(torch.tensor(0.85 / 1.2)).item())  # h = 3/4, 1 - (1/2)^2
     assert learner.penalty(1.0).item() == pytest.approx(0.0075 * sum(n.numel() for n in learner.parameters), rel=1e-4)
+
+
+def test_each_weight_is_rounded_to_where_its_h_is_closer():
+    model = quantized("vit")
+    learner = STEP.learner(model, "blocks.0")
+    number, lower, step = learner.numbers[SITE], learner.lower[SITE], learner.steps[SITE]
+    up = torch.arange(number.numel()).view_as(number) % 2 == 0
+    with torch.no_grad():
+        number.copy_(torch.where(up, 0.51, 0.49).sub(LOW).div(HIGH - LOW).logit())  # h is 0.51 or 0.49
+    learner.finish()
+    torch.testing.assert_close(model.weight(SITE).detach(), lower + up * step)
 
 
 def test_a_strong_penalty_decides_every_weight(monkeypatch):

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from support.backends import RUNTIME, Interrupted, back_end, images, network, quantized, taken, teacher, teacher_of
 from torch import nn
 
-from spdfq.backends import Blockwise
+from spdfq.backends import Blockwise, Calibration
 from spdfq.backends.blocks import BlockCall, block_calls, block_names
+from spdfq.backends.learning.batches import batch_rows
 from spdfq.backends.learning.reconstruction import BlockReconstruction
 from spdfq.backends.propagation import Propagation, of_images
 from spdfq.errors import DataError, ModelError, NonFiniteError
@@ -260,6 +261,14 @@ def test_adam_follows_a_cosine_and_the_loss_is_the_2_norm():
         patch.setattr(torch.optim.Adam, "step", step)
         reconstruct(quantized(chosen), chosen, Blockwise(iterations=4, lr=1.0))
     assert rates == pytest.approx([1.0, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5])
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(3, [3, 3, 3]), (4, [4, 4, 4]), (5, [4, 1, 4])])
+def test_a_batch_has_all_images_where_there_are_no_more(count, sizes):
+    calibration = Calibration(teacher=None, images=images(count), runtime=RUNTIME)
+    rows = [batch_rows(calibration, 4, iteration, "test") for iteration in range(3)]
+    assert [len(images(count)[chosen]) for chosen in rows] == sizes
+    assert all(chosen == slice(None) for chosen in rows if count <= 4)
 
 
 def test_every_image_takes_part_in_every_epoch_the_last_smaller_batch_too(monkeypatch, watched):

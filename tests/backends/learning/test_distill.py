@@ -97,6 +97,7 @@ def test_maps_are_alike_whatever_their_scale_and_unlike_where_they_are_turned_ro
     assert map_similarity(row, mirrored).item() == pytest.approx(expected.item(), abs=1e-5)
     assert expected < 0
     assert map_similarity(torch.ones(1, 4), torch.ones(1, 4)).isfinite()
+    assert map_similarity(1e-5 * row, 1e-5 * mirrored).item() == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_structure_is_one_minus_the_similarity():
