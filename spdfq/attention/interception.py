@@ -3,7 +3,7 @@
 Nearly every transformer calls `scaled_dot_product_attention`, so one function mode sees the attention of all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -102,9 +102,19 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def module_names(model: nn.Module) -> Iterator[list[str]]:
-    """A stack with the names of the modules whose ``forward`` is running, innermost last; without leaf modules."""
+def module_names(
+    model: nn.Module, on_outermost: Callable[[str, tuple], object] = lambda *_: None
+) -> Iterator[list[str]]:
+    """A stack with the names of the modules whose ``forward`` is running, innermost last; without leaf modules.
+
+    ``on_outermost(name, inputs)`` is called when the first of them begins: the model, or a part that is called alone.
+    """
     stack: list[str] = []
+
+    def enter(name: str, _: nn.Module, inputs: tuple) -> None:
+        stack.append(name)
+        if len(stack) == 1:
+            on_outermost(name, inputs)
 
     def leave(*_: Any) -> None:
         stack.pop()
@@ -113,7 +123,7 @@ def module_names(model: nn.Module) -> Iterator[list[str]]:
     for name, module in model.named_modules():
         refuse_hidden(model, name, module)
         if next(module.children(), None) is not None:
-            hooks.append((module.register_forward_pre_hook, lambda *_, name=name: stack.append(name)))
+            hooks.append((module.register_forward_pre_hook, partial(enter, name)))
             hooks.append((partial(module.register_forward_hook, always_call=True), leave))
     with own_hooks(hooks):
         yield stack

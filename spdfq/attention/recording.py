@@ -28,7 +28,7 @@ from spdfq.attention.record import (
 )
 from spdfq.attention.token_grid import TokenGrids, prefix_tokens
 from spdfq.errors import ModelError
-from spdfq.runtime.shared_modules import Hook, own_hooks
+from spdfq.runtime.shared_modules import own_hooks
 
 _POOLING_HEAD = "attn_pool"
 _SOFTMAX_NUMBER = "_spdfq_softmax"
@@ -65,15 +65,13 @@ def record_attention(
         yield AttentionRecord()
         return
     model = uncompiled_module(model)
-    with module_names(model) as names, fused_attention(model):
+    with (
+        module_names(model, lambda *call: recorder.begin_part(*call)) as names,
+        fused_attention(model),
+    ):
         recorder = _Recorder(model, names, frozenset(needs), rows, grid)
-        hooks: list[Hook] = [
-            (partial(model.register_forward_pre_hook, with_kwargs=True), recorder.begin),
-            (model.register_forward_hook, recorder.end),
-        ]
-        parts = [(name, part) for name, part in model.named_modules() if name]
-        hooks += [(part.register_forward_pre_hook, partial(recorder.begin_part, name)) for name, part in parts]
-        with own_hooks(hooks), recorder:
+        begin = partial(model.register_forward_pre_hook, with_kwargs=True), recorder.begin
+        with own_hooks([begin, (model.register_forward_hook, recorder.end)]), recorder:
             yield recorder.record
 
 
@@ -120,10 +118,10 @@ class _Recorder(AttentionMode):
         self.running = True
         self._begin(next(iter((*inputs, *named.values()))))
 
-    def begin_part(self, name: str, _: nn.Module, inputs: tuple) -> None:
-        """A forward pass outside of the model's own ``forward`` begins where the images enter the first part."""
-        takes_images = not self.running and inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4
-        if takes_images and len(self.names) <= 1 and self.first_part in ("", name):
+    def begin_part(self, name: str, inputs: tuple) -> None:
+        """If a method of the model is called, a forward pass begins where the images enter the first part."""
+        takes_images = name and inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4
+        if takes_images and self.first_part in ("", name):
             self.first_part = name
             self._begin(inputs[0])
 
