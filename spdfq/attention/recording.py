@@ -45,7 +45,7 @@ def record_attention(
 
     A call of a method, such as timm's ``forward_features``, or of a part of the model is recorded too. Only what is
     asked for is computed: the class token's row costs O(n). Nothing stays behind on exit. Pooling heads (timm's
-    ``attn_pool``) are not recorded.
+    ``attn_pool``, or a single query where there is no class token) are not recorded.
 
     Args:
         model: any module whose attention calls `scaled_dot_product_attention`, or does so if ``fused_attn`` is set, or
@@ -142,7 +142,7 @@ class _Recorder(AttentionMode):
             )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        if self._is_pooling_head():
+        if self._is_pooling_head() or self._pools(query, key):
             return attend(query, key, value, mask, scale)
         # first, so that the error names the block at fault and not the token layout of a later block
         self._refuse_unmatched()
@@ -173,7 +173,7 @@ class _Recorder(AttentionMode):
         self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, change: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
         """The probabilities of a quantized model, which multiplies them by the values itself."""
-        if not self._is_pooling_head():
+        if not self._is_pooling_head() and not self._pools(query, key):
             if ATTENTION_OUTPUTS in self.needs:
                 where = self._where(self._name())
                 raise ModelError(
@@ -287,6 +287,10 @@ class _Recorder(AttentionMode):
 
     def _is_pooling_head(self) -> bool:
         return self._name().rpartition(".")[2] == _POOLING_HEAD
+
+    def _pools(self, query: Tensor, key: Tensor) -> bool:
+        """Whether a single query, which is no class token, attends to all tokens (SigLIP)."""
+        return not self.has_class and query.shape[-2] == 1 < key.shape[-2]
 
     def _recorded_rows(self, query: Tensor) -> slice:
         """The rows of the recorded images. Windows are folded into the batch, image by image."""

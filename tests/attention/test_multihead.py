@@ -134,3 +134,10 @@ def test_probabilities_are_those_of_the_softmax():
         output, probabilities = mode.attend_with_probabilities(query, key, key, None, 0.5)
     torch.testing.assert_close(probabilities, attention_probabilities(query, key, None, 0.5))
     torch.testing.assert_close(output, probabilities @ key)
+
+
+def test_a_query_that_pools_all_tokens_is_no_block():
+    module = multihead_network("cross")
+    with record_attention(module) as record:
+        module(torch.randn(2, 3, 32, 32))
+    assert record.names == ["layers.0", "layers.1"]
