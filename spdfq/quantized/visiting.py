@@ -54,7 +54,7 @@ from spdfq.quantized.sites import (
     input_site,
     site_name,
 )
-from spdfq.quantizers import Product, Quantizer
+from spdfq.quantizers import Product
 from spdfq.runtime.shared_modules import Hook, own_hooks
 
 _MAKER_MARK = "_spdfq_maker"
@@ -154,10 +154,9 @@ def visit_sites(
 
     hooks: list[Hook] = []
     for name, module in network.named_modules():
-        if not isinstance(module, Quantizer):
-            begin = partial(module.register_forward_pre_hook, with_kwargs=True)
-            hooks.append((begin, lambda _, args, kwargs, name=name: enter(name, args, kwargs)))
-            hooks.append((partial(module.register_forward_hook, always_call=True), leave))
+        begin = partial(module.register_forward_pre_hook, with_kwargs=True)
+        hooks.append((begin, lambda _, args, kwargs, name=name: enter(name, args, kwargs)))
+        hooks.append((partial(module.register_forward_hook, always_call=True), leave))
     mode = _VisitingMode(network, calls, visit, on_leftover, points, on_product, counter)
     if counter:
         counter.module = lambda: calls[-1].name if calls else ""
