@@ -86,7 +86,7 @@ class BlockCall:
     def run(self, network: nn.Module, hidden: Hidden) -> Hidden:
         """The streams that the block returns for its input streams ``hidden``."""
         taken = zip(self.streams.items(), hidden, strict=True)
-        given = self.given | {key: tensor.movedim(0, axis) for (key, axis), tensor in taken}
+        given = self.given | {key: tensor.movedim(0, axis).contiguous() for (key, axis), tensor in taken}
         args = [value for key, value in given.items() if isinstance(key, int)]
         kwargs = {key: value for key, value in given.items() if isinstance(key, str)}
         return self._returned_streams(network.get_submodule(self.name)(*args, **kwargs))

@@ -112,7 +112,8 @@ def model_classes(teacher: Teacher) -> ModelClasses | None:
     if isinstance(names, (list, tuple)) and len(names) == teacher.num_classes > 0:
         if isinstance(described, dict):
             described = [described.get(name, name) for name in names]
-        return ModelClasses("the model", names, described if len(described) == len(names) else ())
+        complete = len(described) == len(names) and all(isinstance(text, str) for text in described)
+        return ModelClasses("the model", names, described if complete else ())
     subset = infer_imagenet_subset({"num_classes": teacher.num_classes})
     return _imagenet(subset) if subset else None
 

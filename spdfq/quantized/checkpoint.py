@@ -50,7 +50,7 @@ def save_quantized(
     folder = Path(folder)
     packed, extra = _packed(model), extra_states(model.network)
     plain = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
-    packed |= {_extra(name): value for name, value in extra.items() if name not in plain}
+    packed |= {_extra(name): value.clone() for name, value in extra.items() if name not in plain}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / TENSORS, packed)
@@ -145,6 +145,10 @@ def _packed(model: QuantizedModel) -> dict[str, Tensor]:
     for name, tensor in own.items():
         if tensor.is_complex() and tensor.dtype != torch.complex64:
             raise DataError(f"{name}: is {tensor.dtype}, which safetensors does not store; convert it to complex64")
+    if twice := sorted(tensors.keys() & own.keys()):
+        raise DataError(
+            f"{twice[0]}: is the name of a parameter or buffer and of a quantizer's tensor; rename the former"
+        )
     return tensors | {name: tensor.clone() for name, tensor in own.items() if name not in weights}
 
 

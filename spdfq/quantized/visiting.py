@@ -190,7 +190,6 @@ def find_sites(
     return sites, leftovers
 
 
-@torch.no_grad()
 def count_multiplications(network: nn.Module, example: Tensor) -> list[Multiplications]:
     """The multiplications of a forward pass of one image ``[1, C, H, W]``, those of each product and all others.
 
@@ -198,7 +197,13 @@ def count_multiplications(network: nn.Module, example: Tensor) -> list[Multiplic
     """
     counter = MultiplicationCounter()
     try:
-        with eager_flex_attention(), visit_sites(network, unchanged, counter=counter):
+        # under inference mode the dispatcher would see whole operators instead of what they consist of
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            eager_flex_attention(),
+            visit_sites(network, unchanged, counter=counter),
+        ):
             network(example)
     except RuntimeError as error:
         if is_out_of_memory(error):
@@ -257,6 +262,8 @@ class _VisitingMode(AttentionMode):
 
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Any function but scaled dot-product attention."""
+        if func in SOFTMAX_FUNCTIONS or func in PRODUCT_FUNCTIONS:
+            args, kwargs = _positional(args, kwargs)
         if func in PRODUCTS_WITH_WEIGHT:
             return self._product_with_weight(func, *args, **kwargs)
         if func in PRODUCT_FUNCTIONS:
@@ -378,6 +385,12 @@ def _rows_of_base(weight: Tensor) -> slice | None:
         return None
     first, rest = divmod(int(weight.storage_offset() - whole.storage_offset()), whole.stride(0))
     return None if rest else slice(first, first + len(weight))
+
+
+def _positional(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with the operands that were given by name in their places."""
+    named = [name for name in ("input", "other", "mat2") if name in kwargs]
+    return (*args, *(kwargs[name] for name in named)), {key: kwargs[key] for key in kwargs if key not in named}
 
 
 def _is_branch(summand: Any, skip: Tensor) -> bool:

@@ -136,7 +136,7 @@ def _values(
     values = {}
     for name, field in fields.items():
         if name in data:
-            values[name] = read(field, _hints(cls)[field.name], data[name], _join(path, name), problems)
+            values[name] = read(field, _hints(cls).get(field.name, Any), data[name], _join(path, name), problems)
         elif field.default is attrs.NOTHING and name not in misspelt:
             _fail(problems, _join(path, name), "is required")
     return values
@@ -222,6 +222,7 @@ def _given_component(kind: str, value: Any, path: str, problems: list[str]) -> A
 
 def _object(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     """A value that is given in Python: like plain data, but ``None`` and objects of other classes are possible."""
+    hint = getattr(hint, "__supertype__", hint)  # of a NewType
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (value is None and type(None) in arguments):
         return value
@@ -231,7 +232,7 @@ def _object(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         return _tuple(arguments, list(value) if isinstance(value, tuple) else value, path, problems, _object)
     if origin is typing.Literal or hint in _NOUNS:
         return _value(hint, value, path, problems)
-    if not isinstance(value, origin or hint):
+    if isinstance(origin or hint, type) and not isinstance(value, origin or hint):
         return _fail(problems, path, f"expected {_noun(hint)}, got {_shown(value)}")
     return value
 
@@ -271,6 +272,9 @@ def _default_type(field: attrs.Attribute) -> str | None:
 
 
 def _value(hint: Any, data: Any, path: str, problems: list[str]) -> Any:
+    hint = getattr(hint, "__supertype__", hint)  # of a NewType
+    if hint is Any:
+        return data
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _union(arguments, data, path, problems)

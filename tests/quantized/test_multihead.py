@@ -143,3 +143,28 @@ def test_the_attention_of_a_quantized_model_is_recorded():
         logits = model(images())
     assert torch.equal(logits, model(images()))
     assert [row.shape for row in record.class_attention] == [(5, 2, 16)] * 2
+
+
+def test_a_block_with_tokens_first_gets_a_contiguous_tensor_as_in_the_network():
+    module = multihead_network("clip")
+    seen = []
+    module.resblocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    model = quantized(teacher_of(module), 'quantization.steps=["calibrate"]')
+    call = block_calls(model.network, block_names(model), images(1))[0]
+    seen.clear()
+    hidden = torch.randn(5, 17, 32)
+    assert call.run(model.network, (hidden,))[0].shape == hidden.shape
+    assert seen == [True]
+
+
+def test_operands_that_are_given_by_name_are_sites_too():
+    class Named(nn.Module):
+        def forward(self, x):
+            tokens = x.flatten(2)
+            weights = torch.softmax(input=torch.matmul(input=tokens, other=tokens.mT), dim=-1)
+            return torch.matmul(input=weights, other=tokens).flatten(1)[:, :10]
+
+    sites, leftovers = find_sites(Named(), images(1), frozenset({"scores"}))
+    assert leftovers == {}
+    assert set(sites) == {"product0_left", "product0_right", "scores", "product1_left", "product1_right"}
+    assert sites["product1_left"].kind == "softmax"

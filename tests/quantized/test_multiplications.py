@@ -215,3 +215,10 @@ def test_the_command_shows_the_share(tmp_path):
     assert lines[-1] == "ok"
     assert "of the multiplications have an operand in float" in lines[-2]
     assert any("patch_embed.backbone.conv.conv2d" in line for line in lines if line.startswith("warning: "))
+
+
+def test_inference_mode_does_not_change_the_count():
+    module, example = vit_with(aten_attention), images(1)
+    expected = count_multiplications(module, example)
+    with torch.inference_mode():
+        assert count_multiplications(module, example) == expected
