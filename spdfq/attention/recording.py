@@ -59,6 +59,10 @@ def record_attention(
         ModelError: an unknown need. The forward pass raises it if there is no attention, or if attention does not run
             over the token grid or is computed in another way (CaiT's talking heads); the message names the module.
     """
+    if isinstance(needs, str):
+        raise ModelError(f"needs must be a set of names, such as {{{needs!r}}}, got {needs!r}")
+    if rows is not None and (type(rows) is not int or rows < 1):
+        raise ModelError(f"rows must be a number of images from 1 up, got {rows!r}")
     if unknown := sorted(set(needs) - NEEDS):
         raise ModelError(f"cannot record {', '.join(unknown)}; known: {', '.join(sorted(NEEDS))}")
     if not needs:

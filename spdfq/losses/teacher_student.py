@@ -67,8 +67,9 @@ class TeacherStudentDiscrepancyLoss(Loss):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss of a group."""
-        student = self.given(inputs, "student_logits")
-        return -teacher_student_discrepancy(self.given(inputs, "logits")[: len(student)], student)
+        student, teacher = self.given(inputs, "student_logits"), self.given(inputs, "logits")[: len(inputs.images)]
+        check_alike("student_logits", student, "logits of the images", teacher, "B, K")
+        return -teacher_student_discrepancy(teacher, student)
 
 
 def _shares(_: Any, __: Any, value: tuple[float, float]) -> None:

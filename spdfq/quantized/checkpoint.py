@@ -14,6 +14,7 @@ from spdfq.errors import DataError, ModelError, SpdfqError, shown, writing
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.multiplications import Multiplications
 from spdfq.quantized.sites import WEIGHT, Site
+from spdfq.quantized.visiting import find_sites
 from spdfq.quantizers import Quantizer
 from spdfq.quantizers.packing import pack, unpack
 from spdfq.recipe import ModelSpec, digest
@@ -113,7 +114,17 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     ]
     model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases, counted)
     _fill(model, tensors, config.get("extra_states", {}), folder)
+    _check_shapes(model, teacher, folder)
     return model, teacher, config["recipe"]
+
+
+def _check_shapes(model: QuantizedModel, teacher: Teacher, folder: str | Path) -> None:
+    """Raise ModelError if tensors have other shapes at the sites, as with another number of heads."""
+    example = torch.zeros(1, *teacher.input_size, dtype=torch.float32, device=teacher.device)
+    found, _ = find_sites(model.network, example, model.points)
+    for name, site in model.sites.items():
+        if name not in found or found[name].shape != site.shape:
+            raise ModelError(_NO_FIT.format(folder, name))
 
 
 _NO_FIT = "{}: {} does not fit this architecture; the file was saved from another one"
@@ -201,8 +212,12 @@ def _architecture(config: dict[str, Any], module: nn.Module | None) -> nn.Module
         check_module(module)
         return watchable(module)
     name, table = config["teacher"]["name"], config["recipe"].get("model", {})
+    if not table and name.startswith("bundled:"):
+        table = {"name": name}
     if table.get("name") != name:
-        raise ModelError(f"{name} is not a model that a recipe names; give its module: load_quantized(folder, module)")
+        raise ModelError(
+            f"{name}: was saved without the model section of a recipe; give its module: load_quantized(folder, module)"
+        )
     problems: list[str] = []
     spec: ModelSpec = structure(ModelSpec, table, "model", problems)
     if problems:

@@ -25,6 +25,8 @@ _LISTED_PERCENT = 0.01
 class QuantizedModel(nn.Module):
     """A fake-quantized copy of a network: the tensors at its sites pass quantizers before they are used.
 
+    Call the model itself. Its ``network`` computes in full precision if it is called alone.
+
     The network keeps its modules, attributes and names. The quantizers are children of this model: a module of the
     network could run one as a layer, or have a child of its own under the same name.
 

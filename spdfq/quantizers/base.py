@@ -167,7 +167,7 @@ class Quantizer(nn.Module, Checked, ABC):
         return self._product.error(quantized, len(samples) if self.channel_axis == 0 else None).expand(len(samples))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The dequantized ``x``, same shape and dtype; computed in float32 under any autocast.
+        """The dequantized ``x``, same shape and dtype (float32 for integers); computed in float32 under any autocast.
 
         Raises:
             SpdfqError: the quantizer is not frozen, or ``x`` is not a tensor.
@@ -177,7 +177,8 @@ class Quantizer(nn.Module, Checked, ABC):
         learned = any(parameter.requires_grad for parameter in (*parameters.values(), *self.parameters()))
         if two_byte_table_pays(x) and not learned and not any(parameter.dim() for parameter in parameters.values()):
             return two_byte_results(lambda every: self.dequantized(every, parameters), x)
-        return self.dequantized(x.float(), parameters).to(x.dtype)
+        dequantized = self.dequantized(x.float(), parameters)
+        return dequantized.to(x.dtype) if x.is_floating_point() else dequantized
 
     def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
         """``reconstruct(encode(x))`` with its gradient; a child may compute the same in fewer passes over memory."""

@@ -1,6 +1,7 @@
 """One forward pass of a teacher's module: evaluation mode, what the module returns, and which part of it is used."""
 
 import copy
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -84,13 +85,14 @@ def _taken(module: nn.Module) -> str | int | None:
 
 @torch.no_grad()
 def _one_image(module: nn.Module, name: str, size: tuple[int, int, int]) -> Any:
-    """What the module returns for one grey image."""
+    """What the module returns for one image, which it must not change."""
     device = device_of(module)
-    image = torch.zeros(1, *size, dtype=torch.float32, device=device)
+    image = torch.linspace(-1, 1, math.prod(size), dtype=torch.float32, device=device).reshape(1, *size)
+    given = image.clone()
     buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
     try:
         with _one_by_one, torch.random.fork_rng([device] if device.type == "cuda" else []), evaluation_mode(module):
-            return torch.func.functional_call(module, buffers, (image,))
+            returned = torch.func.functional_call(module, buffers, (image,))
     except SpdfqError:
         raise
     except Exception as error:  # each architecture fails with its own error
@@ -100,6 +102,12 @@ def _one_image(module: nn.Module, name: str, size: tuple[int, int, int]) -> Any:
             f"{name}: cannot run on one image {_by(size)} ({first_line(error)}); it must take images [B, C, H, W] "
             "alone, of the input_size (C, H, W)"
         ) from error
+    if not torch.equal(image, given):
+        raise ModelError(
+            f"{name}: changes the images that it is given, in place, which would change yours; begin its forward with "
+            "images = images.clone()"
+        )
+    return returned
 
 
 def _fields(returned: Any) -> dict[Any, Any]:

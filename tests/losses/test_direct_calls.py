@@ -193,7 +193,9 @@ MISTAKES = {
     r"logits must be \[B, K\], got \[2, 5, 10\]": of(CrossEntropyLoss(), logits=torch.zeros(2, 5, 10)),
     r"label_mask\) must be \[B, K\], got \[2\]": of(CrossEntropyLoss(), labels=torch.tensor([1, 2])),
     r"targets and logits must both be \[B, K\], got \[2, 9\]": of(SoftCrossEntropyLoss(), targets=torch.zeros(2, 9)),
-    "student must both be": of(TeacherStudentDiscrepancyLoss(), student_logits=LOGITS[:, :1]),
+    "student_logits and logits of the images must both be": of(
+        TeacherStudentDiscrepancyLoss(), student_logits=LOGITS[:, :1]
+    ),
     "iteration is 9, but there are 9": of(FrequencyConsistencyLoss(), iteration=9),
     "5 logits of 2 images, but no view_weights": lambda known: SoftCrossEntropyLoss().of(
         known["images"], logits=torch.zeros(5, 10), targets=torch.zeros(5, 10)

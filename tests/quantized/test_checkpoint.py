@@ -481,7 +481,10 @@ def test_a_module_that_is_none_is_refused(saved, module):
 
 
 def test_a_module_of_ones_own_has_to_be_given(saved, tmp_path):
-    message = r"VisionTransformer is not a model that a recipe names; give its module: load_quantized\(folder, module\)"
+    message = (
+        r"VisionTransformer: was saved without the model section of a recipe; "
+        r"give its module: load_quantized\(folder, module\)"
+    )
     with pytest.raises(ModelError, match=message):
         load_quantized(saved[0])
     chosen = teacher("vit")
@@ -513,3 +516,16 @@ def test_the_model_spec_of_the_recipe_is_checked(tmp_path):
     save_quantized(model, tmp_path, chosen, {"model": {"name": "bundled:vit_fmnist", "depth": 3}})
     with pytest.raises(ModelError, match=r"model.depth: unknown key"):
         load_quantized(tmp_path)
+
+
+def test_a_bundled_model_reloads_without_a_recipe_and_another_number_of_heads_is_refused(tmp_path):
+    chosen = load_teacher("bundled:vit_fmnist")
+    pixels = torch.zeros(2, 1, 28, 28)
+    model = quantize(chosen, pixels + torch.linspace(-0.5, 0.5, 28), back_end(), RUNTIME)
+    save_quantized(model, tmp_path, chosen)
+    assert torch.equal(load_quantized(tmp_path)(pixels), model(pixels))
+    other = load_teacher("bundled:vit_fmnist").module
+    for block in other.blocks:
+        block.attn.num_heads, block.attn.head_dim = 1, 96
+    with pytest.raises(ModelError, match=r"blocks.0.attn.query does not fit this architecture"):
+        load_quantized(tmp_path, other)

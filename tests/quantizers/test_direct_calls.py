@@ -55,3 +55,11 @@ def test_a_refused_freeze_keeps_what_was_observed():
         quantizer.freeze("minmax")
     quantizer.freeze()
     assert torch.equal(quantizer.decode(quantizer.codes(VALUES)), quantizer(VALUES))
+
+
+def test_integers_are_quantized_as_their_float_values():
+    quantizer, x = UniformQuantizer(bits=4), torch.tensor([0, 10, 100])
+    quantizer.observe(x)
+    quantizer.freeze()
+    assert torch.equal(quantizer(x), quantizer(x.float()))
+    assert torch.equal(quantizer(x), quantizer.decode(quantizer.codes(x)))

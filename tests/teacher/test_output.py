@@ -131,3 +131,17 @@ def test_a_model_with_an_output_is_quantized_stored_and_read_back(tmp_path):
     assert (again.output, again.fingerprint()) == ("logits", found.fingerprint())
     other = Teacher(module, **described, output="cls_logits")
     assert other.fingerprint() != found.fingerprint()
+
+
+def test_a_module_that_changes_its_images_in_place_is_refused():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(12, 2)
+
+        def forward(self, images):
+            return self.head(images.mul_(2).flatten(1))
+
+    options = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "num_classes": 2, "input_size": (3, 2, 2)}
+    with pytest.raises(ModelError, match=r"InPlace: changes the images that it is given, in place, .*clone\(\)"):
+        Teacher(InPlace(), **options)
