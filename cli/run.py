@@ -87,9 +87,9 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
     """Check a recipe; all problems at once."""
     from spdfq.runs import pipeline
 
-    for warning in pipeline.check(recipe, overrides=overrides):
+    warnings, in_float = pipeline.check_and_count(recipe, overrides=overrides)
+    for warning in warnings:
         click.echo(f"warning: {warning}")
-    in_float = pipeline.percent_in_float(recipe, overrides=overrides)
     click.echo(f"{in_float:.2f} % of the multiplications have an operand in float")
     click.echo("ok")
 

@@ -54,6 +54,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 40 and "\n" not in text else type(value).__name__
 
 
+def first_line(error: Exception) -> str:
+    """An error of another library, in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+
+
 @contextmanager
 def writing(place: Path, remedy: str = "make room there, make it writable, or choose another folder") -> Iterator[None]:
     """Turn a refusal of the operating system to write into one line.

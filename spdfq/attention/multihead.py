@@ -1,6 +1,7 @@
 """`torch.nn.functional.multi_head_attention_forward`, taken apart into functions that a function mode can see."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,9 +73,9 @@ def multi_head_attention(
         raise ModelError("multi_head_attention_forward: static_k and static_v are not supported; leave them out")
     batched = query.ndim == 3
     if not batched:
-        query, key, value = _batch_of_one(query, key, value)
+        query, key, value = _each(lambda states: states[:, None], query, key, value)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-    query, key, value = _images_first(query, key, value)
+    query, key, value = _each(lambda states: states.transpose(0, 1), query, key, value)
     batch, keys = len(query), key.shape[1]
     causal = is_causal and key_padding_mask is None and not need_weights  # as in torch, the hint replaces the mask
     mask = None if causal else _joined_mask(attn_mask, key_padding_mask, batch, query.dtype)
@@ -107,15 +108,9 @@ def multi_head_attention(
     return output.transpose(0, 1), probabilities
 
 
-def _batch_of_one(*states: Tensor) -> list[Tensor]:
-    """``[n, d]`` to ``[n, 1, d]``; the same tensor stays the same tensor."""
-    made = {id(tensor): tensor[:, None] for tensor in states}
-    return [made[id(tensor)] for tensor in states]
-
-
-def _images_first(*states: Tensor) -> list[Tensor]:
-    """``[n, b, d]`` to ``[b, n, d]``; the same tensor stays the same tensor."""
-    made = {id(tensor): tensor.transpose(0, 1) for tensor in states}
+def _each(change: Callable[[Tensor], Tensor], *states: Tensor) -> list[Tensor]:
+    """The changed states; those that are the same tensor stay the same tensor."""
+    made = {id(tensor): change(tensor) for tensor in states}
     return [made[id(tensor)] for tensor in states]
 
 

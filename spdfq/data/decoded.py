@@ -17,10 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from spdfq.data.base import Batch, LabelledImages
 from spdfq.data.shards import stamp
-from spdfq.errors import DataError
+from spdfq.errors import DataError, first_line
 from spdfq.registry import datasets
 from spdfq.teacher import Teacher
-from spdfq.teacher.architectures import first_line
 
 _RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these formats, but cannot load their pixels
 

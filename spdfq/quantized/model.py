@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdfq.errors import ModelError, SpdfqError, is_out_of_memory
+from spdfq.errors import ModelError, SpdfqError, first_line, is_out_of_memory
 from spdfq.quantized.multiplications import FloatShare, Multiplications, float_share
 from spdfq.quantized.sites import POINTS, WEIGHT, Site
 from spdfq.quantized.visiting import OnProduct, Visit, ignore, visit_sites
@@ -15,9 +15,7 @@ from spdfq.quantizers import Quantizer
 from spdfq.quantizers.affine import AffineQuantizer
 from spdfq.registry import quantizers as registered_quantizers
 from spdfq.runtime.shared_modules import copied
-from spdfq.teacher.architectures import first_line
 
-UNSEEN = "product that no site accounts for"
 # smaller products, such as the angles of a rotary embedding, count in the share and are not listed
 _LISTED_PERCENT = 0.01
 
@@ -194,7 +192,7 @@ class QuantizedModel(nn.Module):
         ]
         unseen = {name: percent for name, percent in self.float_share().unseen.items() if name not in self.leftovers}
         rows += [
-            {"name": name, "what": f"{UNSEEN}, not quantized", "parameters": 0}
+            {"name": name, "what": "product that no site accounts for, not quantized", "parameters": 0}
             for name, percent in unseen.items()
             if percent is None or percent >= _LISTED_PERCENT
         ]

@@ -151,10 +151,13 @@ def check(
     return check_fit(recipe, load_teacher(recipe.model, weights=False))
 
 
-def percent_in_float(source: Recipe | str | Path | dict[str, Any], *, overrides: Iterable[str] = ()) -> float:
-    """Share of the multiplications with an operand in float, in percent, of the model that a recipe would make."""
+def check_and_count(
+    source: Recipe | str | Path | dict[str, Any], *, overrides: Iterable[str] = ()
+) -> tuple[list[str], float]:
+    """The warnings of `check`, and the share of the multiplications with an operand in float, in percent."""
     recipe = load_recipe(source, overrides)
-    return place(load_teacher(recipe.model, weights=False), recipe.quantization).float_share().percent
+    teacher = load_teacher(recipe.model, weights=False)
+    return check_fit(recipe, teacher), place(teacher, recipe.quantization).float_share().percent
 
 
 @own_threads()

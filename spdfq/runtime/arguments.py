@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdfq.errors import SpdfqError
+from spdfq.errors import SpdfqError, shown
 
 
 def check_tensor(name: str, value: Any, axes: str) -> None:
@@ -36,33 +36,27 @@ def check_alike(first: str, one: Any, second: str, other: Any, axes: str) -> Non
 def check_whole(name: str, value: Any, least: int) -> None:
     """Refuse what is not a whole number of at least ``least``."""
     if type(value) is not int or value < least:
-        raise SpdfqError(f"{name} must be a whole number from {least} up, got {_short(value)}")
+        raise SpdfqError(f"{name} must be a whole number from {least} up, got {shown(value)}")
 
 
 def check_number(name: str, value: Any, least: float) -> None:
     """Refuse what is not a finite number of at least ``least``."""
     if type(value) not in (int, float) or not least <= value < math.inf:
-        raise SpdfqError(f"{name} must be a finite number of at least {least}, got {_short(value)}")
+        raise SpdfqError(f"{name} must be a finite number of at least {least}, got {shown(value)}")
 
 
 def check_size(name: str, value: Any) -> None:
     """Refuse what is not ``(height, width)`` in whole numbers from 1 up."""
     pair = isinstance(value, (tuple, list, torch.Size)) and len(value) == 2
     if not pair or any(type(side) is not int or side < 1 for side in value):
-        raise SpdfqError(f"{name} must be (height, width), two whole numbers from 1 up, got {_short(value)}")
+        raise SpdfqError(f"{name} must be (height, width), two whole numbers from 1 up, got {shown(value)}")
 
 
 def check_generator(value: Any) -> None:
     """Refuse what is not a CPU generator."""
     if not isinstance(value, torch.Generator):
         raise SpdfqError(
-            f"generator must be a torch.Generator, such as spdfq.runtime.generator(seed), got {_short(value)}"
+            f"generator must be a torch.Generator, such as spdfq.runtime.generator(seed), got {shown(value)}"
         )
     if value.device.type != "cpu":
         raise SpdfqError(f"generator must be on the CPU, so that every device draws the same, not on {value.device}")
-
-
-def _short(value: Any) -> str:
-    simple = value is None or isinstance(value, (bool, int, float, str, tuple, list, torch.Size))
-    text = repr(value) if simple else type(value).__name__
-    return text if len(text) <= 60 and "\n" not in text else type(value).__name__

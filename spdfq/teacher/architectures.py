@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from spdfq.errors import DataError, ModelError
+from spdfq.errors import DataError, ModelError, first_line
 from spdfq.recipe import ModelSpec
 from spdfq.teacher.zoo import BUNDLED, data_file
 
@@ -209,11 +209,6 @@ def _config_reason(error: Exception) -> str:
     """Why timm could not make a model. The ``config.json`` of other libraries has no ``architecture``."""
     known = isinstance(error, KeyError) and error.args == ("architecture",)
     return "its config.json is not timm's: no 'architecture'" if known else first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """An error of another library, in one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def _heads(module: nn.Module) -> list[str]:

@@ -11,9 +11,8 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from spdfq.errors import ModelError, SpdfqError, is_out_of_memory
+from spdfq.errors import ModelError, SpdfqError, first_line, is_out_of_memory
 from spdfq.runtime.shared_modules import held
-from spdfq.teacher.architectures import first_line
 
 _one_by_one = threading.RLock()  # two calls that replace the buffers of one module would not both put them back
 

@@ -12,10 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from spdfq.attention import watchable
-from spdfq.errors import DataError, ModelError, is_out_of_memory, shown
+from spdfq.errors import DataError, ModelError, first_line, shown
 from spdfq.recipe import ModelSpec
 from spdfq.runtime.shared_modules import as_written, held
-from spdfq.teacher.architectures import build, first_line
+from spdfq.teacher.architectures import build
 from spdfq.teacher.description import check_description, check_module, mean_of_channels, std_of_channels
 from spdfq.teacher.forward import device_of, evaluation_mode, returning_tensor
 from spdfq.teacher.state import check_dense, extra_states
@@ -177,19 +177,6 @@ def _input_sides(spec: ModelSpec, module: nn.Module) -> tuple[int, int]:
     return (spec.img_size, spec.img_size) if isinstance(spec.img_size, int) else spec.img_size
 
 
-@torch.no_grad()
-def _try_size(spec: ModelSpec, module: nn.Module, size: tuple[int, int, int]) -> None:
-    try:
-        module(torch.zeros(1, *size, dtype=torch.float32, device="cpu"))
-    except Exception as error:  # each architecture fails with its own error
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"model.img_size: {spec.name} cannot run on {size[1]}x{size[2]} pixels ({first_line(error)}); use another "
-            "size, or leave it out"
-        ) from None
-
-
 def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
     """The teacher of a recipe, in float32 on the CPU. The global random state does not change.
 
@@ -212,16 +199,22 @@ def load_teacher(spec: ModelSpec | str, weights: bool = True) -> Teacher:
     module = build(spec, weights)
     config = resolve_model_data_config(module)
     size = (config["input_size"][0], *_input_sides(spec, module))
-    if spec.img_size is not None:
-        _try_size(spec, module.eval(), size)
-    return Teacher(
-        module.eval(),
-        mean=config["mean"],
-        std=config["std"],
-        num_classes=module.num_classes,
-        input_size=size,
-        name=spec.name,
-        crop_pct=config["crop_pct"],
-        interpolation=config["interpolation"],
-        crop_mode=config["crop_mode"],
-    )
+    try:
+        return Teacher(
+            module.eval(),
+            mean=config["mean"],
+            std=config["std"],
+            num_classes=module.num_classes,
+            input_size=size,
+            name=spec.name,
+            crop_pct=config["crop_pct"],
+            interpolation=config["interpolation"],
+            crop_mode=config["crop_mode"],
+        )
+    except ModelError as error:
+        if spec.img_size is None or not isinstance(error.__cause__, Exception):
+            raise
+        raise ModelError(
+            f"model.img_size: {spec.name} cannot run on {size[1]}x{size[2]} pixels ({first_line(error.__cause__)}); "
+            "use another size, or leave it out"
+        ) from None

@@ -304,7 +304,7 @@ def test_every_line_of_an_error_is_marked(monkeypatch):
     def wrong(*_, **__):
         raise SpdfqError("one\ntwo")
 
-    monkeypatch.setattr(pipeline, "check", wrong)
+    monkeypatch.setattr(pipeline, "check_and_count", wrong)
     assert spdfq("check", "x").stderr == "error: one\nerror: two\n"
 
 
