@@ -22,9 +22,9 @@ from families import FAMILIES, Family
 from torch import nn
 
 from spdfq.attention import ATTENTION_OUTPUTS, CLASS_ATTENTION, record_attention
-from spdfq.backends import quantize
+from spdfq.backends import Calibration, Rotate, quantize
 from spdfq.errors import SpdfqError
-from spdfq.quantized import QuantizedModel
+from spdfq.quantized import QuantizedModel, place
 from spdfq.quantized.checkpoint import load_quantized, save_quantized
 from spdfq.quantized.visiting import find_sites
 from spdfq.recipe import load_recipe
@@ -34,8 +34,9 @@ from spdfq.teacher import Teacher
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "models.md"
-CHECKS = ("sites", "float logits", "W8A8", "attention", "synthesis", "checkpoint")
+CHECKS = ("sites", "float logits", "W8A8", "attention", "synthesis", "checkpoint", "rotate")
 RUNTIME = Runtime(seed=0)
+ROTATE_ALONE = bool(os.environ.get("ROTATE_ALONE"))
 RECIPE = {"extends": ["models/vit_fmnist", "backends/blockwise"]}
 _MINMAX = "quantization.steps=[{type='calibrate', observer='minmax', weight_observer='minmax'}]"
 
@@ -48,6 +49,7 @@ class Row:
     found: dict[str, str] = field(factory=dict)
     why: dict[str, str] = field(factory=dict)
     leftovers: list[str] = field(factory=list)
+    notes: list[str] = field(factory=list)
     in_float: str = "**?**"
     seconds: float = 0.0
 
@@ -139,10 +141,34 @@ def _measure(row: Row, teacher: Teacher, images: torch.Tensor) -> None:
                 assert torch.equal(loaded(images), made["logits"]), "the reloaded logits differ"
         return "yes"
 
+    @torch.no_grad()
+    def rotate() -> str:
+        given = {"extends": [*RECIPE["extends"], "images/gaussian_noise"]}
+        spec = load_recipe(given, ["quantization.overrides=[]"]).quantization
+        done = {}
+        for heads, stream in ((True, False), (False, True), (True, True)):
+            model = place(teacher, spec)
+            plain, before = model.network(images), copy.deepcopy(model.network.state_dict())
+            step = Rotate(heads=heads, stream=stream)
+            row.notes = []
+            step.run(model, Calibration(teacher=teacher, images=images, runtime=RUNTIME))
+            gap = float((model.network(images) - plain).abs().max() / plain.abs().max())
+            after = model.network.state_dict()
+            done[heads, stream] = any(
+                not torch.equal(before[name], after[name]) for name in before.keys() & after.keys()
+            )
+            assert gap <= 1e-5, f"rotate: the logits change by {gap:.1e} of their maximum"
+        row.notes = [note.removeprefix("rotate: ") for note in model.notes if note.startswith("rotate: ")]
+        words = {(True, True): "both, partly" if row.notes else "full", (True, False): "heads only"}
+        return {**words, (False, True): "stream only", (False, False): "**no**"}[done[True, False], done[False, True]]
+
     row.check("sites", sites)
     if "sites" in row.why:
         return
     row.check("float logits", float_logits)
+    row.check("rotate", rotate)
+    if ROTATE_ALONE:
+        return
     row.check("W8A8", w8a8)
     row.check("attention", attention)
     row.check("synthesis", lambda: _one_step(teacher, bool(made.get("recorded"))))

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
+import attrs
 from attrs import define, frozen
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT
 from spdfq.recipe.structure import Checked
 from spdfq.runtime import Runtime
+from spdfq.runtime.shared_modules import copied
 from spdfq.teacher import Teacher
 
 
@@ -45,8 +48,12 @@ class Step(Checked):
     """Base class of back-end steps: a step changes a quantized model in place.
 
     A child defines `run`. It says in ``calibrates`` which ranges it chooses, those of all ``weights`` or of all
-    ``activations``. Every range must be chosen before a step that needs it, and at the end of a recipe.
+    ``activations``. Every range must be chosen before a step that needs it, and at the end of a recipe. A step that is
+    ``in_float`` changes the float network, before any range is chosen, to one with the same output; the steps after it
+    compare with that network.
     """
+
+    in_float: ClassVar[bool] = False
 
     @property
     def calibrates(self) -> frozenset[str]:
@@ -67,6 +74,16 @@ class Step(Checked):
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
         """Changes the quantized model in place."""
         raise ComponentError(f"{type(self).__name__} does not define run")
+
+
+def run_step(step: Step, model: QuantizedModel, calibration: Calibration) -> Teacher:
+    """Runs a step, and returns the teacher of the steps after it.
+
+    That is the teacher itself, or after a step that is ``in_float`` a copy of the changed network in float, so that
+    the tensors inside of it can be compared with the model's.
+    """
+    step.run(model, calibration)
+    return attrs.evolve(calibration.teacher, module=copied(model.network)) if step.in_float else calibration.teacher
 
 
 def check_calibrated_by(steps: Sequence[Step], model: QuantizedModel) -> None:

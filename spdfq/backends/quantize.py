@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdfq.backends.base import Calibration, check_calibrated_by
+from spdfq.backends.base import Calibration, check_calibrated_by, run_step
 from spdfq.backends.budget.allocation import bits_within, check_budget
 from spdfq.errors import DataError, RecipeError, SpdfqError, shown
 from spdfq.quantized.model import QuantizedModel
@@ -44,7 +44,8 @@ def quantize(
         bits = bits_within(spec.budget, teacher, images, spec, runtime, folder) if spec.budget else None
         model = place(teacher, spec, bits)
         for index, step in enumerate(spec.steps):
-            step.run(model, Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index))
+            given = Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index)
+            teacher = run_step(step, model, given)
     return model
 
 

@@ -6,7 +6,7 @@ from typing import cast
 from attrs import define, evolve
 from torch import Tensor, nn
 
-from spdfq.backends.base import Calibration, Step
+from spdfq.backends.base import Calibration, Step, run_step
 from spdfq.backends.calibrate import Calibrate
 from spdfq.errors import SpdfqError
 from spdfq.quantized.model import QuantizedModel
@@ -23,7 +23,7 @@ class QuantizedStudent:
     Args:
         module: the quantized model.
         steps: the steps that choose its ranges, with their positions in the recipe.
-        teacher: the model that the student is a copy of.
+        teacher: the float model that the student is compared with.
         runtime: device, precision and seed streams.
     """
 
@@ -73,16 +73,17 @@ def student_factory(teacher: Teacher, spec: Quantization, runtime: Runtime) -> C
     quiet = evolve(runtime, progress=silent)
 
     def make(images: Tensor) -> QuantizedStudent:
-        model, done = place(teacher, spec), []
+        model, done, compared = place(teacher, spec), [], teacher
         for index, step in enumerate(student_section(spec).steps):
-            _run(step, index, model, images, teacher, quiet)
-            done.append((index, cast(Step, step)))
+            compared = _run(step, index, model, images, compared, quiet)
+            if not step.in_float:
+                done.append((index, cast(Step, step)))
             if all(quantizer.frozen for quantizer in model.quantizers.values()):
-                return QuantizedStudent(model, done, teacher, quiet)
+                return QuantizedStudent(model, done, compared, quiet)
         raise SpdfqError("synthesis.student: no step of quantization.steps calibrates it; put 'calibrate' first")
 
     return make
 
 
-def _run(step: Step, index: int, model: QuantizedModel, images: Tensor, teacher: Teacher, runtime: Runtime) -> None:
-    step.run(model, Calibration(teacher=teacher, images=images, runtime=runtime, index=index))
+def _run(step: Step, index: int, model: QuantizedModel, images: Tensor, teacher: Teacher, runtime: Runtime) -> Teacher:
+    return run_step(step, model, Calibration(teacher=teacher, images=images, runtime=runtime, index=index))

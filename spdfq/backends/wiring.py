@@ -43,12 +43,12 @@ class LinearCalls:
         if len(self.biases) != 1:
             return None
         (name,) = self.biases
-        if name is None and _accepts_a_bias(network, self.weight):
+        if name is None and accepts_a_bias(network, self.weight):
             return self.weight.removesuffix("weight") + "bias"
         return name or None
 
 
-def _accepts_a_bias(network: nn.Module, weight: str) -> bool:
+def accepts_a_bias(network: nn.Module, weight: str) -> bool:
     """Whether the weight belongs to a plain `nn.Linear` without a bias, which adds its ``bias`` once it has one."""
     owner, _, leaf = weight.rpartition(".")
     module = network.get_submodule(owner)

@@ -62,6 +62,7 @@ def save_quantized(
         "quantizers": {name: unstructure(quantizer, "quantizer") for name, quantizer in model.quantizers.items()},
         "leftovers": model.leftovers,
         "biases": model.biases,
+        "norms": {name: list(norm) for name, norm in model.norms.items()},
         "multiplications": [astuple(product) for product in model.multiplications],
         "extra_states": plain,
         "recipe": recipe or {},
@@ -106,13 +107,14 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     sites = {name: Site(name, kind, tuple(shape), *maker) for name, (kind, shape, *maker) in config["sites"].items()}
     restored = {name: _built_quantizer(name, table, folder) for name, table in config["quantizers"].items()}
     biases = config.get("biases", [])  # missing in files that are older than the first step that adds biases
+    norms = _norms(config.get("norms", {}), network, folder)  # missing in files that are older than the step 'rotate'
     _check_fit(network, [sites[name] for name in restored], biases, folder)
     teacher = Teacher(network, **config["teacher"])
     counted = [
         Multiplications(name, operator, tuple(operands), count)
         for name, operator, operands, count in config.get("multiplications", [])  # missing in older files
     ]
-    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases, counted)
+    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases, counted, norms)
     _fill(model, tensors, config.get("extra_states", {}), folder)
     _check_shapes(model, teacher, folder)
     return model, teacher, config["recipe"]
@@ -125,6 +127,20 @@ def _check_shapes(model: QuantizedModel, teacher: Teacher, folder: str | Path) -
     for name, site in model.sites.items():
         if name not in found or found[name].shape != site.shape:
             raise ModelError(_NO_FIT.format(folder, name))
+
+
+def _norms(stored: Any, network: nn.Module, folder: str | Path) -> dict[str, tuple[int, float | None]]:
+    """The replaced norms of a config: features and eps by module."""
+    modules = dict(network.named_modules())
+    found: dict[str, tuple[int, float | None]] = {}
+    for name, entry in stored.items() if isinstance(stored, dict) else [("norms", stored)]:
+        features, eps = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if type(features) is not int or features < 1 or not (eps is None or (type(eps) is float and eps >= 0)):
+            raise DataError(f"{Path(folder) / CONFIG}: norms: {name}: not [features, eps]; save the model again")
+        if not name or name not in modules:
+            raise ModelError(_NO_FIT.format(folder, name))
+        found[name] = (features, eps)
+    return found
 
 
 _NO_FIT = "{}: {} does not fit this architecture; the file was saved from another one"

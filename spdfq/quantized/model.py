@@ -1,7 +1,8 @@
 """The quantized model: a copy of a network with a quantizer at each of its quantized sites."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class QuantizedModel(nn.Module):
         leftovers: products whose operands cannot be replaced: site and function.
         biases: names of biases that steps added to layers without one.
         multiplications: those of one forward pass, by product; empty if they could not be counted.
+        norms: norms that steps replaced by an RMSNorm without parameters: features and eps, by module.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class QuantizedModel(nn.Module):
         leftovers: dict[str, str],
         biases: Iterable[str] = (),
         multiplications: Iterable[Multiplications] = (),
+        norms: Mapping[str, tuple[int, float | None]] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.network = _copied(network).eval().requires_grad_(False)
         self.sites, self.quantizers, self.leftovers = sites, dict(quantizers), leftovers
         self.site_quantizers = nn.ModuleDict()
         self.biases: list[str] = []
+        self.norms: dict[str, tuple[int, float | None]] = {}
         self.notes: list[str] = []
         self.multiplications = list(multiplications)
         self.points = frozenset(site.kind for site in sites.values()) & POINTS
@@ -58,6 +62,8 @@ class QuantizedModel(nn.Module):
             self.replace_quantizer(name, quantizer)
         for name in biases:
             self.bias(name)
+        for name, (features, eps) in norms.items():
+            self.replace_norm(name, features, eps)
         super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -123,6 +129,13 @@ class QuantizedModel(nn.Module):
             setattr(owner, leaf, nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False))
             self.biases.append(name)
         return self.network.get_parameter(name)
+
+    def replace_norm(self, name: str, features: int, eps: float | None) -> None:
+        """Puts an RMSNorm without parameters in the place of a norm over the last axis; ``norms`` lists it."""
+        norm = nn.RMSNorm(features, eps, elementwise_affine=False).eval()
+        norm.register_forward_hook(_keep_output)
+        self.network.set_submodule(name, norm)
+        self.norms[name] = (features, eps)
 
     def affine(self, name: str) -> AffineQuantizer:
         """The quantizer of a site, which must have evenly spaced values.
@@ -202,6 +215,10 @@ class QuantizedModel(nn.Module):
                 what = f"weight of {owner}, left in float" if name in self.sites else f"parameter of {owner}"
                 rows.append({"name": name, "what": what, "parameters": parameter.numel()})
         return rows
+
+
+def _keep_output(*_: Any) -> None:
+    """A hook that does nothing; with it, `nn.TransformerEncoderLayer` calls a norm instead of reading its weight."""
 
 
 def _copied(network: nn.Module) -> nn.Module:

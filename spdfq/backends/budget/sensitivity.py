@@ -44,6 +44,9 @@ def measured_sensitivity(
             advance(len(sites) - len(missing))
             if missing:
                 model = place(calibration.teacher, spec, dict.fromkeys(sites, bits))
+                for step in spec.steps:
+                    if step.in_float:
+                        step.run(model, calibration)
                 _calibrate_step(spec, budget).run(model, calibration)
                 for site, value in _divergences(model, missing, calibration, budget.images):
                     measured.add(site, bits, value)

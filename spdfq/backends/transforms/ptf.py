@@ -50,7 +50,8 @@ class PowerOfTwoFactors(Step):
             NonFiniteError: a site saw NaN or infinity.
         """
         names = self._sums(model)
-        widths = {norm.normalized_shape[-1] for norm in model.network.modules() if isinstance(norm, nn.LayerNorm)}
+        norms = [part for part in model.network.modules() if isinstance(part, (nn.LayerNorm, nn.RMSNorm))]
+        widths = {norm.normalized_shape[-1] for norm in norms}
         shapes = {name: model.sites[name].shape for name in names}
         maps = [name for name, shape in shapes.items() if len(shape) == 4 and shape[-1] not in widths]
         model.note("ptf", (f"{name} does not change: its channels are not on the last axis" for name in maps))
