@@ -7,6 +7,7 @@ python tools/support_matrix.py --only swin    # only the rows of matching famili
 import argparse
 import copy
 import os
+import re
 import sys
 import tempfile
 import time
@@ -36,7 +37,6 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "models.md"
 CHECKS = ("sites", "float logits", "W8A8", "attention", "synthesis", "checkpoint", "rotate")
 RUNTIME = Runtime(seed=0)
-ROTATE_ALONE = bool(os.environ.get("ROTATE_ALONE"))
 RECIPE = {"extends": ["models/vit_fmnist", "backends/blockwise"]}
 _MINMAX = "quantization.steps=[{type='calibrate', observer='minmax', weight_observer='minmax'}]"
 
@@ -167,8 +167,6 @@ def _measure(row: Row, teacher: Teacher, images: torch.Tensor) -> None:
         return
     row.check("float logits", float_logits)
     row.check("rotate", rotate)
-    if ROTATE_ALONE:
-        return
     row.check("W8A8", w8a8)
     row.check("attention", attention)
     row.check("synthesis", lambda: _one_step(teacher, bool(made.get("recorded"))))
@@ -210,7 +208,8 @@ def table(rows: list[Row]) -> str:
 def line(row: Row) -> str:
     """The row of one family."""
     cells = [row.found.get(check, "**no**") for check in CHECKS]
-    why = "; ".join(dict.fromkeys(f"{reason}" for reason in row.why.values()))
+    notes = [re.sub(r" of .*: not rotated", ": not rotated", note) for note in row.notes]
+    why = "; ".join(dict.fromkeys([*row.why.values(), *notes]))
     return f"{_start(row.family)} {' | '.join(cells)} | {row.in_float} | {len(row.leftovers)} | {why} |"
 
 

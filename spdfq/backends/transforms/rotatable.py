@@ -20,7 +20,7 @@ def stream_obstacle(network: nn.Module, found: Structure, stream: Stream) -> str
             return f"{part.weight} takes it without a LayerNorm"
         if {id(_root(source)) for source in part.sources} != {id(norm or stream)}:
             return f"{part.weight} also takes other inputs"
-        if norm is not None and _shifts(network, norm) and not _bias_changes(network, part):
+        if norm is not None and _shifts(network, norm) and not _bias_changes(network, found, part):
             return f"the bias of {_module(part.weight)} is computed in the forward pass and cannot be changed"
     for part, scale in stream.writers:
         if obstacle := _writer_obstacle(found, stream, part, scale):
@@ -67,7 +67,9 @@ def value_obstacle(found: Structure, attention: Attention) -> str | None:
 
 def _heads_obstacle(found: Structure, attention: Attention, heads: list[Rows]) -> str | None:
     parts = {id(part): part for part, _ in heads}
-    if any(part.bias == "" for part in parts.values()):
+    if any(part.bias == "" and not _is_own(found, part) for part in parts.values()):
+        return "their bias is computed in the forward pass and cannot be changed"
+    if any(len({part.made_of[row] is None for row in each}) > 1 for part, each in heads if part.made_of):
         return "their bias is computed in the forward pass and cannot be changed"
     if any(part.groups != 1 for part in parts.values()):
         return "a grouped convolution computes them"
@@ -99,8 +101,31 @@ def _shifts(network: nn.Module, norm: Norm) -> bool:
     return norm.bias is not None and bool(network.get_parameter(norm.bias).any())
 
 
-def _bias_changes(network: nn.Module, part: Part) -> bool:
-    return part.whole and accepts_a_bias(network, part.weight) if part.bias is None else bool(part.bias)
+def _bias_changes(network: nn.Module, found: Structure, part: Part) -> bool:
+    if part.bias is None:
+        return part.whole and accepts_a_bias(network, part.weight)
+    return bool(part.bias) or (_is_own(found, part) and _fixed_rows(part) <= _key_rows(found, part))
+
+
+def _is_own(found: Structure, part: Part) -> bool:
+    """Whether a bias is made of parameters that no other layer has."""
+    names = {place[0] for place in part.made_of or () if place}
+    others = (other for other in found.parts.values() if other is not part)
+    return part.made_of is not None and not any(names & {p[0] for p in other.made_of or () if p} for other in others)
+
+
+def _fixed_rows(part: Part) -> set[int]:
+    """The rows whose bias is always zero."""
+    return {row for row, place in enumerate(part.made_of or ()) if place is None}
+
+
+def _key_rows(found: Structure, part: Part) -> set[int]:
+    """The rows that are keys and nothing else: a bias adds the same to all scores of a query, which changes nothing."""
+    heads = [rows for attention in found.attentions for rows in attention.key or ()]
+    rows = {row for owner, each in heads if owner is part for row in each}
+    others = [rows for attention in found.attentions for rows in [*(attention.query or ()), *(attention.value or ())]]
+    rows -= {row for owner, each in others if owner is part for row in each}
+    return {row for row in rows if (id(part), row) not in found.used}
 
 
 def _module(weight: str) -> str:

@@ -176,6 +176,10 @@ def _rotate_rows(model: QuantizedModel, heads: list[Rows], rotation: Tensor) -> 
         if part.bias:
             bias = model.network.get_parameter(part.bias)
             bias[index] = (_float64(bias)[index] @ rotation).to(bias)
+        places = [place for row in rows if part.made_of and (place := part.made_of[row])]
+        if places:
+            values = torch.stack([_float64(model.network.get_parameter(name))[at] for name, at in places])
+            _put_numbers(model, places, values @ rotation)
 
 
 def _rotate_values(model: QuantizedModel, attention: Attention, generator: torch.Generator) -> None:
@@ -205,11 +209,22 @@ def _put_rows(model: QuantizedModel, part: Part, values: Tensor) -> None:
 
 
 def _add_to_bias(model: QuantizedModel, part: Part, values: Tensor) -> None:
-    """Adds to the bias of a layer, which gets one if it has none."""
+    """Adds to the bias of a layer, which gets one if it has none. Numbers that are always zero stay so."""
+    if part.made_of:
+        changes = [(place, value) for place, value in zip(part.made_of, values, strict=True) if place]
+        numbers = [_float64(model.network.get_parameter(name))[at] + value for (name, at), value in changes]
+        _put_numbers(model, [place for place, _ in changes], torch.stack(numbers))
+        return
     if part.bias is None:
         part.bias = part.weight.removesuffix("weight") + "bias"
     rows = model.bias(part.bias)[slice(*part.rows)]
     rows.copy_(_float64(rows) + values)
+
+
+def _put_numbers(model: QuantizedModel, places: list[tuple[str, int]], values: Tensor) -> None:
+    """Stores numbers at their places in parameters."""
+    for (name, index), value in zip(places, values, strict=True):
+        model.network.get_parameter(name)[index] = value
 
 
 def _float64(tensor: Tensor) -> Tensor:

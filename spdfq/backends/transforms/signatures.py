@@ -29,7 +29,7 @@ class Signatures:
         # two products with odd numbers and a shift permute the numbers below `size`
         mixed = numbers * 5184471 % size
         mixed = (mixed ^ (mixed >> 11)) * 2654435 % size
-        values = ((mixed - size // 2).double() / (size // 4)).float()
+        values = ((2 * mixed + 1 - size).double() / (size // 2)).float()  # never 0 or 1
         self.owners |= {value: (owner, index) for index, value in enumerate(values.tolist())}
         return values
 

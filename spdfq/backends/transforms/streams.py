@@ -15,8 +15,9 @@ class Part:
         rows: first row, and the one after the last.
         whole: whether these are all rows of the weight.
         bias: name of its bias; ``None`` for no bias, an empty string for one that is computed in the forward pass.
+        made_of: of a computed bias that consists of parameters and zeros (BEiT): parameter and index of each number, or
+            ``None`` for zero. ``None`` for any other bias.
         groups: of a convolution.
-        linear: whether it is a linear layer.
         sources: the streams, LayerNorms and attentions that its inputs come from; ``None`` for any other input.
     """
 
@@ -24,8 +25,8 @@ class Part:
     rows: tuple[int, int]
     whole: bool
     bias: str | None
+    made_of: tuple[tuple[str, int] | None, ...] | None = None
     groups: int = 1
-    linear: bool = True
     sources: list[Any] = field(factory=list)
 
 

@@ -10,32 +10,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attrs import evolve, frozen
+from attrs import evolve
 from torch import Tensor, nn
 
-from spdfq.attention import AttentionMode, FunctionMode, fused_attention
-from spdfq.backends.transforms.signatures import Signatures, axis_of, replaced, spread, tensors
-from spdfq.backends.transforms.streams import Attention, Norm, Part, Rows, Stream, Structure
-from spdfq.quantized.functions import NORMS, PRODUCTS_WITH_WEIGHT, SUMS, SUMS_IN_PLACE
+from spdfq.attention import FunctionMode, fused_attention
+from spdfq.backends.transforms.known_tensors import Known, KnownTensors
+from spdfq.backends.transforms.signatures import spread, tensors
+from spdfq.backends.transforms.streams import Attention, Norm, Part, Rows, Structure
+from spdfq.quantized.functions import NORMS, PRODUCTS_WITH_WEIGHT
 from spdfq.runtime.shared_modules import Hook, own_hooks
 
 _LAYER_NORMS = {F.layer_norm, torch.layer_norm}
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
-_JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
-_TOTALS = {torch.sum, Tensor.sum}
-_FACTORS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
-_QUOTIENTS = {"div", "div_", "true_divide", "__truediv__", "__itruediv__"}
 _NORMALISE = {"batch_norm", "group_norm", "instance_norm"}
-_IGNORED = {"zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty", "new_full", "full_like"}
-# their result may look like a signature although they are not linear
-_NOT_LINEAR = ("max", "min", "sort", "median", "topk", "clamp", "clip", "hardtanh")
-# they change nothing but place, shape and type
-_MOVES = {
-    *("view", "reshape", "permute", "transpose", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous"),
-    *("getitem", "unbind", "chunk", "split", "split_with_sizes", "tensor_split", "expand", "expand_as", "roll", "to"),
-    *("float", "type_as", "type", "clone", "detach", "swapaxes", "swapdims", "movedim", "moveaxis", "get", "dropout"),
-    *("repeat_interleave", "select", "narrow", "view_as", "reshape_as", "t"),
-}
+_AGAIN = "the output of a norm is normalised again"
 
 
 @torch.no_grad()
@@ -73,46 +61,13 @@ class _Weights(FunctionMode):
         return func(*args, **kwargs)
 
 
-@frozen(eq=False)
-class _Known:
-    """A tensor that consists of a signature.
-
-    Args:
-        tensor: the tensor; keeping it alive prevents that its id is used again.
-        stream: the stream that it belongs to, or that ``norm`` normalises.
-        signature: ``[C]``.
-        axis: of the features, counted from the end.
-        norm: what normalised it last; ``None`` for the stream itself.
-        layer: the layer whose output it is, before anything was added or scaled.
-    """
-
-    tensor: Tensor
-    stream: Stream
-    signature: Tensor
-    axis: int
-    norm: Norm | None = None
-    layer: Part | None = None
-
-
-class _Tracing(AttentionMode):
+class _Tracing(KnownTensors):
     """Replaces outputs by signatures and records what takes them."""
 
     def __init__(self, network: nn.Module, weights: set[int]) -> None:
-        super().__init__()
-        self.names = {id(parameter): name for name, parameter in network.named_parameters()}
-        self.embeddings = {
-            id(parameter): name
-            for name, parameter in network.named_parameters()
-            if id(parameter) not in weights and parameter.is_floating_point() and parameter.numel() > 1
-        }
-        self.found = Structure()
-        self.signatures = Signatures()
-        self.by_id: dict[int, _Known] = {}
-        self.moved: dict[int, Tensor] = {}  # tensors that hold values of layers and attentions, at any place
-        self.stand_ins: dict[int, Tensor] = {}
+        super().__init__(network, weights)
         self.norm_signatures: dict[str, Tensor] = {}
         self.part_signatures: dict[int, Tensor] = {}
-        self.scaled: dict[tuple[int, str], _Known] = {}
         self.calls: list[tuple[str, nn.Module, tuple]] = []
 
     # modules
@@ -137,180 +92,19 @@ class _Tracing(AttentionMode):
                 if known is None or known.norm is not norm:
                     stream.refuse(f"{type(module).__name__} does more than normalise")
 
-    # what is known of tensors
-
-    def known(self, tensor: Any) -> _Known | None:
-        """What is known of a tensor."""
-        return self.by_id.get(id(tensor))
-
-    def _keep(self, known: _Known) -> Tensor:
-        self.by_id[id(known.tensor)] = known
-        return known.tensor
-
-    def _stream(self, features: int) -> Stream:
-        self.found.streams.append(Stream(features))
-        return self.found.streams[-1]
-
-    def _stand_ins(self, value: Any) -> Any:
-        """Arguments with each embedding replaced by its signature."""
-        for tensor in tensors(value):
-            name = self.embeddings.get(id(tensor))
-            if name is None:
-                continue
-            self.found.parameters.add(name)
-            if id(tensor) not in self.stand_ins:
-                stream, signature = self._stream(tensor.shape[-1]), self.signatures.new(None, tensor.shape[-1])
-                stream.parameters.append(name)
-                known = _Known(spread(signature, tensor.detach(), -1), stream, signature, -1)
-                self.stand_ins[id(tensor)] = self._keep(known)
-        return replaced(value, self.stand_ins)
-
-    def _take(self, func: str, value: Any) -> None:
-        """Values of layers and attentions among the arguments of a function that does not only move them."""
-        for tensor in tensors(value):
-            if id(tensor) in self.moved:
-                for number in tensor.unique().tolist():
-                    if owner := self.signatures.owners.get(number):
-                        self.found.used.setdefault((id(owner[0]), owner[1]), func)
-
-    # functions
-
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Any function but scaled dot-product attention."""
-        name = getattr(func, "__name__", str(func)).strip("_")
-        if func in PRODUCTS_WITH_WEIGHT or func in NORMS:
-            if args:
-                args = (self._stand_ins(args[0]), *args[1:])
-            if func is F.linear:
-                return self._linear(*args, **kwargs)
-            return (
-                self._convolution(func, args, kwargs)
-                if func in PRODUCTS_WITH_WEIGHT
-                else self._norm(func, args, kwargs)
-            )
-        if (factor := getattr(func, "__name__", "")) in _FACTORS | _QUOTIENTS and len(args) == 2 and not kwargs:
-            if factor in _FACTORS and (scaled := self._layer_scale(func, *args)) is not None:
-                return scaled
-            if (same := self._scalar(func, args)) is not None:
-                return same
-        args, kwargs = self._stand_ins(args), self._stand_ins(kwargs)
-        if (func in SUMS or func in SUMS_IN_PLACE) and len(args) == 2 and not kwargs:
-            return self._sum(func, *args)
-        if func in _JOINS:
-            return self._join(func, args, kwargs)
-        result = func(*args, **kwargs)
-        if func in _TOTALS and isinstance(result, Tensor) and args and self.known(args[0]):
-            result = result / (args[0].numel() / max(result.numel(), 1))  # of equal tokens: their mean
-        return self._any(name, args, kwargs, result)
-
-    def _any(self, name: str, args: tuple, kwargs: dict[str, Any], result: Any) -> Any:
-        """A function without a rule: whatever its results are, or a reason."""
-        results = tensors(result)
-        if name == "setitem":
-            results = [args[0]]
-        if name in {ignored.strip("_") for ignored in _IGNORED} or not results:
-            return result
-        given = tensors((args, kwargs))
-        if name in _MOVES:
-            if any(id(tensor) in self.moved for tensor in given[:1]):
-                self.moved |= {id(tensor): tensor for tensor in results}
-        else:
-            self._take(name, given)
-        for known in [known for tensor in given if (known := self.known(tensor))]:
-            axes = [axis_of(tensor, known.signature) for tensor in results]
-            if None in axes or name == "setitem" or any(word in name for word in _NOT_LINEAR):
-                known.stream.refuse(f"its features go through {name}")
-                continue
-            for tensor, axis in zip(results, axes, strict=True):
-                exact = spread(known.signature, tensor, axis or -1)
-                if tensor._base is None and tensor.is_contiguous():
-                    tensor.copy_(exact)  # averages are rounded
-                self._keep(evolve(known, tensor=tensor, axis=axis or -1))
-        return result
-
-    def _layer_scale(self, func: Any, left: Any, right: Any) -> Tensor | None:
-        """The output of a layer times a parameter for each feature; ``None`` for any other product."""
-        for tensor, factor in ((left, right), (right, left)):
-            known, name = self.known(tensor), self.embeddings.get(id(factor))
-            if known is None or known.layer is None or name is None or factor.numel() != known.stream.features:
-                continue
-            shape = (1,) * (factor.ndim + known.axis) + factor.shape[known.axis :]
-            if factor.ndim + known.axis < 0 or factor.shape != shape or factor.shape[known.axis] != factor.numel():
-                continue
-            result = func(left, right)
-            self._take("mul", [tensor])
-            scaled = self.scaled.get((id(known.layer), name))
-            if scaled is None:
-                stream, signature = self._stream(known.stream.features), self.signatures.new(None, factor.numel())
-                stream.writers.append((known.layer, name))
-                scaled = self.scaled[id(known.layer), name] = _Known(result, stream, signature, known.axis)
-            values = spread(scaled.signature, result, known.axis)
-            return self._keep(evolve(scaled, tensor=_into(func, result, values), axis=known.axis))
-        return None
-
-    def _scalar(self, func: Any, args: tuple) -> Tensor | None:
-        """A known tensor times or divided by one number: the pass goes on with the tensor itself."""
-        is_tensor = [isinstance(value, Tensor) and value.numel() > 1 for value in args]
-        if is_tensor.count(True) != 1 or (not is_tensor[0] and "div" in func.__name__):
-            return None
-        tensor = args[is_tensor.index(True)]
-        if not self.known(tensor) and id(tensor) not in self.moved:
-            return None
-        name = func.__name__
-        result = tensor if name.startswith("__i") or (name.endswith("_") and name[:2] != "__") else tensor.clone()
-        if id(tensor) in self.moved:
-            self.moved[id(result)] = result
-        if known := self.known(tensor):
-            self._keep(evolve(known, tensor=result, layer=None))
-        return result
-
-    def _sum(self, func: Any, left: Any, right: Any) -> Any:
-        result = func(left, right)
-        pair = [known for value in (left, right) if (known := self.known(value))]
-        if not pair or not isinstance(left, Tensor) or not isinstance(right, Tensor):
-            return self._any("add", (left, right), {}, result)
-        self._take("add", (left, right))
-        joined = self._joined(pair, 2, "added")
-        if joined is None:
-            return result
-        return self._keep(evolve(joined, tensor=_into(func, result, spread(joined.signature, result, joined.axis))))
-
-    def _join(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
-        given = tensors((args, kwargs))
-        pair = [known for value in given if (known := self.known(value))]
-        self._take("cat", given)
-        if pair and len({(id(known.norm), id(known.signature)) for known in pair}) == 1 and len(pair) == len(given):
-            return self._any("cat", args, kwargs, result)  # parts of the same
-        joined = self._joined(pair, len(given), "concatenated") if pair else None
-        if joined is None:
-            return result
-        if result.shape[joined.axis] != len(joined.signature):
-            joined.stream.refuse("its features are concatenated with others")
-            return result
-        return self._keep(evolve(joined, tensor=spread(joined.signature, result, joined.axis)))
-
-    def _joined(self, parts: list[_Known], count: int, what: str) -> _Known | None:
-        """The stream of tensors that are added or concatenated over tokens; ``None`` after noting why not."""
-        reason = ""
-        if len(parts) < count:
-            reason = f"a tensor that no layer computes is {what}"
-        elif any(known.norm for known in parts):
-            reason = f"the output of a norm is {what}"
-        elif len({(known.axis, known.stream.features) for known in parts}) > 1:
-            reason = f"tensors of other shapes are {what}"
-        if reason:
-            for known in parts:
-                known.stream.refuse(reason)
-            return None
-        stream = parts[0].stream.root
-        for known in parts[1:]:
-            stream = stream.join(known.stream)
-        return _Known(parts[0].tensor, stream, self.signatures.new(None, stream.features), parts[0].axis)
+        if func not in PRODUCTS_WITH_WEIGHT and func not in NORMS:
+            return super().other(func, args, kwargs)
+        if args:
+            args = (self.with_stand_ins(args[0]), *args[1:])
+        if func is F.linear:
+            return self._linear(*args, **kwargs)
+        return self._norm(func, args, kwargs) if func in NORMS else self._convolution(func, args, kwargs)
 
     # layers and norms
 
-    def _part(self, weight: Tensor, bias: Tensor | None, groups: int = 1, linear: bool = True) -> Part | None:
+    def _part(self, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Part | None:
         """The layer of a weight, or of some of its rows; ``None`` if the weight is computed."""
         whole, start = self._rows(weight)
         if whole is None:
@@ -321,10 +115,16 @@ class _Tracing(AttentionMode):
         if bias is not None:
             of_bias, first = self._rows(bias)
             name = of_bias if of_bias is not None and first == start and len(bias) == len(weight) else ""
-        part = self.found.parts.setdefault(key, Part(whole, key[1:], len(weight) == len(base), name, groups, linear))
-        if part.bias != name:
-            part.bias = ""
+        made_of = self._made_of(bias) if bias is not None and name == "" else None
+        part = self.found.parts.setdefault(key, Part(whole, key[1:], len(weight) == len(base), name, made_of, groups))
+        if (part.bias, part.made_of) != (name, made_of):
+            part.bias, part.made_of = "", None
         return part
+
+    def _made_of(self, bias: Tensor) -> tuple[tuple[str, int] | None, ...] | None:
+        """The parameter and index of each number of a bias, ``None`` for zero; or ``None`` for another bias."""
+        found = [self.signatures.owners.get(value, (None, 0)) if value else None for value in bias.tolist()]
+        return tuple(found) if all(place is None or isinstance(place[0], str) for place in found) else None
 
     def _rows(self, tensor: Tensor) -> tuple[str | None, int]:
         """The parameter that a tensor is, or is some rows of, and the first row."""
@@ -341,12 +141,12 @@ class _Tracing(AttentionMode):
         key = (part.weight, part.rows[0])
         if id(part) not in self.part_signatures:
             self.part_signatures[id(part)] = self.signatures.new(part, part.rows[1] - part.rows[0])
-            stream = self.found.raw[key] = self._stream(part.rows[1] - part.rows[0])
+            stream = self.found.raw[key] = self.new_stream(part.rows[1] - part.rows[0])
             stream.writers.append((part, None))
         signature = self.part_signatures[id(part)]
         output = spread(signature, result, axis)
         self.moved[id(output)] = output
-        return self._keep(_Known(output, self.found.raw[key], signature, axis, None, part))
+        return self.keep(Known(output, self.found.raw[key], signature, axis, None, part))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         part, known = self._part(weight, bias), self.known(input)
@@ -356,7 +156,7 @@ class _Tracing(AttentionMode):
             part.sources.append(attention[0])
             attention[0].takers.append((part, attention[1]))
         else:
-            self._take("linear", [input])
+            self.take("linear", [input])
             if part and known and known.axis == -1:
                 part.sources.append(known.norm or known.stream)
                 known.stream.root.readers.append((part, known.norm))
@@ -368,14 +168,14 @@ class _Tracing(AttentionMode):
 
     def _convolution(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         result: Tensor = func(*args, **kwargs)
-        self._take("convolution", args[:1])
+        self.take("convolution", args[:1])
         if known := self.known(args[0]):
             known.stream.refuse("a convolution takes it")
         if func not in _CONVOLUTIONS or len(args) < 2:
             return result
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-        part = self._part(args[1], bias, groups, linear=False)
+        part = self._part(args[1], bias, groups)
         if part is None:
             return result
         part.sources.append(None)
@@ -383,12 +183,16 @@ class _Tracing(AttentionMode):
 
     def _norm(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         result: Tensor = func(*args, **kwargs)
-        self._take("norm", args[:1])
+        self.take("norm", args[:1])
         known = self.known(args[0])
         if known is None:
             if id(args[0]) not in self.moved and self.calls:
                 self.found.other_norms[self.calls[-1][0]] = None
             return result
+        if known.norm:  # the output of a norm is a stream of its own
+            known.stream.refuse(_AGAIN)
+            known = evolve(known, stream=self.new_stream(known.stream.features), norm=None)
+            known.stream.refuse(_AGAIN)
         norm = self._norm_of(func, known, *args, **kwargs)
         if norm is None:
             return result
@@ -401,10 +205,10 @@ class _Tracing(AttentionMode):
         if norm.name not in self.norm_signatures:
             self.norm_signatures[norm.name] = self.signatures.new(None, norm.features)
         signature = self.norm_signatures[norm.name]
-        return self._keep(_Known(spread(signature, result, -1), stream, signature, -1, norm))
+        return self.keep(Known(spread(signature, result, -1), stream, signature, -1, norm))
 
     def _norm_of(
-        self, func: Any, known: _Known, _: Tensor, shape: Any, weight: Tensor | None = None, *rest: Any, **kwargs: Any
+        self, func: Any, known: Known, _: Tensor, shape: Any, weight: Tensor | None = None, *rest: Any, **kwargs: Any
     ) -> Norm | None:
         """The module that normalises a stream; ``None`` after noting why it cannot be replaced."""
         centres = func in _LAYER_NORMS
@@ -414,9 +218,7 @@ class _Tracing(AttentionMode):
         name, module, args = self.calls[-1] if self.calls else ("", None, ())
         given = self.known(args[0]) if args else None
         reason = ""
-        if known.norm:
-            reason = "the output of a norm is normalised again"
-        elif known.axis != -1 or len(tuple(shape)) != 1 or not given or given.axis != -1:
+        if known.axis != -1 or len(tuple(shape)) != 1 or not given or given.axis != -1:
             reason = "its norms are not over the last axis of a module's input"
         elif any(value is not None and not self._is_own(name, value) for value in (weight, bias)):
             reason = "the weight of a norm is computed, or another module's"
@@ -446,7 +248,7 @@ class _Tracing(AttentionMode):
             self.found.attentions.append(attention)
         for operand, found in zip((query, key, value), heads, strict=True):
             if found is None:
-                self._take("attention", [operand])
+                self.take("attention", [operand])
         shape = (*query.shape[:-1], value.shape[-1])
         if heads[2] is None:
             return value.new_zeros(shape)
@@ -491,10 +293,3 @@ class _Tracing(AttentionMode):
         return attention, [
             [columns[head * size + place] for place in range(size)] for head in range(len(wanted) // size)
         ]
-
-
-def _into(func: Any, result: Tensor, values: Tensor) -> Tensor:
-    """The values, written into the result of a function that works in place."""
-    name = func.__name__
-    in_place = name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
-    return result.copy_(values) if in_place else values
