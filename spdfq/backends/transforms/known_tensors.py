@@ -121,7 +121,8 @@ class KnownTensors(AttentionMode):
         if func in _JOINS:
             return self._join(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func in _TOTALS and isinstance(result, Tensor) and args and self.known(args[0]):
+        summed = self.known(args[0]) if func in _TOTALS and args else None
+        if summed and not summed.norm and isinstance(result, Tensor):
             result = result / (args[0].numel() / max(result.numel(), 1))  # of equal tokens: their mean
         return self._any(name, args, kwargs, result)
 
@@ -130,7 +131,7 @@ class KnownTensors(AttentionMode):
         results = tensors(result)
         if name == "setitem":
             results = [args[0]]
-        if name in {ignored.strip("_") for ignored in _IGNORED} or not results:
+        if name in _IGNORED or not results:
             return result
         given = tensors((args, kwargs))
         if name in _MOVES:
@@ -176,13 +177,14 @@ class KnownTensors(AttentionMode):
         if is_tensor.count(True) != 1 or (not is_tensor[0] and "div" in func.__name__):
             return None
         tensor = args[is_tensor.index(True)]
-        if not self.known(tensor) and id(tensor) not in self.moved:
-            return None
+        known = self.known(tensor)
+        if (known is None and id(tensor) not in self.moved) or (known and known.norm):
+            return None  # a factor behind a norm would have to scale what the norm's bias becomes
         name = func.__name__
         result = tensor if name.startswith("__i") or (name.endswith("_") and name[:2] != "__") else tensor.clone()
         if id(tensor) in self.moved:
             self.moved[id(result)] = result
-        if known := self.known(tensor):
+        if known:
             self.keep(evolve(known, tensor=result, layer=None))
         return result
 

@@ -58,7 +58,8 @@ def value_obstacle(found: Structure, attention: Attention) -> str | None:
     """Why the values of an attention cannot be rotated; ``None`` if they can."""
     if attention.value is None:
         return "something is between a layer and the product"
-    if not attention.takers or any((id(attention), index) in found.used for index in range(_size(attention.value))):
+    outputs = range(attention.outputs * len(attention.value[0][1]))
+    if not attention.takers or any((id(attention), index) in found.used for index in outputs):
         return "something is between the product and the layer that takes its output"
     if any({id(source) for source in part.sources} != {id(attention)} for part, _ in attention.takers):
         return "the layer that takes the output takes other inputs too"
@@ -87,10 +88,6 @@ def _heads_obstacle(found: Structure, attention: Attention, heads: list[Rows]) -
 def places(heads: Iterable[Rows]) -> set[tuple[str, int]]:
     """The rows of heads, by weight."""
     return {(part.weight, part.rows[0] + row) for part, rows in heads for row in rows}
-
-
-def _size(heads: list[Rows]) -> int:
-    return sum(len(rows) for _, rows in heads)
 
 
 def _root(source: object) -> object:

@@ -19,6 +19,7 @@ from spdfq.runtime.runtime import generator
 
 _TOLERANCE = 1e-4
 _NAMES = 3
+_TOO_LATE = "rotate: changes the tensors whose ranges were chosen before; put it before 'calibrate'"
 
 
 @steps.register("rotate", paper="arXiv:2404.00456")
@@ -53,7 +54,7 @@ class Rotate(Step):
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuses ranges that were chosen before, because they do not fit the rotated tensors."""
         if any(step.calibrates for step in before):
-            raise SpdfqError("rotate: changes the tensors whose ranges were chosen before; put it before 'calibrate'")
+            raise SpdfqError(_TOO_LATE)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
@@ -64,7 +65,7 @@ class Rotate(Step):
             ModelError: the output changed.
         """
         if any(quantizer.frozen for quantizer in model.quantizers.values()):
-            self.check(model, [Step()])
+            raise SpdfqError(_TOO_LATE)
         images = calibration.images[:2]
         before = model.network(images)
         found = structure(model.network, images[:1])

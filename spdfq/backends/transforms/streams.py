@@ -110,13 +110,15 @@ class Attention:
         query: the rows of each query head; ``None`` if they are not outputs of layers.
         key: the same for keys.
         value: the same for values.
-        takers: layers that take its output, each with the columns of each head, in the order of ``value``.
+        outputs: number of heads of its output; more than those of ``value`` if heads share a value.
+        takers: layers that take its output, each with the columns of each of its heads.
     """
 
     name: str
     query: list[Rows] | None
     key: list[Rows] | None
     value: list[Rows] | None
+    outputs: int = 0
     takers: list[tuple[Part, list[list[int]]]] = field(factory=list)
 
 

@@ -252,9 +252,10 @@ class _Tracing(KnownTensors):
         shape = (*query.shape[:-1], value.shape[-1])
         if heads[2] is None:
             return value.new_zeros(shape)
-        unique, index = heads[2]
-        signature = self.signatures.new(attention, len(unique) * value.shape[-1]).to(value).reshape(len(unique), -1)
-        output = signature[index].reshape(*value.shape[:-2], 1, value.shape[-1]).expand(shape).clone()
+        index, attention.outputs = _output_heads(heads[0], heads[2])
+        signature = self.signatures.new(attention, attention.outputs * value.shape[-1]).to(value)
+        output = signature.reshape(attention.outputs, -1)[index]
+        output = output.reshape(*value.shape[:-2], 1, value.shape[-1]).expand(shape).clone()
         self.moved[id(output)] = output
         return output
 
@@ -287,9 +288,17 @@ class _Tracing(KnownTensors):
         attention: Attention = found[0][0]
         size = len(attention.value[0][1]) if attention.value else 0
         columns = {place: column for column, (_, place) in enumerate(found)}
-        wanted = range(len(attention.value or ()) * size)
+        wanted = range(attention.outputs * size)
         if len(columns) != len(found) or set(columns) != set(wanted):
             return None
         return attention, [
             [columns[head * size + place] for place in range(size)] for head in range(len(wanted) // size)
         ]
+
+
+def _output_heads(query: tuple[list[Rows], Tensor] | None, value: tuple[list[Rows], Tensor]) -> tuple[Tensor, int]:
+    """Which head each leading index of an attention's output has, and the number of heads; values may be shared."""
+    index = value[1]
+    if query is not None and len(query[1]) == len(index):
+        index = torch.stack([query[1], index]).unique(dim=1, return_inverse=True)[1]
+    return index, int(index.max()) + 1
