@@ -132,9 +132,10 @@ class QuantizedModel(nn.Module):
 
     def replace_norm(self, name: str, features: int, eps: float | None) -> None:
         """Puts an RMSNorm without parameters in the place of a norm over the last axis; ``norms`` lists it."""
-        norm = nn.RMSNorm(features, eps, elementwise_affine=False).eval()
-        norm.register_forward_hook(_keep_output)
-        self.network.set_submodule(name, norm)
+        self.network.set_submodule(name, nn.RMSNorm(features, eps, elementwise_affine=False).eval())
+        owner = self.network.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            owner.activation_relu_or_gelu = 0  # its fast path would read the norm's weight instead of calling it
         self.norms[name] = (features, eps)
 
     def affine(self, name: str) -> AffineQuantizer:
@@ -215,10 +216,6 @@ class QuantizedModel(nn.Module):
                 what = f"weight of {owner}, left in float" if name in self.sites else f"parameter of {owner}"
                 rows.append({"name": name, "what": what, "parameters": parameter.numel()})
         return rows
-
-
-def _keep_output(*_: Any) -> None:
-    """A hook that does nothing; with it, `nn.TransformerEncoderLayer` calls a norm instead of reading its weight."""
 
 
 def _copied(network: nn.Module) -> nn.Module:
