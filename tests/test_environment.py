@@ -250,7 +250,10 @@ def test_a_step(name):
         step = made("step", name)
         step = attrs.evolve(step, iterations=2) if "iterations" in attrs.fields_dict(type(step)) else step
         placement = "psaq" if name in ("ptf", "norms") else "matmul_inputs"
-        model = quantize(teacher, x, backends.back_end(f"quantization.placement='{placement}'"), RUNTIME)
+        spec = backends.back_end(f"quantization.placement='{placement}'")
+        if step.in_float:
+            return quantize(teacher, x, attrs.evolve(spec, steps=(step, *spec.steps)), RUNTIME)(x).detach()
+        model = quantize(teacher, x, spec, RUNTIME)
         step.run(model, Calibration(teacher=teacher, images=x, runtime=RUNTIME))
         return model(x).detach()
 

@@ -48,7 +48,7 @@ class QuantizedStudent:
     def calibrate(self, images: Tensor) -> None:
         """Chooses every range again, for images ``[B, C, h, w]``."""
         for index, step in self.steps:
-            _run(step, index, self.module, images, self.teacher, self.runtime)
+            step.run(self.module, _inputs(index, images, self.teacher, self.runtime))
 
 
 def student_section(spec: Quantization) -> Quantization:
@@ -75,7 +75,7 @@ def student_factory(teacher: Teacher, spec: Quantization, runtime: Runtime) -> C
     def make(images: Tensor) -> QuantizedStudent:
         model, done, compared = place(teacher, spec), [], teacher
         for index, step in enumerate(student_section(spec).steps):
-            compared = _run(step, index, model, images, compared, quiet)
+            compared = run_step(step, model, _inputs(index, images, compared, quiet))
             if not step.in_float:
                 done.append((index, cast(Step, step)))
             if all(quantizer.frozen for quantizer in model.quantizers.values()):
@@ -85,5 +85,5 @@ def student_factory(teacher: Teacher, spec: Quantization, runtime: Runtime) -> C
     return make
 
 
-def _run(step: Step, index: int, model: QuantizedModel, images: Tensor, teacher: Teacher, runtime: Runtime) -> Teacher:
-    return run_step(step, model, Calibration(teacher=teacher, images=images, runtime=runtime, index=index))
+def _inputs(index: int, images: Tensor, teacher: Teacher, runtime: Runtime) -> Calibration:
+    return Calibration(teacher=teacher, images=images, runtime=runtime, index=index)

@@ -96,8 +96,11 @@ class _Tracing(KnownTensors):
         """Any function but scaled dot-product attention."""
         if func not in PRODUCTS_WITH_WEIGHT and func not in NORMS:
             return super().other(func, args, kwargs)
-        if args:
-            args = (self.with_stand_ins(args[0]), *args[1:])
+        named = {
+            key: value for key, value in kwargs.items() if key == "input" or (key == "weight" and func not in NORMS)
+        }
+        args, kwargs = (*args, *named.values()), {key: kwargs[key] for key in kwargs if key not in named}
+        args = (self.with_stand_ins(args[0]), *args[1:])
         if func is F.linear:
             return self._linear(*args, **kwargs)
         return self._norm(func, args, kwargs) if func in NORMS else self._convolution(func, args, kwargs)
@@ -218,12 +221,12 @@ class _Tracing(KnownTensors):
         name, module, args = self.calls[-1] if self.calls else ("", None, ())
         given = self.known(args[0]) if args else None
         reason = ""
-        if known.axis != -1 or len(tuple(shape)) != 1 or not given or given.axis != -1:
+        if module is None or any(True for _ in module.children()):
+            reason = "a module with layers of its own normalises it"
+        elif known.axis != -1 or len(tuple(shape)) != 1 or not given or given.axis != -1:
             reason = "its norms are not over the last axis of a module's input"
         elif any(value is not None and not self._is_own(name, value) for value in (weight, bias)):
             reason = "the weight of a norm is computed, or another module's"
-        elif module is None or any(True for _ in module.children()):
-            reason = "a module with layers of its own normalises it"
         if reason:
             known.stream.refuse(reason)
             self.found.other_norms[name] = None

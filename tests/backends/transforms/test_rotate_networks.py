@@ -126,6 +126,15 @@ class SummedStream(Odd):
         return self.head(self.last((x + self.branch(x)).sum(1)))
 
 
+class ByName(Odd):
+    def branch(self, x):
+        x = F.layer_norm(input=x, normalized_shape=(8,), weight=self.norm.weight, bias=self.norm.bias)
+        return F.linear(input=x, weight=self.down.weight[:, :8] * 1, bias=self.down.bias)
+
+    def embed(self, pixels):
+        return F.conv2d(input=pixels, weight=self.patch.weight, bias=self.patch.bias, stride=8).flatten(2).mT
+
+
 class ReadWithoutNorm(Odd):
     def forward(self, pixels):
         x = self.embed(pixels)
@@ -166,6 +175,7 @@ class NormOfChannelsFirst(Odd):
 
 ODD = dict.fromkeys((Odd, Rms, InPlace, Twice, SummedStream, RmsReadWithoutNorm, NormWithoutWeight), "") | {
     ScaledNorm: "its features go through mul",
+    ByName: "a module with layers of its own normalises it",
     SummedNorm: "its features go through sum",
     ReadWithoutNorm: "head.weight takes it without a LayerNorm",
     Grouped: "depthwise.weight writes it, which is grouped or only a part of a weight",
