@@ -93,9 +93,10 @@ class Rotate(Step):
         model.note("rotate", kept.lines())
 
     def _rotate_heads(self, model: QuantizedModel, found: Structure) -> None:
-        if not found.attentions:
-            model.note("rotate", ["no head is rotated: no attention by scaled_dot_product_attention"])
-        scores, values = _Kept("queries and keys"), _Kept("values")
+        if not found.attentions and not found.own_products:
+            model.note("rotate", ["no head is rotated: no attention was seen"])
+        products, scores, values = _Kept("products"), _Kept("queries and keys"), _Kept("values")
+        products.add("not computed by scaled_dot_product_attention", *found.own_products)
         for index, attention in enumerate(found.attentions):
             if obstacle := score_obstacle(found, attention):
                 scores.add(obstacle, attention.name)
@@ -106,7 +107,7 @@ class Rotate(Step):
                 values.add(obstacle, attention.name)
             else:
                 _rotate_values(model, attention, generator(self.seed, "values", index))
-        model.note("rotate", [*scores.lines(), *values.lines()])
+        model.note("rotate", [*scores.lines(), *values.lines(), *products.lines()])
 
 
 class _Kept:

@@ -134,6 +134,7 @@ class Structure:
         used: values of layers and attentions that other functions take: owner's id and index, with the function.
         parameters: names of parameters that are added, concatenated or used in another way outside of layers and norms.
         other_norms: modules that normalise something else than a stream.
+        own_products: modules that multiply outputs of layers with each other themselves.
     """
 
     streams: list[Stream] = field(factory=list)
@@ -143,6 +144,7 @@ class Structure:
     used: dict[tuple[int, int], str] = field(factory=dict)
     parameters: set[str] = field(factory=set)
     other_norms: dict[str, None] = field(factory=dict)
+    own_products: dict[str, None] = field(factory=dict)
 
     def roots(self) -> Iterator[Stream]:
         """Each stream once, in the order of the forward pass."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from attrs import evolve
 from torch import Tensor, nn
 
-from spdfq.attention import FunctionMode, fused_attention
+from spdfq.attention import PRODUCT_FUNCTIONS, FunctionMode, fused_attention
 from spdfq.backends.transforms.known_tensors import Known, KnownTensors
 from spdfq.backends.transforms.signatures import spread, tensors
 from spdfq.backends.transforms.streams import Attention, Norm, Part, Rows, Structure
@@ -94,6 +94,8 @@ class _Tracing(KnownTensors):
 
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Any function but scaled dot-product attention."""
+        if func in PRODUCT_FUNCTIONS and any(id(operand) in self.moved for operand in tensors((args, kwargs))):
+            self.found.own_products[self._attending()] = None
         if func not in PRODUCTS_WITH_WEIGHT and func not in NORMS:
             return super().other(func, args, kwargs)
         named = {

@@ -190,7 +190,10 @@ def test_swin_v2_computes_its_own_attention_and_normalises_afterwards():
     chosen = teacher("swinv2")
     model = rotated(chosen)
     assert changed(model, chosen) == set()
-    assert notes(model)[0] == "no head is rotated: no attention by scaled_dot_product_attention"
+    assert notes(model)[0] == (
+        "products of layers.0.blocks.0.attn, layers.0.blocks.1.attn, layers.1.blocks.0.attn and 1 more: not rotated, "
+        "not computed by scaled_dot_product_attention"
+    )
     assert notes(model)[1].endswith("the output of a norm is added")
 
 
