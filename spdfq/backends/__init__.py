@@ -17,3 +17,4 @@ from spdfq.backends.transforms.adalog import AdaLog as AdaLog
 from spdfq.backends.transforms.ptf import PowerOfTwoFactors as PowerOfTwoFactors
 from spdfq.backends.transforms.repq import RepQ as RepQ
 from spdfq.backends.transforms.rotate import Rotate as Rotate
+from spdfq.backends.transforms.smooth import Smooth as Smooth

@@ -62,6 +62,7 @@ def save_quantized(
         "quantizers": {name: unstructure(quantizer, "quantizer") for name, quantizer in model.quantizers.items()},
         "leftovers": model.leftovers,
         "biases": model.biases,
+        "shifted": model.shifted,
         "norms": {name: list(norm) for name, norm in model.norms.items()},
         "multiplications": [astuple(product) for product in model.multiplications],
         "extra_states": plain,
@@ -108,13 +109,14 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     restored = {name: _built_quantizer(name, table, folder) for name, table in config["quantizers"].items()}
     biases = config.get("biases", [])  # missing in files that are older than the first step that adds biases
     norms = _norms(config.get("norms", {}), network, folder)  # missing in files that are older than the step 'rotate'
-    _check_fit(network, [sites[name] for name in restored], biases, folder)
+    shifted = config.get("shifted", [])  # missing in files that are older than the step 'smooth'
+    _check_fit(network, [sites[name] for name in restored], [*biases, *shifted], folder)
     teacher = Teacher(network, **config["teacher"])
     counted = [
         Multiplications(name, operator, tuple(operands), count)
         for name, operator, operands, count in config.get("multiplications", [])  # missing in older files
     ]
-    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases, counted, norms)
+    model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases, counted, norms, shifted)
     _fill(model, tensors, config.get("extra_states", {}), folder)
     _check_shapes(model, teacher, folder)
     return model, teacher, config["recipe"]

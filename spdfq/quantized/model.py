@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spdfq.errors import ModelError, SpdfqError, first_line, is_out_of_memory
 from spdfq.quantized.multiplications import FloatShare, Multiplications, float_share
+from spdfq.quantized.shifted_linear import ShiftedLinear
 from spdfq.quantized.sites import POINTS, WEIGHT, Site
 from spdfq.quantized.visiting import OnProduct, Visit, ignore, visit_sites
 from spdfq.quantizers import Quantizer
@@ -36,6 +37,7 @@ class QuantizedModel(nn.Module):
         leftovers: products whose operands cannot be replaced: site and function.
         biases: names of biases that steps added to layers without one.
         multiplications: those of one forward pass, by product; empty if they could not be counted.
+        shifted: names of weights whose layers steps made shift and scale their inputs.
         norms: norms that steps replaced by an RMSNorm without parameters: features and eps, by module.
     """
 
@@ -48,6 +50,7 @@ class QuantizedModel(nn.Module):
         biases: Iterable[str] = (),
         multiplications: Iterable[Multiplications] = (),
         norms: Mapping[str, tuple[int, float | None]] = MappingProxyType({}),
+        shifted: Iterable[str] = (),
     ) -> None:
         super().__init__()
         self.network = _copied(network).eval().requires_grad_(False)
@@ -55,6 +58,7 @@ class QuantizedModel(nn.Module):
         self.site_quantizers = nn.ModuleDict()
         self.biases: list[str] = []
         self.norms: dict[str, tuple[int, float | None]] = {}
+        self.shifted: list[str] = []
         self.notes: list[str] = []
         self.multiplications = list(multiplications)
         self.points = frozenset(site.kind for site in sites.values()) & POINTS
@@ -64,6 +68,8 @@ class QuantizedModel(nn.Module):
             self.bias(name)
         for name, (features, eps) in norms.items():
             self.replace_norm(name, features, eps)
+        for name in shifted:
+            self.shift_input(name)
         super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -137,6 +143,15 @@ class QuantizedModel(nn.Module):
         if isinstance(owner, nn.TransformerEncoderLayer):
             owner.activation_relu_or_gelu = 0  # its fast path would read the norm's weight instead of calling it
         self.norms[name] = (features, eps)
+
+    def shift_input(self, weight: str, shift: Tensor | float = 0.0, factor: Tensor | float = 1.0) -> None:
+        """Makes the `nn.Linear` of a weight multiply ``(x - shift) * factor``, ``[d]`` each; ``shifted`` lists it."""
+        owner = weight.rpartition(".")[0]
+        layer = ShiftedLinear(self.network.get_submodule(owner)).eval()
+        layer.input_shift.copy_(torch.as_tensor(shift))
+        layer.input_factor.copy_(torch.as_tensor(factor))
+        self.network.set_submodule(owner, layer)
+        self.shifted.append(weight)
 
     def affine(self, name: str) -> AffineQuantizer:
         """The quantizer of a site, which must have evenly spaced values.

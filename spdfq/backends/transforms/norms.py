@@ -32,6 +32,11 @@ class NormGroup:
         """Name of the LayerNorm."""
         return _module(self.norm[0])
 
+    @property
+    def observed_weight(self) -> str:
+        """The weight of the layer whose input is ``observed``."""
+        return next(weight for weight in self.weights if input_site(weight) == self.observed)
+
 
 def norm_groups(model: QuantizedModel, example: Tensor) -> tuple[list[NormGroup], list[str]]:
     """The LayerNorms whose output can be rescaled, and for each other LayerNorm a line that says why not.

@@ -6,17 +6,16 @@ from typing import Any, ClassVar, Literal
 import attrs
 import torch
 from attrs import define, field, frozen, validators
-from einops import rearrange
 from torch import Tensor
 
 from spdfq.backends.base import NEITHER, Calibration, Step
 from spdfq.backends.calibrate import fit_weights
+from spdfq.backends.transforms.channels import channel_ranges, channel_statistics
 from spdfq.backends.transforms.norms import NormGroup, norm_groups, rescale, uniform
-from spdfq.errors import NonFiniteError, SpdfqError
+from spdfq.errors import SpdfqError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT
-from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, UniformQuantizer
-from spdfq.quantizers.statistics import Statistics
+from spdfq.quantizers import GridMseObserver, PercentileMseObserver, UniformQuantizer
 from spdfq.recipe.structure import component
 from spdfq.registry import steps
 
@@ -106,36 +105,16 @@ class RepQ(Step):
 
     def _split(self, model: QuantizedModel, groups: list[NormGroup], calibration: Calibration) -> None:
         """Subtracts the median of each channel, and gives each channel its own range."""
-        seen = self._channel_statistics(model, {group.observed: group for group in groups}, calibration)
+        observed = {group.observed: f"{group.name}: its output" for group in groups}
+        seen = channel_statistics(model, observed, calibration, self.batch, "repq")
         for group in groups:
             statistics, quantizer = seen[group.observed], uniform(model, group.inputs[0])
             median = statistics.samples.median(dim=1).values
             rescale(model, group, torch.ones_like(median), median)
             channels = attrs.evolve(quantizer, granularity="channel", axis=-1)
-            channels.restore(_channel_ranges(statistics, median, self.observer, channels))
+            channels.restore(channel_ranges(statistics, median, self.observer, channels))
             for site in group.inputs:
                 model.replace_quantizer(site, _restored(channels, channels.tensors()))
-
-    def _channel_statistics(
-        self, model: QuantizedModel, groups: dict[str, NormGroup], calibration: Calibration
-    ) -> dict[str, Statistics]:
-        seen: dict[str, Statistics] = {}
-
-        def visit(name: str, _: str, tensor: Tensor) -> Tensor:
-            if name in groups:
-                channels = rearrange(tensor.float(), "... c -> c (...)")
-                low, high = channels.aminmax(dim=1)
-                if not bool((low.isfinite() & high.isfinite()).all()):
-                    raise NonFiniteError(f"repq: {groups[name].name}: its output is not finite; check the images")
-                seen.setdefault(name, Statistics(channels, channels.shape[1] // len(tensor))).add(channels, low, high)
-            return tensor
-
-        progress = calibration.runtime.progress("observing channels", len(calibration.images))
-        with model.visiting(visit), progress as advance:
-            for images in calibration.images.split(self.batch):
-                model.network(images)
-                advance(len(images))
-        return seen
 
     def _fold(self, model: QuantizedModel, groups: list[NormGroup]) -> None:
         """Folds the ranges of the channels into LayerNorms and layers, and quantizes per tensor again."""
@@ -151,18 +130,6 @@ class RepQ(Step):
                 whole = attrs.evolve(uniform(model, site), granularity="tensor", axis=0)
                 model.replace_quantizer(site, _restored(whole, stored))
             fit_weights(model, self.weight_observer, [name for name in group.weights if name in model.quantizers])
-
-
-def _channel_ranges(
-    statistics: Statistics, median: Tensor, observer: Observer, channels: UniformQuantizer
-) -> dict[str, Tensor]:
-    """Scale and zero point of each channel after its median was subtracted."""
-    fitted = channels.fitted(*observer.range_of(statistics.shifted(median), channels))
-    dead = statistics.low == statistics.high
-    if bool(dead.any()) and not bool(dead.all()):
-        # a constant channel is zero now, with any scale; a scale of 1 would distort the mean of all scales
-        fitted["scale"] = torch.where(dead, fitted["scale"][~dead].mean(), fitted["scale"])
-    return fitted
 
 
 def _restored(quantizer: UniformQuantizer, tensors: dict[str, Tensor]) -> UniformQuantizer:

@@ -58,7 +58,7 @@ def value_obstacle(found: Structure, attention: Attention) -> str | None:
     """Why the values of an attention cannot be rotated; ``None`` if they can."""
     if attention.value is None:
         return "something is between a layer and the product"
-    outputs = range(attention.outputs * len(attention.value[0][1]))
+    outputs = range(len(attention.outputs) * len(attention.value[0][1]))
     if not attention.takers or any((id(attention), index) in found.used for index in outputs):
         return "something is between the product and the layer that takes its output"
     if any({id(source) for source in part.sources} != {id(attention)} for part, _ in attention.takers):

@@ -8,18 +8,14 @@ from attrs import define
 from torch import Tensor
 
 from spdfq.backends.base import NEITHER, Calibration, Step
+from spdfq.backends.transforms.float_changes import Kept, check_same_output, refuse_after_calibration
 from spdfq.backends.transforms.hadamard import orthogonal
 from spdfq.backends.transforms.rotatable import score_obstacle, stream_obstacle, value_obstacle
 from spdfq.backends.transforms.streams import Attention, Part, Rows, Stream, Structure
 from spdfq.backends.transforms.tracing import structure
-from spdfq.errors import ModelError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.registry import steps
 from spdfq.runtime.runtime import generator
-
-_TOLERANCE = 1e-4
-_NAMES = 3
-_TOO_LATE = "rotate: changes the tensors whose ranges were chosen before; put it before 'calibrate'"
 
 
 @steps.register("rotate", paper="arXiv:2404.00456")
@@ -53,8 +49,7 @@ class Rotate(Step):
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuses ranges that were chosen before, because they do not fit the rotated tensors."""
-        if any(step.calibrates for step in before):
-            raise SpdfqError(_TOO_LATE)
+        refuse_after_calibration("rotate", model, before)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
@@ -64,8 +59,7 @@ class Rotate(Step):
             SpdfqError: a range was chosen before.
             ModelError: the output changed.
         """
-        if any(quantizer.frozen for quantizer in model.quantizers.values()):
-            raise SpdfqError(_TOO_LATE)
+        refuse_after_calibration("rotate", model)
         images = calibration.images[:2]
         before = model.network(images)
         found = structure(model.network, images[:1])
@@ -73,11 +67,11 @@ class Rotate(Step):
             self._rotate_heads(model, found)
         if self.stream:
             self._rotate_streams(model, found)
-        _check_same(model.network(images), before)
+        check_same_output("rotate", model.network(images), before)
 
     def _rotate_streams(self, model: QuantizedModel, found: Structure) -> None:
         streams = [stream for stream in found.roots() if stream.norms]
-        kept = _Kept("the stream")
+        kept = Kept("the stream", "rotated")
         if not streams:
             model.note("rotate", ["no residual stream is rotated: no norm takes a sum of layers and parameters"])
         obstacles = [stream_obstacle(model.network, found, stream) for stream in streams]
@@ -95,7 +89,11 @@ class Rotate(Step):
     def _rotate_heads(self, model: QuantizedModel, found: Structure) -> None:
         if not found.attentions and not found.own_products:
             model.note("rotate", ["no head is rotated: no attention was seen"])
-        products, scores, values = _Kept("products"), _Kept("queries and keys"), _Kept("values")
+        products, scores, values = (
+            Kept("products", "rotated"),
+            Kept("queries and keys", "rotated"),
+            Kept("values", "rotated"),
+        )
         products.add("not computed by scaled_dot_product_attention", *found.own_products)
         for index, attention in enumerate(found.attentions):
             if obstacle := score_obstacle(found, attention):
@@ -108,26 +106,6 @@ class Rotate(Step):
             else:
                 _rotate_values(model, attention, generator(self.seed, "values", index))
         model.note("rotate", [*scores.lines(), *values.lines(), *products.lines()])
-
-
-class _Kept:
-    """What is not rotated, grouped by reason."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.names: dict[str, list[str]] = {}
-
-    def add(self, reason: str, *names: str) -> None:
-        if names:
-            self.names.setdefault(reason, []).extend(names)
-
-    def lines(self) -> list[str]:
-        """One line for each reason."""
-        found = []
-        for reason, names in self.names.items():
-            shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
-            found.append(f"{self.what} of {shown}: not rotated, {reason}")
-        return found
 
 
 def rotate_stream(model: QuantizedModel, stream: Stream, rotation: Tensor) -> None:
@@ -232,12 +210,3 @@ def _put_numbers(model: QuantizedModel, places: list[tuple[str, int]], values: T
 def _float64(tensor: Tensor) -> Tensor:
     """A copy on the CPU, where every device's numbers can be float64."""
     return tensor.detach().cpu().double().clone()
-
-
-def _check_same(after: Tensor, before: Tensor) -> None:
-    gap = float((after - before).abs().max() / before.abs().max().clamp(min=1e-12))
-    if not gap <= _TOLERANCE:
-        raise ModelError(
-            f"rotate: the float output changed by {gap:.1e} of its maximum, so the network computes in a way that the "
-            "step does not see; set stream = false or heads = false, or leave the step out"
-        )

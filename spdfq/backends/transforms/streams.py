@@ -110,7 +110,7 @@ class Attention:
         query: the rows of each query head; ``None`` if they are not outputs of layers.
         key: the same for keys.
         value: the same for values.
-        outputs: number of heads of its output; more than those of ``value`` if heads share a value.
+        outputs: the head of ``value`` that each head of its output takes; heads can share a value.
         takers: layers that take its output, each with the columns of each of its heads.
     """
 
@@ -118,7 +118,7 @@ class Attention:
     query: list[Rows] | None
     key: list[Rows] | None
     value: list[Rows] | None
-    outputs: int = 0
+    outputs: list[int] = field(factory=list)
     takers: list[tuple[Part, list[list[int]]]] = field(factory=list)
 
 

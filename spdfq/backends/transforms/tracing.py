@@ -258,8 +258,8 @@ class _Tracing(KnownTensors):
         if heads[2] is None:
             return value.new_zeros(shape)
         index, attention.outputs = _output_heads(heads[0], heads[2])
-        signature = self.signatures.new(attention, attention.outputs * value.shape[-1]).to(value)
-        output = signature.reshape(attention.outputs, -1)[index]
+        signature = self.signatures.new(attention, len(attention.outputs) * value.shape[-1]).to(value)
+        output = signature.reshape(len(attention.outputs), -1)[index]
         output = output.reshape(*value.shape[:-2], 1, value.shape[-1]).expand(shape).clone()
         self.moved[id(output)] = output
         return output
@@ -293,7 +293,7 @@ class _Tracing(KnownTensors):
         attention: Attention = found[0][0]
         size = len(attention.value[0][1]) if attention.value else 0
         columns = {place: column for column, (_, place) in enumerate(found)}
-        wanted = range(attention.outputs * size)
+        wanted = range(len(attention.outputs) * size)
         if len(columns) != len(found) or set(columns) != set(wanted):
             return None
         return attention, [
@@ -301,9 +301,12 @@ class _Tracing(KnownTensors):
         ]
 
 
-def _output_heads(query: tuple[list[Rows], Tensor] | None, value: tuple[list[Rows], Tensor]) -> tuple[Tensor, int]:
-    """Which head each leading index of an attention's output has, and the number of heads; values may be shared."""
+def _output_heads(
+    query: tuple[list[Rows], Tensor] | None, value: tuple[list[Rows], Tensor]
+) -> tuple[Tensor, list[int]]:
+    """Which head each leading index of an attention's output has, and which head of the values each of these takes."""
     index = value[1]
-    if query is not None and len(query[1]) == len(index):
-        index = torch.stack([query[1], index]).unique(dim=1, return_inverse=True)[1]
-    return index, int(index.max()) + 1
+    if query is None or len(query[1]) != len(index):
+        return index, list(range(len(value[0])))
+    pairs, heads = torch.stack([query[1], index]).unique(dim=1, return_inverse=True)
+    return heads, pairs[1].tolist()

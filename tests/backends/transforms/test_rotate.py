@@ -204,7 +204,7 @@ def test_every_kind_of_model_computes_the_same(name):
 
 
 def test_a_change_of_the_output_is_an_error(monkeypatch):
-    monkeypatch.setattr("spdfq.backends.transforms.rotate._TOLERANCE", 0.0)
+    monkeypatch.setattr("spdfq.backends.transforms.float_changes._TOLERANCE", 0.0)
     with pytest.raises(ModelError, match=r"rotate: the float output changed by .* leave the step out"):
         rotated(teacher("vit"))
 
