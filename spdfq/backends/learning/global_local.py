@@ -100,7 +100,8 @@ class GlobalLocal(Reconstruction):
         advance: Advance,
     ) -> Iterable[BlockReconstruction]:
         """The reconstruction of each block, all with one suffix and one list of features."""
-        suffix = Suffix.of(network, block_names(model), calibration.images[:1])
+        headless = calibration.teacher.headless
+        suffix = Suffix.of(network, block_names(model), calibration.images[:1], headless)
         with torch.no_grad():
             feature = joined([suffix.feature(part) for part in calibration.images.split(self.batch)])
         return (

@@ -29,15 +29,12 @@ class Suffix:
     rest of the network uses its output (the patches in CaiT); then it returns what `keep` was given.
 
     The feature is the input of the classifier: of the modules that timm's configuration names, or of the linear layer
-    whose output the network returns. If there is neither, it is the network's output.
+    whose output the network returns. If there is neither, or no head, it is the network's output.
 
     Args:
-        network: the float network; its parameters must not require gradients.
-        names: of all blocks.
-        example: one image ``[1, C, H, W]``.
-
-    Raises:
-        ModelError: the network's output does not follow from the outputs of its blocks.
+        network: the copy.
+        calls: every call of a block, in order.
+        needed: for each call, the earlier calls whose output the network uses after it.
     """
 
     network: nn.Module
@@ -51,15 +48,26 @@ class Suffix:
     _start: int = field(default=-1, init=False)
     _end: int | None = field(default=None, init=False)
     _features: list[Tensor] = field(factory=list, init=False)
-    _classifiers: list[str] = field(factory=list, init=False)
+    classifiers: list[str] = field(factory=list, init=False)
 
     @classmethod
     @torch.no_grad()
-    def of(cls, network: nn.Module, names: list[str], example: Tensor) -> "Suffix":
-        """The suffixes of a network, from some forward passes of an example."""
+    def of(cls, network: nn.Module, names: list[str], example: Tensor, headless: bool) -> "Suffix":
+        """The suffixes of a network, from some forward passes of an example.
+
+        Args:
+            network: the float network; its parameters must not require gradients.
+            names: of all blocks.
+            example: one image ``[1, C, H, W]``.
+            headless: the network returns features; they are the feature then.
+
+        Raises:
+            ModelError: the network's output does not follow from the outputs of its blocks.
+        """
         shared = {id(parameter): parameter for parameter in network.parameters()}
         suffix = cls(copied(network, shared), all_block_calls(network, names, example))
-        suffix._watch_classifiers(example)
+        if not headless:
+            suffix._watch_classifiers(example)
         for name in names:
             block = suffix.network.get_submodule(name)
             block.forward = partial(suffix._call, block.forward)  # type: ignore[method-assign]
@@ -145,13 +153,13 @@ class Suffix:
         last = [name for name in linear if any(output is returned for _, output in outputs.get(name, []))]
         named = modules_of_role(self.network, "last") or last
         once = all(len(outputs.get(name, [])) == 1 and _is_row(outputs[name][0][0]) for name in named)
-        self._classifiers = named if once else []
-        for name in self._classifiers:
+        self.classifiers = named if once else []
+        for name in self.classifiers:
             modules[name].register_forward_pre_hook(self._reach)
 
     def _reach(self, _: nn.Module, args: tuple) -> None:
         self._features.append(args[0].flatten(1))
-        if len(self._features) == len(self._classifiers):
+        if len(self._features) == len(self.classifiers):
             raise _Reached((torch.cat(self._features, dim=-1),))
 
     def _find_needed(self, example: Tensor) -> None:
