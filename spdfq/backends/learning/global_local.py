@@ -51,6 +51,8 @@ class GlobalLocal(Reconstruction):
     to zero. The paper takes 3,000 iterations of 32 out of 1,024 images.
 
     Args:
+        scale_lr: learning rate of the activations' scales; lower for small scales, so that none changes by more than
+            about half. 0 does not change them.
         local_weight: of the block's own error.
         suffix_blocks: measure the global error so many blocks later instead of at the feature (unpublished).
         suffix_every: compute the global error in every so many iterations only, times that number (unpublished).
@@ -77,6 +79,13 @@ class GlobalLocal(Reconstruction):
         """The mean squared difference, over all tensors together."""
         errors = squared_errors(output, target, importance)
         return torch.stack([error.sum() for error in errors]).sum() / sum(error.numel() for error in errors)
+
+    def scale_rate(self, scale: Tensor) -> float:
+        """At most a share of the scale, so that all steps together move it by half: Adam's steps do not know its size.
+
+        The step of an 8-bit softmax, of 1e-4 and less, would otherwise change its sign in the first iteration.
+        """
+        return min(self.scale_lr, float(scale.detach()) / self.iterations)
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
         """Reconstructs every block.

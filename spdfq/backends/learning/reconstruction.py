@@ -117,6 +117,10 @@ class Reconstruction(Step, ABC):
         """Factor of the learning rate when ``share`` (0 to 1) of the iterations are done: a cosine to zero."""
         return 0.5 * (1 + math.cos(math.pi * share))
 
+    def scale_rate(self, scale: Tensor) -> float:
+        """The learning rate of a scale."""
+        return self.scale_lr
+
     def quantized(self, model: QuantizedModel) -> Visit:
         """Quantizes the sites of the blocks before the one that learns."""
         return model.quantized
@@ -302,7 +306,8 @@ class BlockReconstruction:
     def training(self) -> Training:
         """The tensors to learn and their optimiser."""
         scales = {name: quantizer.tensors()["scale"] for name, quantizer in self.scaled.items()}
-        optimizer = adam((self.learner.parameters, self.spec.lr), (list(scales.values()), self.spec.scale_lr))
+        rates = [([scale], self.spec.scale_rate(scale)) for scale in scales.values()]
+        optimizer = adam((self.learner.parameters, self.spec.lr), *rates)
         named = {f"learned.{index}": parameter for index, parameter in enumerate(self.learner.parameters)}
         return Training({**named, **scales}, optimizer)
 
