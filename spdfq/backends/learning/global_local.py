@@ -31,11 +31,6 @@ from spdfq.runtime import Advance
 _TINY = 1e-12
 
 
-def _optional_count(_: object, __: object, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"must be at least 1, got {value}")
-
-
 @steps.register("global_local")
 @define(kw_only=True)
 class GlobalLocal(Reconstruction):
@@ -66,7 +61,7 @@ class GlobalLocal(Reconstruction):
     lr: float = field(default=2e-5, validator=validators.gt(0.0))
     scale_lr: float = field(default=2e-4, validator=validators.ge(0.0))
     local_weight: float = field(default=2.0, validator=validators.ge(0.0))
-    suffix_blocks: int | None = field(default=None, validator=_optional_count)
+    suffix_blocks: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
     suffix_every: int = field(default=1, validator=validators.ge(1))
     decay: float = field(default=0.0, validator=validators.ge(0.0))
     guard: bool = False
@@ -95,9 +90,7 @@ class GlobalLocal(Reconstruction):
             SpdfqError: there is only one image, so that ``guard`` can leave out none.
         """
         if self.guard and len(calibration.images) < 2:
-            raise SpdfqError(
-                "global_local: guard leaves out a tenth of the images, so it needs two or more; set it off"
-            )
+            raise SpdfqError("global_local: guard leaves out a tenth of the images, so it needs at least 2")
         super().run(model, calibration)
 
     def jobs(
@@ -201,9 +194,9 @@ class GlobalLocalBlock(BlockReconstruction):
         if self.held_out is None:
             super().train(data)
             return
-        before, errors = self._state(), self._errors(data, self.held_out)
+        before, errors = self._state(), self.errors(data, self.held_out)
         super().train(data)
-        if not bool((self._errors(data, self.held_out) < errors).all()):
+        if not bool((self.errors(data, self.held_out) < errors).all()):
             self._restore_state(before)
 
     def error(self, output: Hidden, data: BlockData, chosen: Tensor | slice, iteration: int) -> Tensor:
@@ -212,7 +205,7 @@ class GlobalLocalBlock(BlockReconstruction):
         if iteration % self.spec.suffix_every:
             return self.spec.local_weight * local / self.first[1]
         with unwatched():
-            final = self._global_error(output, chosen)
+            final = self.global_error(output, chosen)
         if iteration == 0:
             self.first.copy_(torch.stack([final.detach(), local.detach()]).clamp(min=_TINY))
         return self.spec.suffix_every * final / self.first[0] + self.spec.local_weight * local / self.first[1]
@@ -230,7 +223,8 @@ class GlobalLocalBlock(BlockReconstruction):
         parts = rows.split(self.spec.batch)
         return joined([self._after(of_images(outputs, len(rows), part), part) for part in parts])
 
-    def _global_error(self, output: Hidden, chosen: Tensor | slice) -> Tensor:
+    def global_error(self, output: Hidden, chosen: Tensor | slice) -> Tensor:
+        """The error of the feature that the float network computes from the block's output for the chosen images."""
         with self.calibration.runtime.autocast():
             found = self._after(output, chosen)
         wanted = of_images(self.feature, len(self.calibration.images), chosen)
@@ -245,14 +239,14 @@ class GlobalLocalBlock(BlockReconstruction):
         return self.suffix.after(position, output, images[chosen], earlier, self.spec.suffix_blocks)
 
     @torch.no_grad()
-    def _errors(self, data: BlockData, rows: Tensor) -> Tensor:
+    def errors(self, data: BlockData, rows: Tensor) -> Tensor:
         """The global and the local error of some images, with everything quantized."""
         images = len(self.calibration.images)
         total = torch.zeros_like(self.first)
         for part in rows.split(self.spec.batch):
             with self.model.visiting(self.spec.quantized(self.model)), self.calibration.runtime.autocast():
                 output = self.call.run(self.model.network, of_images(data.inputs, images, part))
-            errors = self._global_error(output, part), super().error(output, data, part, 0)
+            errors = self.global_error(output, part), super().error(output, data, part, 0)
             total += len(part) * torch.stack(errors)
         return total / len(rows)
 
