@@ -104,6 +104,8 @@ class GlobalLocal(Reconstruction):
         """The reconstruction of each block, all with one suffix and one list of features."""
         headless = calibration.teacher.headless
         suffix = Suffix.of(network, block_names(model), calibration.images[:1], headless)
+        if not (suffix.classifiers or headless):
+            model.note(self.name, ["the classifier is unknown, so the global error is that of the logits"])
         with torch.no_grad():
             feature = joined([suffix.feature(part) for part in calibration.images.split(self.batch)])
         return (

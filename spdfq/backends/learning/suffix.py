@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from spdfq.backends.blocks import BlockCall, Hidden, all_block_calls, tensors_of
 from spdfq.errors import ModelError
+from spdfq.quantized.model import copied_network
 from spdfq.quantized.place import modules_of_role
-from spdfq.runtime.shared_modules import copied, own_hooks
+from spdfq.runtime.shared_modules import own_hooks
 
 _SAME = 1e-4  # relative to the largest value of the feature
 
@@ -34,11 +35,13 @@ class Suffix:
     Args:
         network: the copy.
         calls: every call of a block, in order.
+        classifiers: names of the classifiers; empty if the feature is the network's output.
         needed: for each call, the earlier calls whose output the network uses after it.
     """
 
     network: nn.Module
     calls: list[BlockCall]
+    classifiers: list[str] = field(factory=list, init=False)
     needed: dict[int, list[int]] = field(factory=dict, init=False)
     _kept: dict[int, Hidden] = field(factory=dict, init=False)
     _blanks: dict[tuple[int, ...], Tensor] = field(factory=dict, init=False)
@@ -48,7 +51,6 @@ class Suffix:
     _start: int = field(default=-1, init=False)
     _end: int | None = field(default=None, init=False)
     _features: list[Tensor] = field(factory=list, init=False)
-    classifiers: list[str] = field(factory=list, init=False)
 
     @classmethod
     @torch.no_grad()
@@ -64,8 +66,8 @@ class Suffix:
         Raises:
             ModelError: the network's output does not follow from the outputs of its blocks.
         """
-        shared = {id(parameter): parameter for parameter in network.parameters()}
-        suffix = cls(copied(network, shared), all_block_calls(network, names, example))
+        twin = copied_network(network, shared=network.parameters())
+        suffix = cls(twin, all_block_calls(network, names, example))
         if not headless:
             suffix._watch_classifiers(example)
         for name in names:
@@ -209,5 +211,5 @@ def _is_row(args: tuple) -> bool:
 
 
 def _alike(ours: Tensor, theirs: Tensor) -> bool:
-    limit = _SAME * float(theirs.abs().max())
-    return bool(((ours - theirs).abs() <= limit).all())
+    limit = _SAME * float(theirs.nan_to_num().abs().max())
+    return bool(torch.isclose(ours, theirs, rtol=0, atol=limit, equal_nan=True).all())

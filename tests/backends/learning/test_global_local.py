@@ -16,7 +16,7 @@ from spdfq.backends.learning import global_local, reconstruction
 from spdfq.backends.learning.batches import batch_rows
 from spdfq.backends.learning.global_local import Decayed, GlobalLocalBlock
 from spdfq.backends.learning.reconstruction import BlockReconstruction
-from spdfq.errors import ComponentError, SpdfqError
+from spdfq.errors import ComponentError, NonFiniteError, SpdfqError
 from spdfq.runtime.shared_modules import own_hooks
 
 COUNT, BATCH = 6, 4
@@ -229,6 +229,27 @@ def test_it_runs_in_bfloat16():
     before = state_of(model)
     reconstruct(evolve(STEP, iterations=2), model, teacher("vit"), runtime=evolve(RUNTIME, precision="bfloat16"))
     assert changed(model, before)
+
+
+def test_an_unknown_classifier_is_noted():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = teacher("vit").module
+
+        def forward(self, pixels):
+            return 2 * self.body(pixels)
+
+    chosen = teacher_of(Twice())
+    model = reconstruct(STEP, quantized(chosen), chosen)
+    assert model.notes == ["global_local: the classifier is unknown, so the global error is that of the logits"]
+
+
+def test_images_that_are_not_finite_are_told_as_such():
+    given = images(COUNT)
+    given[0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"^global_local: the error of blocks.0 is not finite in iteration 5; try"):
+        reconstruct(STEP, quantized("vit", UNIFORM), teacher("vit"), images=given)
 
 
 # the guard
