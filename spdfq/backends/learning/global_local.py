@@ -43,7 +43,8 @@ class GlobalLocal(Reconstruction):
     is the loss of GLF-Q (Nanjing University, 2026).
 
     Adam learns the weights and biases, with a straight-through gradient, and the activations' scales, with cosine decay
-    to zero. The paper takes 3,000 iterations of 32 out of 1,024 images.
+    to zero. The paper takes 3,000 iterations of 32 out of 1,024 images. Weights that ``ridge`` has rounded lie half a
+    step away from any other rounding, where small steps change nothing, so ``ridge`` comes after this step.
 
     Args:
         scale_lr: learning rate of the activations' scales; lower for small scales, so that none changes by more than
