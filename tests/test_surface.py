@@ -13,7 +13,8 @@ PUBLIC = {
         Recipe RunResult SpdfqError Teacher evaluate load_quantized load_recipe load_teacher quantize run synthesize
     """,
     "spdfq.backends": """
-        AdaLog AdaRound Blockwise Calibrate Calibration Distill PowerOfTwoFactors RepQ Ridge Rotate Step quantize
+        AdaLog AdaRound Blockwise Calibrate Calibration Distill GlobalLocal PowerOfTwoFactors RepQ Ridge Rotate
+        Smooth Step quantize
     """,
     "spdfq.data": """
         Batch DecodedImages FashionMnist ImageFolder ImageList LabelledImages Parquet WebDataset

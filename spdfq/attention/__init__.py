@@ -6,6 +6,7 @@ from spdfq.attention.interception import AttentionMode as AttentionMode
 from spdfq.attention.interception import FunctionMode as FunctionMode
 from spdfq.attention.interception import fused_attention as fused_attention
 from spdfq.attention.interception import module_names as module_names
+from spdfq.attention.interception import unwatched as unwatched
 from spdfq.attention.module_checks import watchable as watchable
 from spdfq.attention.operations import attend as attend
 from spdfq.attention.operations import attention_probabilities as attention_probabilities

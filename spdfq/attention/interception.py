@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from spdfq.attention.module_checks import refuse_hidden
 from spdfq.attention.multihead import attention_with_probabilities, multi_head_attention
@@ -37,6 +37,13 @@ class FunctionMode(TorchFunctionMode):
             return self.call(func, args, kwargs or {})
         with self:  # a mode is off while it handles a function
             return multi_head_attention(*args, **(kwargs or {}))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside the ``with`` block, functions do not pass the innermost function mode."""
+    with _pop_mode_temporarily():
+        yield
 
 
 class AttentionMode(FunctionMode):

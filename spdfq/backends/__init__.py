@@ -12,6 +12,7 @@ from spdfq.backends.closed_form.ridge import Ridge as Ridge
 from spdfq.backends.learning.adaround import AdaRound as AdaRound
 from spdfq.backends.learning.blockwise import Blockwise as Blockwise
 from spdfq.backends.learning.distill import Distill as Distill
+from spdfq.backends.learning.global_local import GlobalLocal as GlobalLocal
 from spdfq.backends.quantize import quantize as quantize
 from spdfq.backends.transforms.adalog import AdaLog as AdaLog
 from spdfq.backends.transforms.ptf import PowerOfTwoFactors as PowerOfTwoFactors

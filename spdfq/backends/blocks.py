@@ -67,6 +67,7 @@ class BlockCall:
         position: index of the call among all block calls of a forward pass.
         given: the arguments of the block, positional ones by number and others by name, with ``None`` for each stream.
         streams: the axis of the images in each argument that is a stream, by number or name.
+        output: what the block returned for one image.
         returned: the axis of the images in each stream that the block returns, by its index among the tensors returned.
         follows: whether its streams are the very tensors that the previous block call returned.
     """
@@ -75,6 +76,7 @@ class BlockCall:
     position: int
     given: dict[int | str, Any]
     streams: dict[int | str, int]
+    output: Any
     returned: dict[int, int]
     follows: bool
 
@@ -89,54 +91,74 @@ class BlockCall:
         given = self.given | {key: tensor.movedim(0, axis).contiguous() for (key, axis), tensor in taken}
         args = [value for key, value in given.items() if isinstance(key, int)]
         kwargs = {key: value for key, value in given.items() if isinstance(key, str)}
-        return self._returned_streams(network.get_submodule(self.name)(*args, **kwargs))
+        return self.returned_streams(network.get_submodule(self.name)(*args, **kwargs))
+
+    def output_of(self, hidden: Hidden) -> Any:
+        """What the block returns when the streams that it returns are ``hidden``."""
+        pairs = zip(self.returned.items(), hidden, strict=True)
+        streams = {index: tensor.movedim(0, axis).contiguous() for (index, axis), tensor in pairs}
+        return with_tensors(self.output, streams)
 
     def on_output(self, network: nn.Module, function: Callable[[Hidden], object]) -> Hook:
         """A hook for `own_hooks` that calls ``function`` with the streams that the block returns."""
         block = network.get_submodule(self.name)
-        return block.register_forward_hook, lambda *args: function(self._returned_streams(args[-1]))
+        return block.register_forward_hook, lambda *args: function(self.returned_streams(args[-1]))
 
-    def _returned_streams(self, output: Any) -> Hidden:
-        tensors = _tensors(output)
+    def returned_streams(self, output: Any) -> Hidden:
+        """The streams in what the block returned."""
+        tensors = tensors_of(output)
         return tuple(tensors[index].movedim(axis, 0) for index, axis in self.returned.items())
 
 
 def block_calls(network: nn.Module, names: list[str], example: Tensor) -> list[BlockCall]:
     """How a forward pass of an example ``[1, C, H, W]`` calls each block; of several calls of a block, the first.
 
-    Two forward passes, with one image and with two, show which tensors are streams: those whose length doubles.
-
     Raises:
         ModelError: a block is not called, or has no streams.
     """
-    one_image, two_images = (_recorded_calls(network, names, example.repeat(count, 1, 1, 1)) for count in (1, 2))
     calls: dict[str, BlockCall] = {}
-    previous: Hidden = ()
-    for position, (one, two) in enumerate(zip(one_image, two_images, strict=True)):
-        call = _block_call(position, one, two, previous)
+    for call in all_block_calls(network, names, example):
         calls.setdefault(call.name, call)
-        previous = tuple(one.output[index] for index in call.returned)
     if missing := [name for name in names if name not in calls]:
         raise ModelError(f"{missing[0]}: is never called itself, only its parts are, so it cannot be reconstructed")
     return list(calls.values())
+
+
+def all_block_calls(network: nn.Module, names: list[str], example: Tensor) -> list[BlockCall]:
+    """Every call of a block in a forward pass of an example ``[1, C, H, W]``, in order.
+
+    Two forward passes, with one image and with two, show which tensors are streams: those whose length doubles.
+
+    Raises:
+        ModelError: a block has no streams.
+    """
+    one_image, two_images = (_recorded_calls(network, names, example.repeat(count, 1, 1, 1)) for count in (1, 2))
+    calls: list[BlockCall] = []
+    previous: Hidden = ()
+    for position, (one, two) in enumerate(zip(one_image, two_images, strict=True)):
+        calls.append(_block_call(position, one, two, previous))
+        tensors = tensors_of(one.output)
+        previous = tuple(tensors[index] for index in calls[-1].returned)
+    return calls
 
 
 @frozen(eq=False)
 class _RecordedCall:
     name: str
     given: dict[int | str, Any]
-    output: Hidden
+    output: Any
 
 
 def _block_call(position: int, one: _RecordedCall, two: _RecordedCall, previous: Hidden) -> BlockCall:
     """A call, from its records with one and with two images; ``previous`` are the streams the call before returned."""
     streams = _image_axes(one.given, two.given)
-    returned = _image_axes(dict(enumerate(one.output)), dict(enumerate(two.output)))
+    returned = _image_axes(*(dict(enumerate(tensors_of(seen.output))) for seen in (one, two)))
     if not streams or not returned:
         raise ModelError(f"{one.name}: takes or returns no tensor of every image, so it cannot be reconstructed")
     taken = tuple(one.given[key] for key in streams)
     follows = len(taken) == len(previous) and all(map(operator.is_, taken, previous))
-    return BlockCall(one.name, position, one.given | dict.fromkeys(streams), streams, returned, follows)
+    given = one.given | dict.fromkeys(streams)
+    return BlockCall(one.name, position, given, streams, one.output, returned, follows)
 
 
 def _image_axes(one: dict[K, Any], two: dict[K, Any]) -> dict[K, int]:
@@ -156,7 +178,7 @@ def _recorded_calls(network: nn.Module, names: list[str], images: Tensor) -> lis
 
     def recorder(name: str) -> Any:
         def record(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            calls.append(_RecordedCall(name, _by_number_or_name(args, kwargs), _tensors(output)))
+            calls.append(_RecordedCall(name, _by_number_or_name(args, kwargs), output))
 
         return record
 
@@ -173,5 +195,17 @@ def _by_number_or_name(args: tuple, kwargs: dict[str, Any]) -> dict[int | str, A
     return numbered | kwargs
 
 
-def _tensors(output: Any) -> Hidden:
+def tensors_of(output: Any) -> Hidden:
+    """The tensors among what a block returns."""
     return (output,) if isinstance(output, Tensor) else tuple(item for item in output if isinstance(item, Tensor))
+
+
+def with_tensors(output: Any, tensors: dict[int, Tensor]) -> Any:
+    """A block's output with other tensors in some places, which are counted among its tensors."""
+    if isinstance(output, Tensor):
+        return tensors.get(0, output)
+    items = list(output)
+    places = [place for place, item in enumerate(items) if isinstance(item, Tensor)]
+    for index, tensor in tensors.items():
+        items[places[index]] = tensor
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)

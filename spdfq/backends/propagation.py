@@ -48,13 +48,13 @@ class Propagation:
         """What enters a block: the outputs of the block before it, or computed by a forward pass that stops there."""
         if call.follows and self._position == call.position - 1:
             return self._outputs
-        return _joined([self._stopped_at(call, self.images[part]) for part in self._parts()])
+        return joined([self._stopped_at(call, self.images[part]) for part in self._parts()])
 
     @torch.no_grad()
     def through(self, call: BlockCall, hidden: Hidden) -> Hidden:
         """The outputs of a block for its inputs ``hidden``; they are kept for the next block."""
         parts = [call.run(self.network, of_images(hidden, len(self.images), part)) for part in self._parts()]
-        self._position, self._outputs = call.position, _joined(parts)
+        self._position, self._outputs = call.position, joined(parts)
         return self._outputs
 
     def _parts(self) -> Iterator[slice]:
@@ -74,5 +74,6 @@ class Propagation:
         return found[0]
 
 
-def _joined(parts: list[Hidden]) -> Hidden:
+def joined(parts: list[Hidden]) -> Hidden:
+    """The hidden states of all images, from those of parts of them."""
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

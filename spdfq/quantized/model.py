@@ -53,7 +53,7 @@ class QuantizedModel(nn.Module):
         shifted: Iterable[str] = (),
     ) -> None:
         super().__init__()
-        self.network = _copied(network).eval().requires_grad_(False)
+        self.network = copied_network(network).eval().requires_grad_(False)
         self.sites, self.quantizers, self.leftovers = sites, dict(quantizers), leftovers
         self.site_quantizers = nn.ModuleDict()
         self.biases: list[str] = []
@@ -233,11 +233,20 @@ class QuantizedModel(nn.Module):
         return rows
 
 
-def _copied(network: nn.Module) -> nn.Module:
-    """A copy of a network, in which no two numbers of a buffer share memory, so that all of them can be restored."""
+def copied_network(network: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy of a network, in which no two numbers of a buffer share memory, so that all of them can be restored.
+
+    Args:
+        network: any module.
+        shared: tensors that the copy takes from the network instead of copying them.
+
+    Raises:
+        ModelError: the network cannot be copied.
+    """
     # a tensor with a graph cannot be copied; the hooks of `torch.nn.utils.weight_norm` leave one
     attributes = [value for part in network.modules() for value in vars(part).values() if isinstance(value, Tensor)]
     memo = {id(value): value.detach().clone() for value in attributes if not value.is_leaf}
+    memo |= {id(tensor): tensor for tensor in shared}
     try:
         twin = copied(network, memo)
     except Exception as error:  # whatever the network's attributes raise

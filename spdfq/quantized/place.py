@@ -119,7 +119,7 @@ def _patterns(teacher: Teacher, override: Override, path: str, problems: list[st
     for role in override.roles:
         if role == "last" and teacher.headless:
             continue  # the last layer is the head, and there is none
-        modules = _modules_of(teacher.module, role)
+        modules = modules_of_role(teacher.module, role)
         if not modules:
             problems.append(
                 f"{path}.roles: {teacher.name} does not say which module is {role!r}; name it under 'sites'"
@@ -180,7 +180,7 @@ def _inputs_quantized_earlier(teacher: Teacher, spec: Quantization, model: Quant
     """A line for each layer of a role whose weight has the override's bits and whose input has no own site."""
     if INPUT not in spec.placement.kinds:
         return []
-    modules = [name for each in spec.overrides for role in each.roles for name in _modules_of(teacher.module, role)]
+    modules = [name for each in spec.overrides for role in each.roles for name in modules_of_role(teacher.module, role)]
     return [
         f"the input of {name} was quantized at an earlier site, whose bits are not the override's"
         for name in modules
@@ -188,7 +188,8 @@ def _inputs_quantized_earlier(teacher: Teacher, spec: Quantization, model: Quant
     ]
 
 
-def _modules_of(module: Any, role: str) -> list[str]:
+def modules_of_role(module: Any, role: str) -> list[str]:
+    """Names of the modules that timm's configuration calls the ``first`` or the ``last``; empty without one."""
     named = (getattr(module, "pretrained_cfg", None) or {}).get(_ROLES[role]) or ()
     names = [named] if isinstance(named, str) else list(named)
     known = dict(module.named_modules())

@@ -52,8 +52,6 @@ class AffineQuantizer(Quantizer):
     def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
         """``reconstruct(encode(x))``, bit for bit, in fewer passes over memory."""
         step = self.step(parameters)
-        if step["scale"].requires_grad:
-            return super().dequantized(x, parameters)
         result: Tensor = _FakeQuantizeAffine.apply(x, step["scale"], step["zero_point"], self.levels)
         return result
 
@@ -62,16 +60,30 @@ class _FakeQuantizeAffine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
         rounded = (x / scale).round_().add_(zero_point)
-        if not ctx.needs_input_grad[0]:
+        if not any(ctx.needs_input_grad):
             return rounded.clamp_(0, levels - 1).sub_(zero_point).mul_(scale)  # in place: a new tensor costs as much
-        codes = rounded.clamp(0, levels - 1)
         ctx.levels = levels
-        ctx.save_for_backward(rounded)  # a mask would be smaller, but making and using it takes longer
-        return codes.sub_(zero_point).mul_(scale)
+        codes = rounded.clamp(0, levels - 1).sub_(zero_point)
+        # a mask would be smaller than the rounded numbers, but making and using it takes longer
+        if not ctx.needs_input_grad[1]:
+            ctx.save_for_backward(rounded)
+            return codes.mul_(scale)
+        ctx.save_for_backward(rounded, x, scale, codes)
+        return codes * scale
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (rounded,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        rounded, *others = ctx.saved_tensors
         # passes the gradient strictly between the two bounds: where the rounded value is a code
         passed = torch.ops.aten.hardtanh_backward(gradients[0], rounded, -0.5, ctx.levels - 0.5)
-        return passed, None, None, None
+        return passed, _gradient_of_scale(gradients[0], passed, *others) if others else None, None, None
+
+
+def _gradient_of_scale(gradient: Tensor, passed: Tensor, x: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
+    """LSQ's gradient, ``(code - z) - x / s`` for a rounded value and ``code - z`` for a clamped one, summed."""
+    if scale.dim():
+        return (gradient * codes - passed * x / scale).sum_to_size(scale.shape)
+    # two products of vectors write no tensor
+    pairs = ((gradient, codes), (passed, x))
+    of_codes, of_x = (torch.dot(left.reshape(-1), right.reshape(-1)) for left, right in pairs)
+    return of_codes - of_x / scale

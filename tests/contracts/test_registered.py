@@ -42,7 +42,7 @@ BUILT_IN = {
     "quantizer": {"adaptive_log", "dual_uniform", "log2", "log_sqrt2", "power_of_two_factor", "shift_uniform_log2"}
     | {"twin_uniform", "uniform"},
     "observer": {"grid_mse", "minmax", "percentile_mse", "progressive", "running_minmax"},
-    "step": {"adalog", "adaround", "blockwise", "calibrate", "distill", "ptf", "repq", "ridge"},
+    "step": {"adalog", "adaround", "blockwise", "calibrate", "distill", "global_local", "ptf", "repq", "ridge"},
 }
 
 everything = pytest.mark.parametrize(

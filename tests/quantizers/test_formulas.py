@@ -384,6 +384,25 @@ def test_the_gradient_of_a_learned_scale_is_that_of_lsq():
         assert not plain.requires_grad
 
 
+@pytest.mark.parametrize("options", [{}, {"granularity": "channel"}, {"granularity": "channel", "axis": -1}])
+def test_and_so_are_its_sum_and_the_gradient_of_the_input(options):
+    x = torch.randn(4, 30, 5, generator=torch.Generator().manual_seed(0))
+    upstream = torch.randn(4, 30, 5, generator=torch.Generator().manual_seed(1))
+    quantizer = frozen_on(0.7 * x, UniformQuantizer(bits=3, **options))
+    gradients = []
+    with learned_scales([quantizer]) as (scale,):
+        # the formula itself, operation by operation
+        for compute in (
+            quantizer.dequantized,
+            lambda *given: quantizer.reconstruct(quantizer.encode(*given), given[1]),
+        ):
+            leaf = x.clone().requires_grad_()
+            value = compute(leaf, quantizer._broadcast(leaf, quantizer.tensors()))
+            gradients.append((value.detach(), *torch.autograd.grad(value, [leaf, scale], upstream)))
+    assert bitwise_equal(gradients[0][0], gradients[1][0])
+    torch.testing.assert_close(gradients[0][1:], gradients[1][1:], atol=1e-4, rtol=1e-4)
+
+
 def test_learned_scales_come_closer_to_the_data_and_stay():
     x = torch.randn(500, generator=torch.Generator().manual_seed(0))
     quantizer = frozen_on(x, UniformQuantizer(bits=2))

@@ -6,7 +6,9 @@ from torch import Tensor
 from spdfq.backends.base import Calibration
 
 
-def batch_rows(calibration: Calibration, batch: int, iteration: int, *purpose: str | int) -> Tensor | slice:
+def batch_rows(
+    calibration: Calibration, batch: int, iteration: int, *purpose: str | int, among: Tensor | None = None
+) -> Tensor | slice:
     """The indices of the images of an optimiser step: the next ones in the random order of the epoch.
 
     The last batch of an epoch may be smaller.
@@ -16,13 +18,15 @@ def batch_rows(calibration: Calibration, batch: int, iteration: int, *purpose: s
         batch: images in one step; if there are no more images than that, all of them are used.
         iteration: number of the step, counted from 0.
         purpose: of the seed stream.
+        among: indices of the images to choose from; ``None`` for all.
     """
-    count = len(calibration.images)
+    count = len(calibration.images) if among is None else len(among)
     if count <= batch:
-        return slice(None)
+        return slice(None) if among is None else among
     epoch, step = divmod(iteration, -(-count // batch))
     order = torch.randperm(count, generator=calibration.runtime.generator(*purpose, epoch), device="cpu")
-    return order[step * batch : (step + 1) * batch].to(calibration.images.device)
+    chosen = order[step * batch : (step + 1) * batch].to(calibration.images.device)
+    return chosen if among is None else among[chosen]
 
 
 def drop_generator(calibration: Calibration, iteration: int, *purpose: str | int) -> torch.Generator:

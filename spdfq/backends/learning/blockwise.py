@@ -37,11 +37,7 @@ class Blockwise(Reconstruction):
 
     def learner(self, model: QuantizedModel, block: str) -> BlockLearner:
         """Learns the weights themselves."""
-        weights = model.weight_names(f"{block}.")
-        named = dict(model.network.named_parameters())
-        biases = [name.removesuffix("weight") + "bias" for name in weights] if self.biases else []
-        names = [name for name in [*weights, *biases] if name in named]
-        return StraightThrough(self.quantized(model), {name: named[name] for name in names})
+        return StraightThrough(self.quantized(model), learned_parameters(model, block, self.biases))
 
     def distance(self, output: Hidden, target: Hidden, importance: Hidden | None) -> Tensor:
         """The 2-norm of the difference, over all tensors together."""
@@ -55,6 +51,14 @@ class Blockwise(Reconstruction):
             return tensor if kind == WEIGHT else model.quantized(name, kind, tensor)
 
         return model.quantized if self.sites == "all" else activations
+
+
+def learned_parameters(model: QuantizedModel, block: str, biases: bool) -> dict[str, Tensor]:
+    """The quantized weights of a block by name, and the biases beside them."""
+    weights = model.weight_names(f"{block}.")
+    named: dict[str, Tensor] = dict(model.network.named_parameters())
+    beside = [name.removesuffix("weight") + "bias" for name in weights] if biases else []
+    return {name: named[name] for name in [*weights, *beside] if name in named}
 
 
 class StraightThrough(BlockLearner):

@@ -1,12 +1,11 @@
 """The importance of each output value of a block: its squared gradient, the diagonal of the Fisher information."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spdfq.backends.blocks import BlockCall, Hidden
+from spdfq.backends.blocks import BlockCall, Hidden, tensors_of, with_tensors
 from spdfq.backends.divergence import divergence
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.visiting import Visit
@@ -56,7 +55,7 @@ def _gradients(
     def detach_output(_: nn.Module, __: Any, output: Any) -> Any:
         if leaves:  # a later call of the same block
             return output
-        output, leaves[:] = _with_leaves(output, call.returned)
+        output, leaves[:] = _with_leaves(output, call)
         return output
 
     def quantize_up_to_block(name: str, kind: str, tensor: Tensor) -> Tensor:
@@ -75,12 +74,8 @@ def _gradients(
     return tuple(tensor.movedim(axis, 0) for tensor, axis in zip(gradients, call.returned.values(), strict=True))
 
 
-def _with_leaves(output: Any, returned: Iterable[int]) -> tuple[Any, list[Tensor]]:
-    """A block's output with some of its tensors, counted among its tensors, replaced by leaves; and the leaves."""
-    items = [output] if isinstance(output, Tensor) else list(output)
-    positions = [index for index, item in enumerate(items) if isinstance(item, Tensor)]
-    leaves = []
-    for position in (positions[index] for index in returned):
-        items[position] = items[position].detach().requires_grad_()
-        leaves.append(items[position])
-    return (items[0] if isinstance(output, Tensor) else type(output)(items)), leaves
+def _with_leaves(output: Any, call: BlockCall) -> tuple[Any, list[Tensor]]:
+    """A block's output with its streams replaced by leaves, and the leaves."""
+    tensors = tensors_of(output)
+    leaves = {index: tensors[index].detach().requires_grad_() for index in call.returned}
+    return with_tensors(output, leaves), list(leaves.values())

@@ -7,7 +7,7 @@ learned of a block (`BlockLearner`) and in how the error of its output is measur
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -117,6 +117,10 @@ class Reconstruction(Step, ABC):
         """Factor of the learning rate when ``share`` (0 to 1) of the iterations are done: a cosine to zero."""
         return 0.5 * (1 + math.cos(math.pi * share))
 
+    def scale_rate(self, scale: Tensor) -> float:
+        """The learning rate of a scale."""
+        return self.scale_lr
+
     def quantized(self, model: QuantizedModel) -> Visit:
         """Quantizes the sites of the blocks before the one that learns."""
         return model.quantized
@@ -141,8 +145,19 @@ class Reconstruction(Step, ABC):
             teacher = Propagation(float_network, calibration.images, self.batch)
             student = Propagation(model.network, calibration.images, self.batch)
             with calibration.runtime.progress("reconstructing", len(calls) * self.iterations) as advance:
-                for call in calls:
-                    BlockReconstruction(self, call, model, calibration, advance).run(teacher, student, finished)
+                for job in self.jobs(float_network, calls, model, calibration, advance):
+                    job.run(teacher, student, finished)
+
+    def jobs(
+        self,
+        network: nn.Module,
+        calls: list[BlockCall],
+        model: QuantizedModel,
+        calibration: Calibration,
+        advance: Advance,
+    ) -> Iterable["BlockReconstruction"]:
+        """The reconstruction of each block, in order; ``network`` is the float network."""
+        return (BlockReconstruction(self, call, model, calibration, advance) for call in calls)
 
 
 @frozen(eq=False)
@@ -176,6 +191,7 @@ class BlockReconstruction:
     activations: QDrop = field(init=False)
     scaled: dict[str, Quantizer] = field(init=False)
     path: Path | None = field(init=False)
+    trained_on: Tensor | None = field(default=None, init=False)  # indices of the images; None for all
 
     def __attrs_post_init__(self) -> None:
         # the state of the block's training; it exists only until the block is finished
@@ -187,27 +203,33 @@ class BlockReconstruction:
         scaled = self.spec.scale_lr > 0
         self.scaled = learnable_activation_scales(self.model, f"{self.call.name}.") if scaled else {}
 
-    def run(self, teacher: Propagation, student: Propagation, finished: FinishedParts) -> None:
-        """Trains the block, or restores it if a killed run has finished it.
+    @property
+    def changes(self) -> list[str]:
+        """Names of the tensors, as in `QuantizedModel.tensors`, that the reconstruction changes."""
+        return [*self.learner.changes, *self.scaled]
+
+    def run(self, teacher: Propagation, student: Propagation, finished: FinishedParts) -> Hidden:
+        """Trains the block, or restores it if a killed run has finished it; returns what it hands to later blocks.
 
         Images pass through restored blocks too, so a resumed run computes the same numbers in the same order.
         """
         teacher_inputs = teacher.inputs_of(self.call)
         targets = teacher.through(self.call, teacher_inputs)
-        inputs, changes = teacher_inputs, [*self.learner.changes, *self.scaled]
+        inputs, changes = teacher_inputs, self.changes
         if self.spec.inputs == "quantized":
             with self.model.visiting(self.spec.quantized(self.model)):
                 inputs = student.inputs_of(self.call)
         if finished.restore(changes):
             self.advance(self.spec.iterations)
         else:
-            self._train(BlockData(inputs, teacher_inputs, targets, self._importance(teacher.network)))
+            self.train(BlockData(inputs, teacher_inputs, targets, self._importance(teacher.network)))
             finished.keep(changes)
             if self.path:
                 self.path.unlink(missing_ok=True)
-        if self.spec.inputs == "quantized":
-            with self.model.visiting(self.spec.quantized(self.model)):
-                student.through(self.call, inputs)
+        if self.spec.inputs == "teacher":
+            return targets
+        with self.model.visiting(self.spec.quantized(self.model)):
+            return student.through(self.call, inputs)
 
     def _importance(self, teacher: nn.Module) -> Hidden | None:
         if not self.spec.fisher:
@@ -222,7 +244,8 @@ class BlockReconstruction:
             self.calibration.teacher.headless,
         )
 
-    def _train(self, data: BlockData) -> None:
+    def train(self, data: BlockData) -> None:
+        """Trains the block."""
         with (
             learned_scales(self.scaled.values()),
             trainable(self.learner.parameters),
@@ -241,7 +264,7 @@ class BlockReconstruction:
 
         The tensors to learn must be trainable, and the sites must be visited by `visit`.
         """
-        training, iterations = self._training(), self.spec.iterations
+        training, iterations = self.training(), self.spec.iterations
         rates, saved = LearningRates(training.optimizer), time.monotonic()
         self._restore(training)
         for iteration in range(training.iteration, iterations):
@@ -259,24 +282,32 @@ class BlockReconstruction:
     def _error(self, data: BlockData, iteration: int) -> Tensor:
         """The error of the block's output on the images of an optimiser step."""
         images = len(self.calibration.images)
-        chosen = batch_rows(self.calibration, self.spec.batch, iteration, *self._purpose)
+        chosen = batch_rows(self.calibration, self.spec.batch, iteration, *self.purpose, among=self.trained_on)
         inputs = of_images(data.inputs, images, chosen)
         if self.spec.drop:
-            self.activations.seed(drop_generator(self.calibration, iteration, *self._purpose))
+            self.activations.seed(drop_generator(self.calibration, iteration, *self.purpose))
             inputs = self.activations.mixed_inputs(of_images(data.teacher_inputs, images, chosen), inputs)
         with self.calibration.runtime.autocast():
             output = self.call.run(self.model.network, inputs)
+        return self.error(output, data, chosen, iteration)
+
+    def error(self, output: Hidden, data: BlockData, chosen: Tensor | slice, iteration: int) -> Tensor:
+        """The error of the block's ``output`` for the chosen images."""
+        images = len(self.calibration.images)
         targets = of_images(data.targets, images, chosen)
         importance = data.importance and channels_last(of_images(data.importance, images, chosen), self.width)
         return self.spec.distance(channels_last(output, self.width), channels_last(targets, self.width), importance)
 
     @property
-    def _purpose(self) -> tuple[str | int, ...]:
+    def purpose(self) -> tuple[str | int, ...]:
+        """Of the seeds."""
         return self.spec.name, self.calibration.index, self.call.name
 
-    def _training(self) -> Training:
+    def training(self) -> Training:
+        """The tensors to learn and their optimiser."""
         scales = {name: quantizer.tensors()["scale"] for name, quantizer in self.scaled.items()}
-        optimizer = adam((self.learner.parameters, self.spec.lr), (list(scales.values()), self.spec.scale_lr))
+        rates = [([scale], self.spec.scale_rate(scale)) for scale in scales.values()]
+        optimizer = adam((self.learner.parameters, self.spec.lr), *rates)
         named = {f"learned.{index}": parameter for index, parameter in enumerate(self.learner.parameters)}
         return Training({**named, **scales}, optimizer)
 
