@@ -28,7 +28,7 @@ class WeightGrid:
         low = quantizer.decode(first)
         return cls(low, quantizer.decode(first + 1) - low, quantizer.levels - 1)
 
-    def columns(self, chosen: slice) -> "WeightGrid":
+    def columns(self, chosen: slice | Tensor) -> "WeightGrid":
         """The grid of some columns of a weight ``[k, d]``."""
         return WeightGrid(self.low[:, chosen], self.step[:, chosen], self.last)
 

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from spdfq.backends.weight_grid import WeightGrid
 
+_COLUMNS = 64  # rounded together, so that the columns after them change by one product of matrices
+
 
 def ridge_regression(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
     """The X of least ``‖A X - Y‖² + penalty ‖X‖²``, by Cholesky decomposition in float64.
@@ -84,3 +86,47 @@ def rounded_with_flips(weight: Tensor, gram: Tensor, flips: int, grid: WeightGri
         codes.scatter_add_(1, column, move)
         slope += 2 * move * step.gather(1, column) * step * gram[column[:, 0]]
     return grid.values(codes).double()
+
+
+def round_by_columns(weight: Tensor, gram: Tensor, penalty: float, grid: WeightGrid, unrounded: int = 0) -> Tensor:
+    """Rounds the columns of a weight one by one; after each, the columns that remain compensate its error.
+
+    This is GPTQ (arXiv 2210.17323, section 3.3) with its order of columns, from the largest sum of squared inputs to
+    the smallest. The columns that remain take the error that minimises ``δ (gram + penalty I) δᵀ``.
+
+    Args:
+        weight: ``[k, d + unrounded]``.
+        gram: Gram matrix of the layer's inputs ``[d + unrounded, d + unrounded]``.
+        penalty: damping of the Gram matrix.
+        grid: of the weight ``[k, d]``.
+        unrounded: number of last columns that are never rounded (the bias).
+
+    Returns:
+        float64 ``[k, d + unrounded]``.
+    """
+    count = weight.shape[1] - unrounded
+    damped = gram.double().clone()
+    damped.diagonal().add_(penalty)
+    first = damped.diagonal()[:count].argsort(descending=True)
+    order = torch.cat([first, torch.arange(count, len(damped), dtype=first.dtype, device=first.device)])
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+    # row j of the factor: how column j's error spreads over the columns after it
+    spread = torch.linalg.cholesky(inverse, upper=True).float()
+    wanted, grid = weight[:, order].float(), grid.columns(first)
+    for start in range(0, count, _COLUMNS):
+        part = slice(start, min(start + _COLUMNS, count))
+        errors = _round_part(wanted[:, part], spread[part, part], grid.columns(part))
+        wanted[:, part.stop :] -= errors @ spread[part, part.stop :]
+    return wanted[:, order.argsort()].double()
+
+
+def _round_part(wanted: Tensor, spread: Tensor, grid: WeightGrid) -> Tensor:
+    """Rounds some columns in place; returns the error of each, divided by its entry on the diagonal of ``spread``."""
+    errors, low, step = torch.empty_like(wanted), grid.low, grid.step
+    for column in range(wanted.shape[1]):
+        now = wanted[:, column].clone()
+        code = ((now - low[:, column]) / step[:, column]).round_().clamp_(0, grid.last)
+        wanted[:, column] = low[:, column] + code * step[:, column]
+        errors[:, column] = (now - wanted[:, column]) / spread[column, column]
+        wanted[:, column + 1 :] -= errors[:, column, None] * spread[column, column + 1 :]
+    return errors

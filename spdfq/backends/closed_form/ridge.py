@@ -1,7 +1,7 @@
 """ERQ's closed form: weights compensate the error of their inputs, and rounding compensates its own error."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from attrs import define, field, validators
@@ -11,7 +11,7 @@ from torch import Tensor
 from spdfq.backends.base import NEITHER, Calibration, Step, check_calibrated_by
 from spdfq.backends.calibrate import fit_weights
 from spdfq.backends.closed_form.layer_inputs import LayerInputs, LinearLayer, NormalEquations
-from spdfq.backends.closed_form.least_squares import ridge_regression, round_by_halves
+from spdfq.backends.closed_form.least_squares import ridge_regression, round_by_columns, round_by_halves
 from spdfq.backends.finished_parts import FinishedParts
 from spdfq.backends.weight_grid import WeightGrid
 from spdfq.backends.wiring import wiring
@@ -32,12 +32,14 @@ class Ridge(Step):
     for the bias) with all layers before it corrected, Y is the difference of its output from the teacher's. Then the
     weight is rounded, each time half of the remaining columns: up to ``flips`` roundings of a row are changed where
     that lowers δᵀE[xxᵀ]δ, and the remaining columns compensate the rest by the same regression (ERQ, arXiv 2407.06794).
+    With ``rounding = "columns"`` one column after the other is rounded (GPTQ, arXiv 2210.17323), which is more accurate.
     There are no gradients, and the memory is a few matrices of a layer's width squared. Convolutions are rounded
     without correction; ``sites.json`` names them.
 
     Args:
         penalty: λ of the regressions, as published for 32 images of 197 tokens.
-        flips: largest number of changed roundings of a row for each half.
+        flips: largest number of changed roundings of a row for each half; not used with ``columns``.
+        rounding: whether the columns are rounded by ``halves`` or as single ``columns``.
         weight_observer: chooses the range of each changed weight.
         batch: images per forward pass.
     """
@@ -46,6 +48,7 @@ class Ridge(Step):
 
     penalty: float = field(default=1000.0, validator=validators.gt(0.0))
     flips: int = field(default=100, validator=validators.ge(0))
+    rounding: Literal["halves", "columns"] = "halves"
     weight_observer: Any = component("observer", default=GridMseObserver)
     batch: int = field(default=32, validator=validators.ge(1))
 
@@ -108,7 +111,10 @@ class Ridge(Step):
         if layer.weight in model.quantizers:
             fit_weights(model, self.weight_observer, [layer.weight])
             grid = WeightGrid.of(model.affine(layer.weight), weight)
-            result = round_by_halves(wanted, found.gram, self.penalty, self.flips, grid, len(biases))
+            if self.rounding == "halves":
+                result = round_by_halves(wanted, found.gram, self.penalty, self.flips, grid, len(biases))
+            else:
+                result = round_by_columns(wanted, found.gram, self.penalty, grid, len(biases))
         weight.copy_(result[:, : weight.shape[1]])
         if layer.weight in model.quantizers:
             weight.copy_(model.quantizers[layer.weight](weight))  # exactly the values that the quantizer decodes
