@@ -32,7 +32,7 @@ class Ridge(Step):
     for the bias) with all layers before it corrected, Y is the difference of its output from the teacher's. Then the
     weight is rounded, each time half of the remaining columns: up to ``flips`` roundings of a row are changed where
     that lowers δᵀE[xxᵀ]δ, and the remaining columns compensate the rest by the same regression (ERQ, arXiv 2407.06794).
-    With ``rounding = "columns"`` one column after the other is rounded (GPTQ, arXiv 2210.17323), which is more accurate.
+    With ``rounding = "columns"`` the columns are rounded one by one (GPTQ, arXiv 2210.17323), which is more accurate.
     There are no gradients, and the memory is a few matrices of a layer's width squared. Convolutions are rounded
     without correction; ``sites.json`` names them.
 
