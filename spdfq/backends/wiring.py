@@ -5,6 +5,7 @@ consists of a signature only is the output of that LayerNorm, at most moved (shi
 tensor is not.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class LinearCalls:
     Args:
         weight: name of its weight.
         biases: names of the biases it was called with: ``None`` for no bias, an empty string for one that is computed
-            in the forward pass (BEiT).
+            in the forward pass (BEiT) or that another layer has too.
         sources: weights of the LayerNorms that its inputs are outputs of; ``None`` for any other input.
         whole: whether an input was a complete LayerNorm output, with all tokens.
     """
@@ -49,10 +50,12 @@ class LinearCalls:
 
 
 def accepts_a_bias(network: nn.Module, weight: str) -> bool:
-    """Whether the weight belongs to a plain `nn.Linear` without a bias, which adds its ``bias`` once it has one."""
+    """Whether the weight belongs to one plain `nn.Linear` without a bias, which adds its ``bias`` once it has one."""
     owner, _, leaf = weight.rpartition(".")
-    module = network.get_submodule(owner)
-    return leaf == "weight" and type(module).forward is nn.Linear.forward and module.bias is None
+    module, parameter = network.get_submodule(owner), network.get_parameter(weight)
+    owners = [part for part in network.modules() if any(own is parameter for own in part.parameters(recurse=False))]
+    plain = leaf == "weight" and type(module).forward is nn.Linear.forward and module.bias is None
+    return plain and owners == [module]
 
 
 @define(eq=False)
@@ -98,6 +101,10 @@ def wiring(network: nn.Module, example: Tensor) -> Wiring:
     mode = _WiringMode(network)
     with fused_attention(network), mode:
         network(example)
+    times = Counter(bias for calls in mode.linears.values() for bias in calls.biases)
+    for calls in mode.linears.values():
+        if any(bias and times[bias] > 1 for bias in calls.biases):
+            calls.biases.add("")
     return Wiring(mode.norms, mode.linears)
 
 

@@ -109,8 +109,8 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     restored = {name: _built_quantizer(name, table, folder) for name, table in config["quantizers"].items()}
     biases = config.get("biases", [])  # missing in files that are older than the first step that adds biases
     norms = _norms(config.get("norms", {}), network, folder)  # missing in files that are older than the step 'rotate'
-    shifted = config.get("shifted", [])  # missing in files that are older than the step 'smooth'
-    _check_fit(network, [sites[name] for name in restored], [*biases, *shifted], folder)
+    shifted = _shifted(config.get("shifted", []), network, folder)  # missing in files older than the step 'smooth'
+    _check_fit(network, [sites[name] for name in restored], biases, folder)
     teacher = Teacher(network, **config["teacher"])
     counted = [
         Multiplications(name, operator, tuple(operands), count)
@@ -143,6 +143,17 @@ def _norms(stored: Any, network: nn.Module, folder: str | Path) -> dict[str, tup
             raise ModelError(_NO_FIT.format(folder, name))
         found[name] = (features, eps)
     return found
+
+
+def _shifted(stored: Any, network: nn.Module, folder: str | Path) -> list[str]:
+    """The weights of a config whose layers shift their inputs."""
+    names = stored if isinstance(stored, list) and all(isinstance(name, str) for name in stored) else None
+    if names is None or len(set(names)) < len(names):
+        raise DataError(f"{Path(folder) / CONFIG}: shifted: not a list of different names; save the model again")
+    modules = {f"{name}.weight": module for name, module in network.named_modules()}
+    if wrong := next((name for name in names if type(modules.get(name)) is not nn.Linear), None):
+        raise ModelError(_NO_FIT.format(folder, wrong))
+    return names
 
 
 _NO_FIT = "{}: {} does not fit this architecture; the file was saved from another one"

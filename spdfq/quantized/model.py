@@ -138,20 +138,29 @@ class QuantizedModel(nn.Module):
 
     def replace_norm(self, name: str, features: int, eps: float | None) -> None:
         """Puts an RMSNorm without parameters in the place of a norm over the last axis; ``norms`` lists it."""
-        self.network.set_submodule(name, nn.RMSNorm(features, eps, elementwise_affine=False).eval())
-        owner = self.network.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, nn.TransformerEncoderLayer):
-            owner.activation_relu_or_gelu = 0  # its fast path would read the norm's weight instead of calling it
+        self._replace_module(name, nn.RMSNorm(features, eps, elementwise_affine=False))
         self.norms[name] = (features, eps)
 
-    def shift_input(self, weight: str, shift: Tensor | float = 0.0, factor: Tensor | float = 1.0) -> None:
-        """Makes the `nn.Linear` of a weight multiply ``(x - shift) * factor``, ``[d]`` each; ``shifted`` lists it."""
-        owner = weight.rpartition(".")[0]
-        layer = ShiftedLinear(self.network.get_submodule(owner)).eval()
-        layer.input_shift.copy_(torch.as_tensor(shift))
-        layer.input_factor.copy_(torch.as_tensor(factor))
-        self.network.set_submodule(owner, layer)
+    def shift_input(self, weight: str) -> ShiftedLinear:
+        """Puts a `ShiftedLinear` in the place of the `nn.Linear` of a weight; ``shifted`` lists it.
+
+        Raises:
+            ModelError: the weight is not that of a plain `nn.Linear`.
+        """
+        name = weight.removesuffix(".weight")
+        layer = self.network.get_submodule(name)
+        if not isinstance(layer, nn.Linear) or type(layer) is not nn.Linear:
+            raise ModelError(f"{weight}: is not the weight of a plain nn.Linear, so its input cannot be shifted")
+        shifted = ShiftedLinear(layer)
+        self._replace_module(name, shifted)
         self.shifted.append(weight)
+        return shifted
+
+    def _replace_module(self, name: str, module: nn.Module) -> None:
+        self.network.set_submodule(name, module.eval())
+        owner = self.network.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            owner.activation_relu_or_gelu = 0  # its fast path would read weights instead of calling modules
 
     def affine(self, name: str) -> AffineQuantizer:
         """The quantizer of a site, which must have evenly spaced values.

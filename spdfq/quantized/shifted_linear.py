@@ -14,9 +14,8 @@ class ShiftedLinear(nn.Linear):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        shape, like = (layer.in_features,), {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        self.input_shift = nn.Parameter(torch.zeros(shape, **like), requires_grad=False)
-        self.input_factor = nn.Parameter(torch.ones(shape, **like), requires_grad=False)
+        self.input_shift = nn.Parameter(torch.zeros_like(layer.weight[0]), requires_grad=False)
+        self.input_factor = nn.Parameter(torch.ones_like(layer.weight[0]), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """The output ``[..., out]`` for ``[..., in]``."""

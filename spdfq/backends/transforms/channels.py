@@ -1,15 +1,13 @@
-"""What a network's float pass shows of the channels of layer inputs, and a range for each channel."""
+"""What a network's float pass shows of the channels of layer inputs."""
 
 from collections.abc import Mapping
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
 from spdfq.backends.base import Calibration
 from spdfq.errors import NonFiniteError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantizers import Observer, UniformQuantizer
 from spdfq.quantizers.statistics import Statistics
 
 
@@ -45,15 +43,3 @@ def channel_statistics(
             model.network(images)
             advance(len(images))
     return seen
-
-
-def channel_ranges(
-    statistics: Statistics, median: Tensor, observer: Observer, channels: UniformQuantizer
-) -> dict[str, Tensor]:
-    """Scale and zero point of each channel after its median ``[C]`` was subtracted."""
-    fitted = channels.fitted(*observer.range_of(statistics.shifted(median), channels))
-    dead = statistics.low == statistics.high
-    if bool(dead.any()) and not bool(dead.all()):
-        # a constant channel is zero now, with any scale; a scale of 1 would distort the mean of all scales
-        fitted["scale"] = torch.where(dead, fitted["scale"][~dead].mean(), fitted["scale"])
-    return fitted

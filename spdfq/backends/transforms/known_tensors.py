@@ -1,5 +1,6 @@
 """What is known of the tensors of a forward pass with signatures: sums, scalings and moves of streams."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -102,10 +103,14 @@ class KnownTensors(AttentionMode):
     def take(self, func: str, value: Any) -> None:
         """Values of layers and attentions among the arguments of a function that does not only move them."""
         for tensor in tensors(value):
-            if id(tensor) in self.moved:
-                for number in tensor.unique().tolist():
-                    if owner := self.signatures.owners.get(number):
-                        self.found.used.setdefault((id(owner[0]), owner[1]), func)
+            for place in self._places(tensor):
+                self.found.used.setdefault(place, func)
+
+    def _places(self, tensor: Tensor) -> Iterator[tuple[int, int]]:
+        """The values of layers and attentions in a tensor: owner's id and index."""
+        for number in tensor.unique().tolist() if id(tensor) in self.moved else ():
+            if owner := self.signatures.owners.get(number):
+                yield id(owner[0]), owner[1]
 
     def other(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Any function but a layer, a norm or attention."""
@@ -182,6 +187,7 @@ class KnownTensors(AttentionMode):
             return None  # a factor behind a norm would have to scale what the norm's bias becomes
         name = func.__name__
         result = tensor if name.startswith("__i") or (name.endswith("_") and name[:2] != "__") else tensor.clone()
+        self.found.scaled.update(self._places(tensor))
         if id(tensor) in self.moved:
             self.moved[id(result)] = result
         if known:

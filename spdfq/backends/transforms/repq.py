@@ -10,12 +10,13 @@ from torch import Tensor
 
 from spdfq.backends.base import NEITHER, Calibration, Step
 from spdfq.backends.calibrate import fit_weights
-from spdfq.backends.transforms.channels import channel_ranges, channel_statistics
+from spdfq.backends.transforms.channels import channel_statistics
 from spdfq.backends.transforms.norms import NormGroup, norm_groups, rescale, uniform
 from spdfq.errors import SpdfqError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT
-from spdfq.quantizers import GridMseObserver, PercentileMseObserver, UniformQuantizer
+from spdfq.quantizers import GridMseObserver, Observer, PercentileMseObserver, UniformQuantizer
+from spdfq.quantizers.statistics import Statistics
 from spdfq.recipe.structure import component
 from spdfq.registry import steps
 
@@ -112,7 +113,7 @@ class RepQ(Step):
             median = statistics.samples.median(dim=1).values
             rescale(model, group, torch.ones_like(median), median)
             channels = attrs.evolve(quantizer, granularity="channel", axis=-1)
-            channels.restore(channel_ranges(statistics, median, self.observer, channels))
+            channels.restore(_channel_ranges(statistics, median, self.observer, channels))
             for site in group.inputs:
                 model.replace_quantizer(site, _restored(channels, channels.tensors()))
 
@@ -130,6 +131,18 @@ class RepQ(Step):
                 whole = attrs.evolve(uniform(model, site), granularity="tensor", axis=0)
                 model.replace_quantizer(site, _restored(whole, stored))
             fit_weights(model, self.weight_observer, [name for name in group.weights if name in model.quantizers])
+
+
+def _channel_ranges(
+    statistics: Statistics, median: Tensor, observer: Observer, channels: UniformQuantizer
+) -> dict[str, Tensor]:
+    """Scale and zero point of each channel after its median was subtracted."""
+    fitted = channels.fitted(*observer.range_of(statistics.shifted(median), channels))
+    dead = statistics.low == statistics.high
+    if bool(dead.any()) and not bool(dead.all()):
+        # a constant channel is zero now, with any scale; a scale of 1 would distort the mean of all scales
+        fitted["scale"] = torch.where(dead, fitted["scale"][~dead].mean(), fitted["scale"])
+    return fitted
 
 
 def _restored(quantizer: UniformQuantizer, tensors: dict[str, Tensor]) -> UniformQuantizer:

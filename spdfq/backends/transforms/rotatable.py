@@ -51,7 +51,7 @@ def score_obstacle(found: Structure, attention: Attention) -> str | None:
     heads = [*attention.query, *attention.key]
     if len({len(rows) for _, rows in heads}) > 1:
         return "their sizes differ"
-    return _heads_obstacle(found, attention, heads)
+    return _heads_obstacle(found, attention, heads, attention.value)
 
 
 def value_obstacle(found: Structure, attention: Attention) -> str | None:
@@ -63,10 +63,12 @@ def value_obstacle(found: Structure, attention: Attention) -> str | None:
         return "something is between the product and the layer that takes its output"
     if any({id(source) for source in part.sources} != {id(attention)} for part, _ in attention.takers):
         return "the layer that takes the output takes other inputs too"
-    return _heads_obstacle(found, attention, attention.value)
+    return _heads_obstacle(found, attention, attention.value, [*(attention.query or ()), *(attention.key or ())])
 
 
-def _heads_obstacle(found: Structure, attention: Attention, heads: list[Rows]) -> str | None:
+def _heads_obstacle(
+    found: Structure, attention: Attention, heads: list[Rows], rest: Iterable[Rows] | None
+) -> str | None:
     parts = {id(part): part for part, _ in heads}
     if any(part.bias == "" and not _is_own(found, part) for part in parts.values()):
         return "their bias is computed in the forward pass and cannot be changed"
@@ -77,6 +79,8 @@ def _heads_obstacle(found: Structure, attention: Attention, heads: list[Rows]) -
     rows = places(heads)
     if len(rows) != sum(len(set(each)) for _, each in heads):
         return "heads share some of their rows"
+    if rows & places(rest or ()):
+        return "queries or keys and values share some of their rows"
     if any((id(part), row) in found.used for part, each in heads for row in each):
         return "they are used elsewhere too"
     others = (other for other in found.attentions if other is not attention)

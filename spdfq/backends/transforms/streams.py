@@ -132,6 +132,7 @@ class Structure:
         parts: all layers.
         attentions: in the order of the forward pass.
         used: values of layers and attentions that other functions take: owner's id and index, with the function.
+        scaled: values of layers and attentions that are multiplied by a number before something takes them.
         parameters: names of parameters that are added, concatenated or used in another way outside of layers and norms.
         other_norms: modules that normalise something else than a stream.
         own_products: modules that multiply outputs of layers with each other themselves.
@@ -142,6 +143,7 @@ class Structure:
     parts: dict[tuple[str, int, int], Part] = field(factory=dict)
     attentions: list[Attention] = field(factory=list)
     used: dict[tuple[int, int], str] = field(factory=dict)
+    scaled: set[tuple[int, int]] = field(factory=set)
     parameters: set[str] = field(factory=set)
     other_norms: dict[str, None] = field(factory=dict)
     own_products: dict[str, None] = field(factory=dict)

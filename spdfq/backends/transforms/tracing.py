@@ -43,7 +43,18 @@ def structure(network: nn.Module, example: Tensor) -> Structure:
     for tensor in tensors(returned if isinstance(returned, (Tensor, dict, tuple, list)) else vars(returned)):
         if found := tracing.known(tensor):
             found.stream.refuse("it is what the network returns")
+    _refuse_shared_biases(tracing.found)
     return tracing.found
+
+
+def _refuse_shared_biases(found: Structure) -> None:
+    """Treats a bias that layers with different weights have like one that is computed."""
+    weights: dict[str | None, set[str]] = {}
+    for part in found.parts.values():
+        weights.setdefault(part.bias, set()).add(part.weight)
+    for part in found.parts.values():
+        if part.bias and len(weights[part.bias]) > 1:
+            part.bias = ""
 
 
 class _Weights(FunctionMode):
