@@ -1,12 +1,14 @@
 """Helpers for the tests of the step `rotate`."""
 
+import timm
 import torch
 
 from spdfq.backends import Rotate
 from spdfq.quantized import place
-from support.backends import back_end, images, taken
+from support.backends import back_end, images, taken, teacher_of
 
 ROTATE = "quantization.steps=[{type='rotate'}, {type='calibrate', observer='minmax', weight_observer='minmax'}]"
+SMALL = {"img_size": 32, "num_classes": 10, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 def perturbed(module):
@@ -16,6 +18,12 @@ def perturbed(module):
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return module.eval()
+
+
+def of_timm(name, **changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return teacher_of(perturbed(timm.create_model(name, **{**SMALL, **changes})))
 
 
 def rotated(chosen, **options):

@@ -201,6 +201,8 @@ class _Smoothing:
             heads = attention.key or []
             if obstacle is None and any(self._bias_of(part) is None for part, _ in heads):
                 obstacle = "their bias is computed in the forward pass and cannot be changed"
+            if obstacle is None and any(self.model.weight(part.weight).ndim != 2 for part, _ in heads):
+                obstacle = "a convolution computes them"
             if obstacle:
                 self._kept_keys.add(obstacle, attention.name)
             else:

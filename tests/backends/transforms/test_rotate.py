@@ -1,26 +1,17 @@
 """The step `rotate`: the network computes the same, its streams and heads are rotated, and what stays is reported."""
 
 import pytest
-import timm
 import torch
 import torchvision
 from support.backends import FUSED, RUNTIME, back_end, images, quantized, teacher, teacher_of
-from support.rotation import ROTATE, change, changed, notes, perturbed, rotated
+from support.odd_networks import Encoder
+from support.rotation import ROTATE, change, changed, notes, of_timm, perturbed, rotated
 from torch import nn
 
 from spdfq.backends import Rotate, quantize
 from spdfq.backends.quantize import check_quantization
 from spdfq.errors import ModelError, RecipeError, SpdfqError
 from spdfq.quantized import place
-
-SMALL = {"img_size": 32, "num_classes": 10, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-
-
-def of_timm(name, **changes):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return teacher_of(perturbed(timm.create_model(name, **{**SMALL, **changes})))
-
 
 # models that are rotated throughout
 
@@ -46,20 +37,6 @@ def test_a_plain_vit_is_rotated_throughout_and_computes_the_same(name, options):
     assert change(model, chosen) < 1e-5
     assert notes(model) == []
     assert not any(isinstance(part, nn.LayerNorm) for part in model.network.modules())
-
-
-class Encoder(nn.Module):
-    """torch's own encoder, which has a fast path that reads the weights of its norms."""
-
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=True)
-        self.patch, self.position = nn.Conv2d(3, 32, 8, 8), nn.Parameter(torch.zeros(1, 16, 32))
-        self.body = nn.TransformerEncoder(layer, 2, nn.LayerNorm(32), enable_nested_tensor=False)
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, pixels):
-        return self.head(self.body(self.patch(pixels).flatten(2).mT + self.position).mean(1))
 
 
 def _torchvision():
