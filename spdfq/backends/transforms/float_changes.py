@@ -43,7 +43,7 @@ class Kept:
     def add(self, reason: str, *names: str) -> None:
         """Adds modules that are kept for a reason."""
         if names:
-            self._names.setdefault(reason, []).extend(names)
+            self._names.setdefault(reason, []).extend(name or "the network" for name in names)
 
     def lines(self) -> list[str]:
         """One line for each reason."""

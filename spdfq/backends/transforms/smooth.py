@@ -20,7 +20,7 @@ from spdfq.backends.transforms.streams import Attention, Part, Rows, Structure
 from spdfq.backends.transforms.tracing import structure
 from spdfq.backends.wiring import wiring
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.sites import KEY, WEIGHT, input_site
+from spdfq.quantized.sites import KEY, PRODUCT, WEIGHT, input_site
 from spdfq.quantizers import Observer, PercentileMseObserver, UniformQuantizer
 from spdfq.quantizers.statistics import Statistics
 from spdfq.recipe.structure import component
@@ -159,7 +159,7 @@ class _Smoothing:
                 self._fold_into_values(found, attention)
         for weight, change in self._changes.items():
             if weight not in plain:
-                self._kept.add("its weight is not multiplied by one plain nn.Linear alone", _module(weight))
+                self._kept.add("not every product with its weight is a call of one plain nn.Linear", _module(weight))
             elif (bias := self._biases[weight]) is None:
                 self._kept.add("its bias is computed in the forward pass, or another layer's too", _module(weight))
             else:
@@ -194,7 +194,7 @@ class _Smoothing:
     def _keys(self, found: Structure) -> list[Rows]:
         """The keys that can be centred, each once."""
         keys: list[Rows] = []
-        if not any(self.model.sites[name].kind == KEY for name in self.model.quantizers):
+        if not any(self.model.sites[name].kind in (KEY, PRODUCT) for name in self.model.quantizers):
             return keys
         for attention in found.attentions:
             obstacle = score_obstacle(found, attention)
