@@ -107,11 +107,12 @@ def round_by_columns(weight: Tensor, gram: Tensor, penalty: float, grid: WeightG
     count = weight.shape[1] - unrounded
     damped = gram.double().clone()
     damped.diagonal().add_(penalty)
-    first = damped.diagonal()[:count].argsort(descending=True)
+    first = damped.diagonal()[:count].argsort(descending=True, stable=True)
     order = torch.cat([first, torch.arange(count, len(damped), dtype=first.dtype, device=first.device)])
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
-    # row j of the factor: how column j's error spreads over the columns after it
-    spread = torch.linalg.cholesky(inverse, upper=True).float()
+    # damped = upper upperᵀ, so row j of the inverse of upper is how the error of column j spreads over those after it
+    upper = torch.linalg.cholesky(damped[order][:, order].flip(0, 1)).flip(0, 1)
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    spread = torch.linalg.solve_triangular(upper, identity, upper=True).float()
     wanted, grid = weight[:, order].float(), grid.columns(first)
     for start in range(0, count, _COLUMNS):
         part = slice(start, min(start + _COLUMNS, count))

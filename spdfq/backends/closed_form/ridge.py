@@ -32,7 +32,8 @@ class Ridge(Step):
     for the bias) with all layers before it corrected, Y is the difference of its output from the teacher's. Then the
     weight is rounded, each time half of the remaining columns: up to ``flips`` roundings of a row are changed where
     that lowers δᵀE[xxᵀ]δ, and the remaining columns compensate the rest by the same regression (ERQ, arXiv 2407.06794).
-    With ``rounding = "columns"`` the columns are rounded one by one (GPTQ, arXiv 2210.17323), which is more accurate.
+    With ``rounding = "columns"`` the columns are rounded one by one instead, each to the nearest value (GPTQ, arXiv
+    2210.17323). That compensates more, and takes longer.
     There are no gradients, and the memory is a few matrices of a layer's width squared. Convolutions are rounded
     without correction; ``sites.json`` names them.
 
@@ -83,7 +84,14 @@ class Ridge(Step):
                     advance(len(group))
                 else:
                     for layer in group:
-                        self._correct(model, layer, inputs.normal_equations(layer, call))
+                        found = inputs.normal_equations(layer, call)
+                        try:
+                            self._correct(model, layer, found)
+                        except torch.linalg.LinAlgError:
+                            raise SpdfqError(
+                                f"ridge: {layer.weight}: penalty = {self.penalty:g} is too small to invert its inputs' "
+                                "products; raise it"
+                            ) from None
                         advance()
                     finished.keep(names)
                 inputs.leave(call)
@@ -125,13 +133,7 @@ class Ridge(Step):
         """What to add to the weight (and to the bias, the last column) for the error of the inputs, ``[k, d]``."""
         if not bool(found.gram.isfinite().all() and found.cross.isfinite().all()):
             raise NonFiniteError(f"ridge: {layer.weight}: its inputs or outputs are not finite; check the images")
-        try:
-            return ridge_regression(found.gram, found.cross, self.penalty).T
-        except torch.linalg.LinAlgError:
-            raise SpdfqError(
-                f"ridge: {layer.weight}: penalty = {self.penalty:g} is too small to invert its inputs' products; "
-                "raise it"
-            ) from None
+        return ridge_regression(found.gram, found.cross, self.penalty).T
 
 
 def _changed(model: QuantizedModel, layer: LinearLayer) -> list[str]:

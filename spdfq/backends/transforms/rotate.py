@@ -11,8 +11,10 @@ from spdfq.backends.base import NEITHER, Calibration, Step
 from spdfq.backends.transforms.float_changes import Kept, check_same_output, refuse_after_calibration
 from spdfq.backends.transforms.hadamard import orthogonal
 from spdfq.backends.transforms.rotatable import score_obstacle, stream_obstacle, value_obstacle
+from spdfq.backends.transforms.smooth import Smooth
 from spdfq.backends.transforms.streams import Attention, Part, Rows, Stream, Structure
 from spdfq.backends.transforms.tracing import structure
+from spdfq.errors import SpdfqError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.registry import steps
 from spdfq.runtime.runtime import generator
@@ -48,8 +50,10 @@ class Rotate(Step):
     heads: bool = True
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
-        """Refuses ranges that were chosen before, because they do not fit the rotated tensors."""
+        """Refuses ranges that were chosen before, and smoothed channels, because a rotation mixes the channels."""
         refuse_after_calibration("rotate", model, before)
+        if any(isinstance(step, Smooth) for step in before):
+            raise SpdfqError("rotate: mixes the channels that 'smooth' made similar; put it before 'smooth'")
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:

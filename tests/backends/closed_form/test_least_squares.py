@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from spdfq.backends.closed_form.layer_inputs import NormalEquations
-from spdfq.backends.closed_form.least_squares import ridge_regression, round_by_halves, rounded_with_flips
+from spdfq.backends.closed_form.least_squares import (
+    ridge_regression,
+    round_by_columns,
+    round_by_halves,
+    rounded_with_flips,
+)
 from spdfq.backends.weight_grid import WeightGrid
 from spdfq.quantizers import UniformQuantizer
 
@@ -122,3 +127,75 @@ def test_the_bias_makes_good_what_is_left_and_is_not_rounded():
     assert ((x.double() @ (found - weight).T).mean(0).abs() < 1e-4).all()
     nearest = torch.cat([quantizer(weight[:, :8]), weight[:, 8:]], 1)
     assert (off(found, weight, gram) < off(nearest, weight, gram)).all()
+
+
+# rounding column by column
+
+
+def gptq(weight, gram, penalty, grid, unrounded):
+    """The algorithm as its paper writes it, in float64 and without blocks: after each column, eliminate it."""
+    weight, gram = weight.double().clone(), gram.double() + penalty * torch.eye(len(gram)).double()
+    count = weight.shape[1] - unrounded
+    order = sorted(range(count), key=lambda column: -gram[column, column])
+    left = [*order, *range(count, len(gram))]
+    for column in order:
+        inverse = gram[left][:, left].inverse()
+        step, low = grid.step[:, column].double(), grid.low[:, column].double()
+        code = ((weight[:, column] - low) / step).round().clamp(0, grid.last)
+        error = weight[:, column] - (low + code * step)
+        weight[:, left] -= error[:, None] / inverse[0, 0] * inverse[0]
+        left = left[1:]
+    return weight
+
+
+@pytest.mark.parametrize("unrounded", [0, 1])
+@pytest.mark.parametrize("columns", [7, 70, 130])  # 64 are rounded together
+def test_rounding_by_columns_is_gptq(columns, unrounded):
+    x = torch.cat([rows(400, columns), torch.ones(400, unrounded)], 1)
+    weight, gram = torch.randn(6, columns + unrounded, generator=generator(1)), x.T @ x
+    grid = WeightGrid.of(quantizer_of(weight[:, :columns]), weight[:, :columns])
+    found = round_by_columns(weight, gram, 10.0, grid, unrounded)
+    wanted = gptq(weight, gram, 10.0, grid, unrounded)
+    near = (found - wanted).abs() < 1e-3
+    # where a value lies between two codes, float32 may take the other one, which changes the rest of its row
+    assert near.all(1).sum() >= 5
+    assert off(found, weight, gram).sum() == pytest.approx(off(wanted, weight, gram).sum().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rounding_by_columns_has_the_least_error(bits):
+    x = torch.cat([rows(300, 40), torch.ones(300, 1)], 1)
+    weight, gram, penalty = torch.randn(8, 41, generator=generator(4)), x.T @ x, 1.0
+    quantizer = quantizer_of(weight[:, :40], bits)
+    grid = WeightGrid.of(quantizer, weight[:, :40])
+    damped = gram + penalty * torch.eye(41)
+    nearest = torch.cat([quantizer(weight[:, :40]), weight[:, 40:]], 1)
+    halves = round_by_halves(weight, gram, penalty, 100, grid, unrounded=1)
+    columns = round_by_columns(weight, gram, penalty, grid, unrounded=1)
+    errors = [off(found, weight, damped).sum() for found in (columns, halves, nearest)]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_rounding_by_columns_gives_values_of_the_grid_and_a_bias_that_is_none():
+    x = torch.cat([rows(300, 8), torch.ones(300, 1)], 1)
+    weight, gram = torch.randn(5, 9, generator=generator(4)), x.T @ x
+    given = weight.clone()
+    quantizer = quantizer_of(weight[:, :8])
+    found = round_by_columns(weight, gram, 1e-6, WeightGrid.of(quantizer, weight[:, :8]), unrounded=1)
+    assert torch.equal(weight, given)
+    torch.testing.assert_close(quantizer(found[:, :8].float()), found[:, :8].float(), atol=1e-5, rtol=0)
+    # the bias takes the rest of the error: on average the outputs are right
+    assert ((x.double() @ (found - weight).T).mean(0).abs() < 1e-4).all()
+    assert (found[:, 8] != weight[:, 8]).all()
+
+
+def test_two_columns_by_hand_in_the_order_of_their_inputs():
+    gram, penalty = torch.tensor([[2.0, 2.0], [2.0, 4.0]]), 1.0
+    grid = WeightGrid(torch.full([1, 2], -4.0), torch.ones(1, 2), 7)
+    found = round_by_columns(torch.tensor([[0.7, 1.4, 9.0]]), _with_a_stranger(gram), penalty, grid, unrounded=1)
+    # the second is rounded to 1; its error 0.4 times 2 / (2 + 1) makes the first 0.97, which is rounded to 1
+    assert found[0].tolist() == [1.0, 1.0, 9.0]
+    found = round_by_columns(torch.tensor([[0.2, 1.4, 9.0]]), _with_a_stranger(gram), penalty, grid, unrounded=1)
+    assert found[0].tolist() == [0.0, 1.0, 9.0]
+    found = round_by_columns(torch.tensor([[0.3, 1.4, 9.0]]), _with_a_stranger(gram), penalty, grid, unrounded=1)
+    assert found[0].tolist() == [1.0, 1.0, 9.0]
