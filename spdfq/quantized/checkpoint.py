@@ -151,8 +151,8 @@ def _shifted(stored: Any, network: nn.Module, folder: str | Path) -> list[str]:
     if names is None or len(set(names)) < len(names):
         raise DataError(f"{Path(folder) / CONFIG}: shifted: not a list of different names; save the model again")
     modules = {f"{name}.weight": module for name, module in network.named_modules()}
-    if wrong := next((name for name in names if type(modules.get(name)) is not nn.Linear), None):
-        raise ModelError(_NO_FIT.format(folder, wrong))
+    if wrong := [name for name in names if type(modules.get(name)) is not nn.Linear]:
+        raise ModelError(_NO_FIT.format(folder, wrong[0]))
     return names
 
 

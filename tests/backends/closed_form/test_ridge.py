@@ -62,13 +62,14 @@ def test_a_layers_new_weights_are_the_regression_of_its_quantized_inputs():
         torch.testing.assert_close(getattr(model.network[2], name).detach().double(), tensor, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rounding", ["halves", "columns"])
 @pytest.mark.parametrize("name", ["vit", "swin", "cait", "beit"])
-def test_the_output_comes_nearer_to_the_teachers(name):
+def test_the_output_comes_nearer_to_the_teachers(name, rounding):
     chosen = teacher(name)
     uniform = "quantization.softmax={type='uniform', bits=4}"
     model = quantized(chosen, uniform)
     before = (output(model) - output(chosen.module)).norm()
-    repair(model, chosen)
+    repair(model, chosen, evolve(STEP, rounding=rounding))
     assert (output(model) - output(chosen.module)).norm() < 0.8 * before
 
 
@@ -118,10 +119,11 @@ def test_blocks_that_add_to_their_argument_in_place_are_repaired_like_others():
     assert torch.equal(*outputs)
 
 
-def test_a_large_penalty_changes_nothing_but_roundings():
+@pytest.mark.parametrize("rounding", ["halves", "columns"])
+def test_a_large_penalty_changes_nothing_but_roundings(rounding):
     chosen = teacher("vit")
     model, plain = quantized(chosen), quantized(chosen)
-    repair(model, chosen, evolve(STEP, penalty=1e12, flips=0))
+    repair(model, chosen, evolve(STEP, penalty=1e12, flips=0, rounding=rounding))
     for name in plain.weight_names():
         torch.testing.assert_close(
             model.quantized(name, "", model.weight(name)),
@@ -131,9 +133,10 @@ def test_a_large_penalty_changes_nothing_but_roundings():
         )
 
 
-def test_repaired_weights_are_values_of_their_quantizers():
+@pytest.mark.parametrize("rounding", ["halves", "columns"])
+def test_repaired_weights_are_values_of_their_quantizers(rounding):
     chosen = teacher("vit")
-    model = repair(quantized(chosen), chosen)
+    model = repair(quantized(chosen), chosen, evolve(STEP, rounding=rounding))
     for name in model.weight_names():
         if name != "patch_embed.proj.weight":
             assert torch.equal(model.quantizers[name](model.weight(name)), model.weight(name))
