@@ -40,10 +40,12 @@ class LabelledImages(Checked):
     Args:
         limit: number of images to use; all of them by default.
         subset_seed: seed of the random draw that picks them; they keep the dataset's order.
+        skip: number of images to draw first and not use, so that another part of the same draw is used.
     """
 
     limit: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
     subset_seed: int = field(default=0, validator=[validators.ge(0), validators.lt(2**63)])
+    skip: int = field(default=0, validator=validators.ge(0))
 
     def __len__(self) -> int:
         raise TypeError(f"{type(self).__name__} does not define __len__")
@@ -107,8 +109,15 @@ class LabelledImages(Checked):
         return compared(self.label_names, teacher, stated, f"give {key} in the order of the model's classes")
 
     def chosen(self, count: int) -> list[int]:
-        """The positions that are used, of a dataset with ``count`` images, ascending."""
-        if self.limit is None or self.limit >= count:
+        """The positions that are used, of a dataset with ``count`` images, ascending.
+
+        Raises:
+            DataError: ``skip`` leaves no images.
+        """
+        if count and self.skip >= count:
+            raise DataError(f"skip = {self.skip} leaves none of the {count} images of the dataset; lower it")
+        if not self.skip and (self.limit is None or self.limit >= count):
             return list(range(count))
         generator = torch.Generator().manual_seed(self.subset_seed)
-        return torch.randperm(count, generator=generator, device="cpu")[: self.limit].sort().values.tolist()
+        drawn = torch.randperm(count, generator=generator, device="cpu")[self.skip :]
+        return drawn[: self.limit].sort().values.tolist()

@@ -27,6 +27,7 @@ class FashionMnist(LabelledImages):
         split: ``test`` for evaluation, ``train`` for calibration on real images.
         limit: number of images to use; all of them by default.
         subset_seed: seed of the random draw that picks them; they keep the dataset's order.
+        skip: number of images to draw first and not use, so that another part of the same draw is used.
     """
 
     split: Literal["test", "train"] = "test"

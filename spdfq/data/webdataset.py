@@ -31,6 +31,7 @@ class WebDataset(DecodedImages):
             ``refuse`` stops with an error.
         limit: number of images to use; all of them by default.
         subset_seed: seed of the random draw that picks them; they keep the dataset's order.
+        skip: number of images to draw first and not use, so that another part of the same draw is used.
     """
 
     files: str

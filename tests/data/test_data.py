@@ -320,6 +320,12 @@ def test_a_limit_draws_a_subset_by_its_seed_and_keeps_the_order():
     assert chosen == sorted(chosen) == FashionMnist(limit=50).chosen(2000)
     assert chosen != FashionMnist(limit=50, subset_seed=1).chosen(2000)
     assert FashionMnist(limit=3000).chosen(2000) == list(range(2000))
+    others = FashionMnist(limit=100, skip=50)
+    assert len(others) == 100
+    assert not set(others.chosen(2000)) & set(chosen)
+    assert set(FashionMnist(skip=50).chosen(2000)) == set(range(2000)) - set(chosen)
+    with pytest.raises(DataError, match="skip = 2000 leaves none of the 2000 images of the dataset; lower it"):
+        FashionMnist(skip=2000).chosen(2000)
     limited = torch.cat([batch.labels for batch in dataset.batches(bundled_like(), 20)])
     full = torch.cat([batch.labels for batch in FashionMnist().batches(bundled_like(), 500)])
     assert torch.equal(limited, full[chosen])

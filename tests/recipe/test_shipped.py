@@ -29,6 +29,7 @@ OTHERS = [
     "backends/ptf",
     "backends/repq",
     "backends/ridge",
+    "backends/strong",
     "backends/three_stage",
     "bits/w3a3",
     "bits/w6a6",
