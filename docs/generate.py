@@ -14,6 +14,7 @@ from api_page import api_block
 from readme_table import readme_block
 from spdfq_cli.main import main as cli
 from time_page import time_block
+from uniform_tables import uniform_block
 
 from spdfq.recipe import shipped
 from spdfq.recipe.describe import body, describe, plain, recipe_summary
@@ -71,6 +72,7 @@ BLOCKS = {
     "api.md": ("api", api_block),
     "cli.md": ("cli", cli_block),
     "time-and-memory.md": ("time", time_block),
+    "uniform-backend.md": ("uniform", uniform_block),
     "../README.md": ("results", readme_block),
 }
 

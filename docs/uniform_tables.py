@@ -1,0 +1,105 @@
+"""The tables of the page on the uniform back-end, from the rows of its benchmarks."""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+IMAGES = {
+    "real_fmnist": "real training images",
+    "spdfq_plus": "`spdfq_plus`",
+    "spdfq_spectral": "SPDFQ in natural coordinates",
+    "spdfq": "SPDFQ",
+    "psaq_vit": "PSAQ-ViT",
+    "mimiq": "MimiQ",
+    "cross_entropy": "cross-entropy",
+    "gaussian_noise": "Gaussian noise",
+}
+BACKENDS = {
+    "strong": "`strong`, W4A4",
+    "plus": "`plus`, W4A4",
+    "strong_w3a3": "`strong`, W3A3",
+    "strong_w4a8": "`strong`, W4A8",
+    "strong_w2a4": "`strong`, W2A4",
+    "strong_softmax8": "8 bits for the softmax output",
+    "strong_symmetric": "symmetric weights",
+    "strong_no_rotation": "without `rotate`",
+    "strong_no_smoothing": "without `smooth`",
+    "strong_no_ridge": "without `ridge`",
+    "strong_global_local": "with `global_local`, 60 iterations, before `ridge`",
+}
+TABLES = [
+    ("A real ViT-S at 112 pixels", ["real_vit_112_strong", "real_vit_112_strong_bits"], False),
+    ("The bundled ViT", ["fmnist_vit_strong"], False),
+    ("What each part gives", ["real_vit_112_strong_ablation"], True),
+]
+COMMANDS = {
+    "real_vit_112_strong": "benchmarks/real_vit/strong.toml",
+    "real_vit_112_strong_bits": "benchmarks/real_vit/strong_bits.toml",
+    "fmnist_vit_strong": "benchmarks/fmnist/vit_strong.toml",
+    "real_vit_112_strong_ablation": "benchmarks/real_vit/strong_ablation.toml",
+}
+
+
+def uniform_block() -> str:
+    """Every table, each under its heading."""
+    tables = [f"## {title}\n\n{_table(files, turned)}" for title, files, turned in TABLES]
+    return "\n\n".join([*tables, f"## What was tried\n\n{_tries()}"])
+
+
+def _table(files: list[str], turned: bool) -> str:
+    """Images in rows and back-ends in columns, or turned round; and how the numbers were made."""
+    rows = [json.loads(line) for name in files for line in (RESULTS / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["axes"]["images"], row["axes"]["backend"]), []).append(row)
+    images = [key for key in IMAGES if any(key == cell[0] for cell in cells)]
+    backends = [key for key in BACKENDS if any(key == cell[1] for cell in cells)]
+    down, across = (backends, images) if turned else (images, backends)
+    names = IMAGES | BACKENDS
+    lines = ["| " + " | ".join(["back-end" if turned else "images", *(names[key] for key in across)]) + " |"]
+    lines.append("| --- |" + " ---: |" * len(across))
+    for key in down:
+        found = [cells.get((other, key) if turned else (key, other)) for other in across]
+        lines.append("| " + " | ".join([names[key], *map(_cell, found)]) + " |")
+    return "\n".join([*lines, "", _caption(rows, files)])
+
+
+def _cell(rows: list[dict[str, Any]] | None) -> str:
+    """Top-1 of the seeds: mean and standard deviation."""
+    if not rows:
+        return ""
+    values = [row["metrics"]["quantized"]["top1"] for row in rows]
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _caption(rows: list[dict[str, Any]], files: list[str]) -> str:
+    devices = {f"{row['device_name']}, {row['precision']}" for row in rows}
+    seeds, (test,) = sorted({row["seed"] for row in rows}), {row["metrics"]["images"] for row in rows}
+    (full,) = {row["metrics"]["fp"]["top1"] for row in rows}
+    (placement,) = {row["backend"]["placement"] for row in rows}
+    kept = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
+    commands = ", ".join(f"`spdfq bench {COMMANDS[name]}`" for name in files)
+    sources = ", ".join(f"`benchmarks/results/{name}.jsonl`" for name in files)
+    return (
+        f"Top-1 in percent, simulated. Full precision {full:.1f} %, {test:,} test images, {kept}, 32 calibration "
+        f"images, placement `{placement}`, first and last layer 8 bits. Machine: {'; '.join(sorted(devices))}. "
+        f"Reproduce: {commands}. Rows: {sources}."
+    )
+
+
+def _tries() -> str:
+    """What was tried once, with top-1 on the images on which settings are chosen."""
+    lines = (RESULTS / "real_vit_112_strong_tries.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    table = ["| change | real images | `spdfq_plus` |", "| --- | ---: | ---: |"]
+    for idea in dict.fromkeys(row["idea"] for row in rows):
+        top1 = {row["images"]: f"{row['top1']:.1f}" for row in rows if row["idea"] == idea}
+        table.append(f"| {idea} | {top1.get('real_fmnist', '')} | {top1.get('spdfq_plus', '')} |")
+    note = (
+        "Top-1 in percent, simulated, of the real ViT at W4A4: seed 0, the 500 images on which settings are chosen, "
+        "one run each, so a difference below 2 points can be chance. Some of these runs used drafts of the steps. "
+        "Rows: `benchmarks/results/real_vit_112_strong_tries.jsonl`."
+    )
+    return "\n".join([*table, "", note])
