@@ -88,8 +88,11 @@ class LabelledImages(Checked):
         """Check that the labels can be positions in the teacher's list of classes.
 
         Raises:
-            DataError: they cannot: another number of classes, or names that timm knows in another order.
+            DataError: they cannot: another number of classes, or names that timm knows in another order. Or ``skip``
+                leaves no images.
         """
+        if self.skip:
+            len(self)
         if problem := self._compared(teacher).problem:
             raise DataError(f"evaluation.dataset: {problem}")
         if self.classes != teacher.num_classes:
