@@ -70,7 +70,7 @@ def _caption(rows: list[dict[str, Any]], files: list[str]) -> str:
     seeds, (test,) = sorted({row["seed"] for row in rows}), {row["metrics"]["images"] for row in rows}
     (full,) = {row["metrics"]["fp"]["top1"] for row in rows}
     (placement,) = {row["backend"]["placement"] for row in rows}
-    kept = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
+    kept = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation (one seed where there is none)"
     commands = ", ".join(f"`spdfq bench {COMMANDS[name]}`" for name in files)
     sources = ", ".join(f"`benchmarks/results/{name}.jsonl`" for name in files)
     return (

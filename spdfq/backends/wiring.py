@@ -142,8 +142,8 @@ class _WiringMode(FunctionMode):
         if func is F.linear:
             self._record_linear(*args, **kwargs)
         else:
-            taken = [self.outputs[id(tensor)] for tensor in _tensors((args, kwargs)) if id(tensor) in self.outputs]
-            self._record_other(func, taken, _tensors(result))
+            taken = [self.outputs[id(tensor)] for tensor in tensors((args, kwargs)) if id(tensor) in self.outputs]
+            self._record_other(func, taken, tensors(result))
         return self._with_signature(result, *args, **kwargs) if func in _LAYER_NORMS else result
 
     def _with_signature(
@@ -209,8 +209,9 @@ def _has_signature_last(tensor: Tensor, signature: Tensor) -> bool:
     return tensor.shape[-1] == len(signature) and bool((tensor == signature).all())
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested arguments or results."""
     if isinstance(value, Tensor):
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
+    return [tensor for item in items for tensor in tensors(item)]

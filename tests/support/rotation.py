@@ -20,10 +20,15 @@ def perturbed(module):
     return module.eval()
 
 
-def of_timm(name, **changes):
+def built(network, *arguments, **options):
+    """A teacher with fixed weights, none of them zero."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return teacher_of(perturbed(timm.create_model(name, **{**SMALL, **changes})))
+        return teacher_of(perturbed(network(*arguments, **options)))
+
+
+def of_timm(name, **changes):
+    return built(timm.create_model, name, **{**SMALL, **changes})
 
 
 def rotated(chosen, **options):

@@ -4,17 +4,9 @@ import torch
 
 from spdfq.backends import Rotate, Smooth
 from spdfq.quantized import place
-from support.backends import back_end, images, taken, teacher_of
-from support.rotation import perturbed
+from support.backends import back_end, images, taken
 
 SMOOTH = "quantization.steps=[{type='smooth'}, {type='calibrate', observer='minmax', weight_observer='minmax'}]"
-
-
-def built(network, *arguments):
-    """A teacher with fixed weights, none of them zero."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return teacher_of(perturbed(network(*arguments)))
 
 
 def smoothed(chosen, *lines, rotate=False, **options):

@@ -159,9 +159,7 @@ class GlobalLocalBlock(BlockReconstruction):
     spec: GlobalLocal
     suffix: Suffix
     feature: Hidden
-    first: Tensor = field(
-        init=False
-    )  # the global and the local error of the first iteration, by which they are divided
+    first: Tensor = field(init=False)  # the global and the local error of the first iteration
     held_out: Tensor | None = field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -187,13 +185,7 @@ class GlobalLocalBlock(BlockReconstruction):
     def train(self, data: BlockData) -> None:
         """Trains the block, and reverts it if its errors on the images left out did not both fall."""
         if self.spec.suffix_blocks is not None:
-            parts = torch.arange(len(self.calibration.images), device=self.calibration.images.device)
-            with torch.no_grad():
-                found = [
-                    self._after(of_images(data.targets, len(parts), part), part)
-                    for part in parts.split(self.spec.batch)
-                ]
-            self.feature = joined(found)
+            self.feature = self._later_outputs(data.targets)
         if self.held_out is None:
             super().train(data)
             return

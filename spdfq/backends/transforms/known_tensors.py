@@ -8,8 +8,9 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from spdfq.attention import AttentionMode
-from spdfq.backends.transforms.signatures import Signatures, axis_of, replaced, spread, tensors
+from spdfq.backends.transforms.signatures import Signatures, axis_of, replaced, spread
 from spdfq.backends.transforms.streams import Norm, Part, Stream, Structure
+from spdfq.backends.wiring import tensors
 from spdfq.quantized.functions import SUMS, SUMS_IN_PLACE
 
 _JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}

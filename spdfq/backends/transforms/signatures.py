@@ -58,14 +58,6 @@ def spread(signature: Tensor, like: Tensor, axis: int) -> Tensor:
     return signature.to(like).reshape(shape).expand(like.shape).clone()
 
 
-def tensors(value: Any) -> list[Tensor]:
-    """All tensors in nested arguments or results."""
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for item in items for tensor in tensors(item)]
-
-
 def replaced(value: Any, others: dict[int, Tensor]) -> Any:
     """Nested arguments with some tensors replaced, by id."""
     if isinstance(value, Tensor):

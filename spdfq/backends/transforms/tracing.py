@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from spdfq.attention import PRODUCT_FUNCTIONS, FunctionMode, fused_attention
 from spdfq.backends.transforms.known_tensors import Known, KnownTensors
-from spdfq.backends.transforms.signatures import spread, tensors
+from spdfq.backends.transforms.signatures import spread
 from spdfq.backends.transforms.streams import Attention, Norm, Part, Rows, Structure
+from spdfq.backends.wiring import tensors
 from spdfq.quantized.functions import NORMS, PRODUCTS_WITH_WEIGHT
 from spdfq.runtime.shared_modules import Hook, own_hooks
 

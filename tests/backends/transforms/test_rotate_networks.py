@@ -1,8 +1,6 @@
 """Networks with one unusual part: `rotate` rotates them or leaves them alone, and says why."""
 
 import pytest
-import torch
-from support.backends import teacher_of
 from support.odd_networks import (
     Assigned,
     Attending,
@@ -35,7 +33,7 @@ from support.odd_networks import (
     TwoNorms,
     ValueAdded,
 )
-from support.rotation import change, changed, notes, perturbed, rotated
+from support.rotation import built, change, changed, notes, rotated
 
 ODD = dict.fromkeys((Odd, Rms, InPlace, Twice, SummedStream, RmsReadWithoutNorm, NormWithoutWeight), "") | {
     ScaledNorm: "its features go through mul",
@@ -57,9 +55,7 @@ ODD = dict.fromkeys((Odd, Rms, InPlace, Twice, SummedStream, RmsReadWithoutNorm,
 
 @pytest.mark.parametrize(("build", "reason"), ODD.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_an_unusual_network_is_rotated_or_left_alone_but_never_changed(build, reason):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        chosen = teacher_of(perturbed(build()))
+    chosen = built(build)
     model = rotated(chosen, heads=False)
     assert change(model, chosen) < 1e-5
     assert bool(model.norms) == (not reason)
@@ -82,9 +78,7 @@ HEADS = {
 
 @pytest.mark.parametrize(("build", "wanted"), HEADS.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_unusual_attention_is_rotated_where_it_can_be(build, wanted):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        chosen = teacher_of(perturbed(build()))
+    chosen = built(build)
     model = rotated(chosen, stream=False)
     assert change(model, chosen) < 1e-5
     assert {name.partition(".")[0] for name in changed(model, chosen)} == wanted

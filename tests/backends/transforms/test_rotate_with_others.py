@@ -7,13 +7,14 @@ import attrs
 import pytest
 import torch
 from support.backends import RUNTIME, back_end, images, network, quantized, teacher
+from support.checkpoints import edited
 from support.rotation import ROTATE
 
 from spdfq.backends import Rotate, quantize
 from spdfq.backends.quantized_student import student_factory
 from spdfq.errors import DataError, ModelError
 from spdfq.quantized.checkpoint import load_quantized, save_quantized
-from spdfq.recipe import digest, load_recipe
+from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
 
 # steps after it
@@ -86,14 +87,6 @@ def saved(tmp_path):
     model = quantized(chosen, ROTATE)
     save_quantized(model, tmp_path, chosen)
     return model, tmp_path
-
-
-def edited(folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("config_digest")
-    change(config)
-    (folder / "config.json").write_text(json.dumps({**config, "config_digest": digest(config)}))
-    return folder
 
 
 def test_the_norms_are_saved_and_come_back(saved):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from support import odd_networks
 from support.backends import EXPLICIT, FUSED, teacher
 from support.odd_networks import Attending, Encoder, Odd
-from support.rotation import change, of_timm
-from support.smoothing import built, notes, smoothed
+from support.rotation import built, change, of_timm
+from support.smoothing import notes, smoothed
 from torch import nn
 
 OF_TIMM = {

@@ -8,13 +8,14 @@ import attrs
 import pytest
 import torch
 from support.backends import RUNTIME, Interrupted, back_end, images, network, quantized, teacher
+from support.checkpoints import edited
 from support.smoothing import SMOOTH
 
 from spdfq.backends import Ridge, Rotate, Smooth, quantize
 from spdfq.backends.quantized_student import student_factory
 from spdfq.errors import DataError, ModelError
 from spdfq.quantized.checkpoint import load_quantized, save_quantized
-from spdfq.recipe import digest, load_recipe
+from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
 
 CALIBRATE = "{type='calibrate', observer='minmax', weight_observer='minmax'}"
@@ -118,14 +119,6 @@ def saved(tmp_path):
     model = quantized(chosen, SMOOTH)
     save_quantized(model, tmp_path, chosen)
     return model, tmp_path
-
-
-def edited(folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("config_digest")
-    change(config)
-    (folder / "config.json").write_text(json.dumps({**config, "config_digest": digest(config)}))
-    return folder
 
 
 def test_shifted_layers_are_saved_and_come_back(saved):
