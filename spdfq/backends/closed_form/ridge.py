@@ -39,6 +39,9 @@ class Ridge(Step):
 
     Args:
         penalty: λ of the regressions, as published for 32 images of 197 tokens.
+        rounding_penalty: λ for the compensation of the rounding; ``penalty`` by default.
+        relative: multiply both by the mean over the input channels of the sum of squares over all tokens. The result
+            then depends neither on the number of images nor on the scale of the inputs.
         flips: largest number of changed roundings of a row for each half; not used with ``columns``.
         rounding: whether the columns are rounded by ``halves`` or as single ``columns``.
         weight_observer: chooses the range of each changed weight.
@@ -48,6 +51,8 @@ class Ridge(Step):
     calibrates: ClassVar[frozenset[str]] = NEITHER
 
     penalty: float = field(default=1000.0, validator=validators.gt(0.0))
+    rounding_penalty: float | None = field(default=None, validator=validators.optional(validators.gt(0.0)))
+    relative: bool = False
     flips: int = field(default=100, validator=validators.ge(0))
     rounding: Literal["halves", "columns"] = "halves"
     weight_observer: Any = component("observer", default=GridMseObserver)
@@ -113,27 +118,34 @@ class Ridge(Step):
         weight = model.weight(layer.weight)
         biases = [model.bias(layer.bias)] if layer.bias else []
         columns = [rearrange(part.double(), "k ... -> k (...)") for part in (weight, *biases)]
-        wanted = torch.cat(columns, 1) + self._compensation(layer, found)
+        unit = _mean_square_sum(found.gram, len(biases)) if self.relative else 1.0
+        rounding_penalty = unit * (self.penalty if self.rounding_penalty is None else self.rounding_penalty)
+        wanted = torch.cat(columns, 1) + self._compensation(layer, found, unit * self.penalty)
         weight.copy_(wanted[:, : weight.shape[1]])
         result = wanted
         if layer.weight in model.quantizers:
             fit_weights(model, self.weight_observer, [layer.weight])
             grid = WeightGrid.of(model.affine(layer.weight), weight)
             if self.rounding == "halves":
-                result = round_by_halves(wanted, found.gram, self.penalty, self.flips, grid, len(biases))
+                result = round_by_halves(wanted, found.gram, rounding_penalty, self.flips, grid, len(biases))
             else:
-                result = round_by_columns(wanted, found.gram, self.penalty, grid, len(biases))
+                result = round_by_columns(wanted, found.gram, rounding_penalty, grid, len(biases))
         weight.copy_(result[:, : weight.shape[1]])
         if layer.weight in model.quantizers:
             weight.copy_(model.quantizers[layer.weight](weight))  # exactly the values that the quantizer decodes
         for bias in biases:
             bias.copy_(result[:, -1])
 
-    def _compensation(self, layer: LinearLayer, found: NormalEquations) -> Tensor:
+    def _compensation(self, layer: LinearLayer, found: NormalEquations, penalty: float) -> Tensor:
         """What to add to the weight (and to the bias, the last column) for the error of the inputs, ``[k, d]``."""
         if not bool(found.gram.isfinite().all() and found.cross.isfinite().all()):
             raise NonFiniteError(f"ridge: {layer.weight}: its inputs or outputs are not finite; check the images")
-        return ridge_regression(found.gram, found.cross, self.penalty).T
+        return ridge_regression(found.gram, found.cross, penalty).T
+
+
+def _mean_square_sum(gram: Tensor, biases: int) -> float:
+    """Mean of the diagonal of a Gram matrix ``[d + biases, d + biases]`` over the d channels; 1 if all are zero."""
+    return float(gram.diagonal()[: len(gram) - biases].mean()) or 1.0
 
 
 def _changed(model: QuantizedModel, layer: LinearLayer) -> list[str]:

@@ -63,6 +63,34 @@ def test_a_layers_new_weights_are_the_regression_of_its_quantized_inputs():
 
 
 @pytest.mark.parametrize("rounding", ["halves", "columns"])
+def test_relative_penalties_do_not_depend_on_the_number_of_images(rounding):
+    chosen, step = teacher("vit"), evolve(STEP, relative=True, rounding=rounding, penalty=2.0, rounding_penalty=0.1)
+    once, twice = (quantized(chosen, "quantization.softmax={type='uniform', bits=4}") for _ in range(2))
+    repair(once, chosen, step, images=images(4))
+    repair(twice, chosen, step, images=images(4).repeat(2, 1, 1, 1))
+    for name, value in parameters(once).items():
+        torch.testing.assert_close(twice.tensors()[name], value, atol=1e-4, rtol=1e-4)
+
+
+def test_a_relative_penalty_is_a_multiple_of_the_mean_sum_of_squares():
+    module = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10)).eval()
+    chosen = teacher_of(module)
+    relative, absolute = quantized(chosen, FLOAT_WEIGHTS), quantized(chosen, FLOAT_WEIGHTS)
+    unit = float(relative.quantizers["2.input"](module[:2](images(60))).square().sum(0).mean())
+    repair(relative, chosen, evolve(STEP, penalty=2.0, relative=True), count=60)
+    repair(absolute, chosen, evolve(STEP, penalty=2.0 * unit), count=60)
+    torch.testing.assert_close(relative.network[2].weight, absolute.network[2].weight)
+
+
+def test_the_rounding_has_a_penalty_of_its_own():
+    chosen, softmax = teacher("vit"), "quantization.softmax={type='uniform', bits=4}"
+    models = [quantized(chosen, softmax) for _ in range(3)]
+    for model, own in zip(models, (None, 1.0, 1e6), strict=True):
+        repair(model, chosen, evolve(STEP, rounding="columns", rounding_penalty=own))
+    assert same(*map(parameters, models[:2])) and not same(*map(parameters, models[1:]))
+
+
+@pytest.mark.parametrize("rounding", ["halves", "columns"])
 @pytest.mark.parametrize("name", ["vit", "swin", "cait", "beit"])
 def test_the_output_comes_nearer_to_the_teachers(name, rounding):
     chosen = teacher(name)
