@@ -43,8 +43,11 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
     }
     _check_quantizers(spec, sites, quantizers)
     model = QuantizedModel(teacher.module, sites, quantizers, leftovers, (), multiplications).to(teacher.device)
-    if spec.gelu is not None and not any(sites[name].maker == GELU for name in quantizers):
+    keys = {_section_key(spec, sites[name]) for name in quantizers}
+    if spec.gelu is not None and "gelu" not in keys:
         model.note("gelu", ["no quantized site has the output of a GELU"])
+    if spec.attention is not None and "attention" not in keys:
+        model.note("attention", ["no quantized site has queries, keys or values of scaled_dot_product_attention"])
     model.note("model", attention_warnings(teacher, model))
     model.note("overrides", _inputs_quantized_earlier(teacher, spec, model))
     return model
@@ -52,7 +55,7 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
 
 def _check_templates(spec: Quantization) -> None:
     problems = []
-    templates = {key: getattr(spec, key) for key in ("weights", "activations", "softmax", "gelu")}
+    templates = {key: getattr(spec, key) for key in ("weights", "activations", "softmax", "attention", "gelu")}
     for key, template in templates.items():
         if template is None:
             continue
@@ -80,8 +83,11 @@ def _check_quantizers(spec: Quantization, sites: dict[str, Site], quantizers: di
 
 def _section_key(spec: Quantization, site: Site) -> str:
     """The key of the quantizer in the section that a site gets a copy of."""
-    rest = "gelu" if spec.gelu is not None and site.maker == GELU else "activations"
-    return {WEIGHT: "weights", SOFTMAX: "softmax"}.get(site.kind, rest)
+    if site.kind in (WEIGHT, SOFTMAX):
+        return {WEIGHT: "weights", SOFTMAX: "softmax"}[site.kind]
+    if spec.attention is not None and site.kind in (QUERY, KEY, VALUE):
+        return "attention"
+    return "gelu" if spec.gelu is not None and site.maker == GELU else "activations"
 
 
 def _new_quantizer(spec: Quantization, site: Site, bits: int | None) -> Quantizer | None:

@@ -113,6 +113,8 @@ class Quantization(Checked):
         weights: quantizer of every weight.
         activations: quantizer of every activation that is not a softmax output.
         softmax: quantizer of attention probabilities.
+        attention: quantizer of queries, keys and values, if it differs from that of the other activations; symmetric
+            where a runtime needs it for integer attention.
         gelu: quantizer of GELU outputs, if it differs from that of the other activations.
         overrides: different bit-widths for some sites.
         budget: chooses the bit-width of each site; without it, sites have the bits of their quantizer.
@@ -123,6 +125,7 @@ class Quantization(Checked):
     weights: Any = component("quantizer")
     activations: Any = component("quantizer")
     softmax: Any = component("quantizer")
+    attention: Any = component("quantizer", default=None)
     gelu: Any = component("quantizer", default=None)
     overrides: tuple[Override, ...] = ()
     budget: Budget | None = None
@@ -147,10 +150,11 @@ class Quantization(Checked):
         """One line for each quantizer whose bits are not those of the label."""
         wanted = self.activations.bits
         softmax = self.softmax if "softmax" in self.placement.kinds else None
+        attention = self.attention if self.placement.kinds & {"query", "key", "value"} else None
         return [
             f"quantization.{key}: {quantizer.bits} bits, but activations have {wanted}; for "
             f"W{self.weights.bits}A{wanted} set {key}.bits = {wanted}"
-            for key, quantizer in (("softmax", softmax), ("gelu", self.gelu))
+            for key, quantizer in (("softmax", softmax), ("attention", attention), ("gelu", self.gelu))
             if quantizer is not None and quantizer.bits != wanted
         ]
 

@@ -270,6 +270,17 @@ def test_gelu_outputs_can_have_a_quantizer_of_their_own():
     assert gated.site_table()["notes"] == ["gelu: no quantized site has the output of a GELU"]
 
 
+def test_queries_keys_and_values_can_have_a_quantizer_of_their_own():
+    model = place(teacher("vit"), back_end("quantization.attention={type='uniform', bits=8, symmetric=true}"))
+    symmetric = {name for name, quantizer in model.quantizers.items() if getattr(quantizer, "symmetric", False)}
+    assert symmetric == {f"blocks.{block}.attn.{leaf}" for block in (0, 1) for leaf in ("query", "key", "value")}
+    assert {model.quantizers[name].bits for name in symmetric} == {8}
+    unseen = place(teacher("swinv2"), back_end("quantization.attention={type='uniform'}"))  # own products
+    assert "attention: no quantized site has queries, keys or values of scaled_dot_product_attention" in (
+        unseen.site_table()["notes"]
+    )
+
+
 def test_bits_that_differ_from_the_label_are_told():
     recipe = {"extends": ["models/vit_fmnist", "images/gaussian_noise", "backends/adalog", "bits/w3a3"]}
     (line,) = load_recipe(recipe).warnings()
