@@ -1,0 +1,23 @@
+"""All passes in their order."""
+
+import onnx_ir as ir
+
+from spdfq.exporters.onnx_graph.activations import folded_factors, late_dequantization, shared
+from spdfq.exporters.onnx_graph.convolutions import convolutions_as_products
+from spdfq.exporters.onnx_graph.storage import four_bit_weights, named_products, stripped
+from spdfq.exporters.onnx_graph.weights import integer_gemms, moved_codes
+
+
+def arranged(model: ir.Model) -> None:
+    """Brings a graph with QuantizeLinear and DequantizeLinear into the form that runtimes fuse, in place."""
+    graph = model.graph
+    named_products(graph)
+    shared(graph)
+    late_dequantization(graph)
+    folded_factors(graph)
+    late_dequantization(graph)  # a factor may have been between a DequantizeLinear and a Transpose
+    convolutions_as_products(graph)
+    moved_codes(graph)
+    integer_gemms(graph)
+    four_bit_weights(graph)
+    stripped(model)
