@@ -6,6 +6,7 @@ from typing import Any
 import click
 from spdfq_cli.bench import bench
 from spdfq_cli.catalogue import init, list_, show
+from spdfq_cli.export import export
 from spdfq_cli.measure import measure
 from spdfq_cli.run import check, evaluate, run
 
@@ -64,5 +65,5 @@ def main() -> None:
     """
 
 
-for command in (run, evaluate, check, list_, show, init, bench, measure):
+for command in (run, evaluate, check, list_, show, init, bench, measure, export):
     main.add_command(command)

@@ -21,6 +21,7 @@ PACKAGES = (
     "spdfq.quantizers",
     "spdfq.quantized",
     "spdfq.backends",
+    "spdfq.exporters",
     "spdfq.data",
     "spdfq.teacher",
     "spdfq.recipe",
@@ -31,6 +32,7 @@ PACKAGES = (
 MODULES = {
     "spdfq.runs.pipeline": ("check", "evaluate_run"),
     "spdfq.runs.inspection": ("measure_runs",),
+    "spdfq.runs.exporting": ("export_run",),
     "spdfq.evaluation.accuracy": ("accuracy", "agreement", "logits_over"),
     "spdfq.evaluation.neighbours": ("nearest_neighbours", "similarity"),
     "spdfq.evaluation.measures": (

@@ -36,6 +36,7 @@ PLACES = {
     "placement": "`placement` of `[quantization]`: which tensors are quantized.",
     "step": "`[[quantization.steps]]`: what calibrates and repairs the quantized model, in order.",
     "dataset": "`dataset` and `bank` of `[evaluation]`, `dataset` of the source `real`: labelled images.",
+    "exporter": "`--format` of `spdfq export`, and `format` of `spdfq.export`: a file format for other software.",
 }
 
 

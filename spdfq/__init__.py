@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spdfq.api import evaluate, quantize, synthesize
+    from spdfq.api import evaluate, export, quantize, synthesize
     from spdfq.errors import SpdfqError
     from spdfq.quantized.checkpoint import load_quantized
     from spdfq.recipe import Recipe, load_recipe
@@ -18,6 +18,7 @@ _HOMES = {
     "SpdfqError": "spdfq.errors",
     "Teacher": "spdfq.teacher",
     "evaluate": "spdfq.api",
+    "export": "spdfq.api",
     "load_quantized": "spdfq.quantized.checkpoint",
     "load_recipe": "spdfq.recipe",
     "load_teacher": "spdfq.teacher",
@@ -31,6 +32,7 @@ __all__ = [
     "SpdfqError",
     "Teacher",
     "evaluate",
+    "export",
     "load_quantized",
     "load_recipe",
     "load_teacher",

@@ -1,7 +1,7 @@
-"""Three stages of a run as functions that take your own teacher: make images, quantize on them, and measure."""
+"""The stages of a run as functions that take your own teacher: make images, quantize on them, measure, and export."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from spdfq.data import LabelledImages
 from spdfq.errors import DataError, ModelError, RecipeError, shown
 from spdfq.evaluation.accuracy import another_order, left_out
 from spdfq.evaluation.evaluator import evaluator_for
+from spdfq.exporters.base import Exporter
+from spdfq.exporters.export import Exported, Softmax, exporter_named, write_export
 from spdfq.quantized.model import QuantizedModel
 from spdfq.recipe import Evaluation, Quantization, Recipe
 from spdfq.recipe.parts import Part, load_part
@@ -185,6 +187,43 @@ def evaluate(
     if found["damaged"]:
         _warn([left_out(tuple(found["damaged"]))])
     return found | {"simulated": any(isinstance(part, QuantizedModel) for part in model.modules())}
+
+
+def export(
+    model: QuantizedModel,
+    teacher: Teacher,
+    path: str | Path,
+    *,
+    format: str | Exporter = "onnx",
+    softmax: Softmax = "float",
+    images: Tensor | None = None,
+    class_names: Sequence[str] = (),
+) -> Exported:
+    """Write a quantized model into a file for other software.
+
+    Args:
+        model: from `quantize` or `load_quantized`; it does not change.
+        teacher: describes the input; its mean, std, size, interpolation and crop are stored in the file.
+        path: of the file; its folder is created.
+        format: ``onnx`` (integers, for onnxruntime and OpenVINO), ``pt2`` (a program of `torch.export` with integer
+            weights) or ``safetensors`` (a float checkpoint with the values of the quantized weights).
+        softmax: what to do with quantizers of activations that are not uniform: ``float`` computes them in float, as
+            in the simulation; ``uniform8`` replaces them by uniform ones of 8 bits, which are integers.
+        images: for ``uniform8``: calibration images ``[n, C, H, W]``, normalised for the teacher.
+        class_names: in the order of the logits, stored in the file.
+
+    Returns:
+        The file, with a line for everything that it does not compute as the quantized model does.
+
+    Raises:
+        SpdfqError: anything the user can fix; the message says where and how.
+    """
+    _check_teacher(teacher)
+    if not isinstance(path, (str, Path)):
+        raise DataError(f"path: expected the path of a file, got {shown(path)}")
+    return write_export(
+        model, teacher, Path(path), exporter_named(format), softmax=softmax, images=images, class_names=class_names
+    )
 
 
 def _evaluation_part(dataset: Any) -> Part:

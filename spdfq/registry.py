@@ -182,6 +182,7 @@ observers = _of_kind("observer", "spdfq.quantizers", "Observer")
 placements = _of_kind("placement", "spdfq.quantized")
 steps = _of_kind("step", "spdfq.backends", "Step")
 datasets = _of_kind("dataset", "spdfq.data", "LabelledImages")
+exporters = _of_kind("exporter", "spdfq.exporters", "Exporter")
 
 
 def registry(kind: str) -> Registry:

@@ -20,7 +20,7 @@ LAYERS = {
     "foundation": {"runtime", "recipe", "attention"},
     "parts": {"teacher", "losses", "quantizers"},
     "stages": {"data", "synth", "quantized"},
-    "back-ends and evaluation": {"backends", "evaluation", "report"},
+    "back-ends and evaluation": {"backends", "evaluation", "exporters", "report"},
     "functions": {"api"},
     "runs": {"runs"},
     "benches": {"bench"},
@@ -122,7 +122,7 @@ def test_no_module_imports_itself_by_way_of_others():
     "statement", ["spdfq.Recipe, spdfq.load_recipe", "import spdfq.recipe", "import spdfq_cli.main", "dir(spdfq)"]
 )
 def test_lean_imports_bring_neither_torch_nor_timm(statement):
-    heavy = "{'torch', 'timm', 'numpy', 'PIL', 'rich'}"
+    heavy = "{'torch', 'timm', 'numpy', 'PIL', 'rich', 'onnx', 'onnxruntime'}"
     code = f"import sys, spdfq; {statement}; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"

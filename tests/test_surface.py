@@ -10,7 +10,8 @@ from spdfq.registry import REGISTRIES
 
 PUBLIC = {
     "spdfq": """
-        Recipe RunResult SpdfqError Teacher evaluate load_quantized load_recipe load_teacher quantize run synthesize
+        Recipe RunResult SpdfqError Teacher evaluate export load_quantized load_recipe load_teacher quantize run
+        synthesize
     """,
     "spdfq.backends": """
         AdaLog AdaRound Blockwise Calibrate Calibration Distill GlobalLocal PowerOfTwoFactors RepQ Ridge Rotate
@@ -18,6 +19,9 @@ PUBLIC = {
     """,
     "spdfq.data": """
         Batch DecodedImages FashionMnist ImageFolder ImageList LabelledImages Parquet WebDataset
+    """,
+    "spdfq.exporters": """
+        DequantizedExporter Exported Exporter OnnxExporter TorchProgramExporter Written write_export
     """,
     "spdfq.losses": """
         AttentionEntropyLoss AttentionPriorLoss CrossEntropyLoss FrequencyConsistencyLoss GaussianMixturePrior
@@ -74,7 +78,7 @@ ALSO_PUBLIC = {
         nearest_neighbours similarity
     """,
     "spdfq.registry": """
-        REGISTRIES Registration Registry augmentations datasets losses observers optimizers placements priors
+        REGISTRIES Registration Registry augmentations datasets exporters losses observers optimizers placements priors
         quantizers registry samplers schedules sources steps targets
     """,
     "spdfq.recipe.structure": """

@@ -216,3 +216,21 @@ def shortened(names: Sequence[str], shown: int = 5) -> str:
     """The first names as text, and how many more there are."""
     more = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def class_names(teacher: Teacher, dataset: Any = None) -> list[str]:
+    """Names of a teacher's classes for people, in the order of its logits; empty if nobody knows them.
+
+    They are the user's (``class_order``), otherwise timm's, unless the images' names are not those of timm, otherwise
+    the names of the images' classes.
+
+    Args:
+        teacher: the model.
+        dataset: labelled images with the same classes.
+    """
+    own = list(getattr(dataset, "label_names", ()))
+    own = own if len(own) == teacher.num_classes else []
+    known = None if teacher.headless else model_classes(teacher)
+    if known is None or (own and (getattr(dataset, "class_order", None) or compared(own, teacher, False, "").doubt)):
+        return own
+    return list(known.descriptions or known.names)

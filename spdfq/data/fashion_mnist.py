@@ -15,6 +15,11 @@ from spdfq.registry import datasets
 from spdfq.teacher import Teacher
 from spdfq.teacher.zoo import data_file
 
+_NAMES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
 
 @datasets.register("fashion_mnist", paper="arXiv:1708.07747")
 @frozen(kw_only=True)
@@ -39,6 +44,11 @@ class FashionMnist(LabelledImages):
     def classes(self) -> int:
         """Number of classes."""
         return 10
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of Zalando's classes."""
+        return _NAMES
 
     def batches(self, teacher: Teacher, batch: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
         """Normalised images ``[b, C, H, W]`` and labels ``[b]``; see `LabelledImages.batches`."""

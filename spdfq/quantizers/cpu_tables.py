@@ -33,7 +33,8 @@ _LARGE = 8 * _TWO_BYTES
 def table_pays(x: Tensor) -> bool:
     """Whether a lookup is faster than the formula: for large tensors on a CPU, unless the code is being exported."""
     on_cpu = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
-    return x.numel() >= _LARGE and on_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    # the number last: while code is exported, asking for it would fix the number of images
+    return on_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and x.numel() >= _LARGE
 
 
 def two_byte_table_pays(x: Tensor) -> bool:

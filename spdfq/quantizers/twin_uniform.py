@@ -90,7 +90,7 @@ class TwinUniformQuantizer(SearchedQuantizer):
         else:
             first = torch.floor(last / ratio) + 1  # smaller coarse values are values of the fine grid too
             on_coarse = fine > (last + first * ratio) / 2
-            fine = bounded(fine, 0, torch.inf)
+            fine = bounded(fine, 0.0, torch.inf)
         # between the two grids, and just below zero, a value is rounded to the end of a grid but its gradient is 1
         coarse_code = self.grid_size + torch.maximum(coarse.round(), first)
         rounded = torch.where(on_coarse, coarse_code, fine.round().clamp(max=last))

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from spdfq.errors import DataError, writing
 from spdfq.report.curves import curves
+from spdfq.report.exports import EXPORTS_FILE, exports_section, known_exports
 from spdfq.report.image_quality import MEASURES_FILE, quality_section
 from spdfq.report.pictures import SHOWN
 from spdfq.report.sites import site_tables
@@ -39,7 +40,8 @@ def write_report(folder: Path) -> Path:
         content = _content(folder, run)
     except KeyError as error:
         raise DataError(
-            f"{folder}: run.json, sites.json or {MEASURES_FILE} lacks {error}; run the recipe again with --fresh"
+            f"{folder}: run.json, sites.json, {EXPORTS_FILE} or {MEASURES_FILE} lacks {error}; run the recipe again "
+            "with --fresh"
         ) from None
     path = folder / "report.html"
     with writing(path):
@@ -79,6 +81,7 @@ def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "images": _encoded(folder / "synthetic.png"),
         "images_caption": _images_caption(run["images"]["count"]),
         "measures": None if measures is None else quality_section(measures),
+        "exports": exports_section(known_exports(folder)),
         "attention": _encoded(folder / "attention.png"),
         "losses": curves(folder / "losses.csv"),
         "stages": _stages(stages),

@@ -18,6 +18,7 @@ from spdfq.quantized.place import place
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.recipe.files import listed
 from spdfq.report import write_pictures, write_report
+from spdfq.report.exports import EXPORTS_FILE
 from spdfq.report.image_quality import MEASURES_FILE
 from spdfq.runs.checks import check_classes, check_fit, checked_teacher, placed, refuse_own_recipe
 from spdfq.runs.finished import check_teacher, finished_recipe, run_record
@@ -328,7 +329,8 @@ class _Run:
         images.save(folder / "synthetic.safetensors")
         with writing(folder, "make its files writable, or choose another --out"):
             write_pictures(folder, images, work.teacher)
-            (folder / MEASURES_FILE).unlink(missing_ok=True)  # measured on the images that were here before
+            for stale in (MEASURES_FILE, EXPORTS_FILE):  # measured on the images and the model that were here before
+                (folder / stale).unlink(missing_ok=True)
             shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
             shutil.copy(stored / "sites.json", folder / "sites.json")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from attrs import asdict
 
+from spdfq.data.classes import class_names
 from spdfq.evaluation.published import compare
 from spdfq.quantized.checkpoint import TENSORS
 from spdfq.recipe import digest
@@ -62,6 +63,7 @@ def facts(
             "num_classes": teacher.num_classes,
             "mean": list(teacher.mean),
             "std": list(teacher.std),
+            "class_names": class_names(teacher, recipe.evaluation.dataset),
         },
         "size": {
             "float": sum(tensor.nbytes for tensor in persistent_tensors(teacher.module).values()),

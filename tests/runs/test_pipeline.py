@@ -71,6 +71,7 @@ def test_run_json_says_what_was_run_and_what_came_of_it(finished, recipe):
     assert record["model"] == {
         **{"name": "bundled:vit_fmnist", "parameters": 678_730, "input_size": [1, 28, 28], "num_classes": 10},
         **{"mean": [0.286], "std": [0.353], "fingerprint": load_teacher(finished.recipe.model).fingerprint()},
+        "class_names": [str(label) for label in range(10)],  # those of the folders
     }
     assert record["images"] == {"type": "optimize", "count": IMAGES, "damaged": []}
     steps = ["calibrate", "blockwise"]

@@ -1,0 +1,62 @@
+"""An ONNX file in onnxruntime, and which of its products are integer kernels."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from spdfq.errors import ModelError, first_line
+from spdfq.exporters.extras import require
+from spdfq.exporters.runtime_models import RuntimeModel, as_tensor
+
+INTEGER_KERNELS = frozenset(
+    {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv", "MatMulInteger", "ConvInteger"}
+)
+"""Operators of onnxruntime's optimised graph that multiply integers."""
+FLOAT_KERNELS = frozenset(
+    {
+        *("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose"),
+        *("Einsum", "Attention", "MultiHeadAttention", "MatMulNBits", "DynamicQuantizeMatMul"),
+    }
+)
+"""Operators that multiply in float, or quantize their input in their own way."""
+
+
+class OnnxRuntimeModel(RuntimeModel):
+    """An ONNX file in onnxruntime on the CPU, with all optimisations and torch's number of threads.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ModelError: onnxruntime cannot read the file.
+        SpdfqError: onnxruntime is not installed.
+    """
+
+    runtime: ClassVar[str] = "onnxruntime"
+
+    def __init__(self, path: Path) -> None:
+        require("onnxruntime", ("onnx", "onnxruntime"), "onnx")
+        import onnx
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        with tempfile.TemporaryDirectory() as folder:
+            optimised = Path(folder) / "optimised.onnx"
+            options.optimized_model_filepath = str(optimised)
+            try:
+                session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime has an exception type for each reason
+                raise ModelError(f"{path}: onnxruntime cannot read it ({first_line(error)}); export it again") from None
+            nodes = onnx.load(str(optimised), load_external_data=False).graph.node
+        integer = sum(node.op_type in INTEGER_KERNELS for node in nodes)
+        floating = [node.name.partition("/")[0] for node in nodes if node.op_type in FLOAT_KERNELS]
+        super().__init__(path, onnxruntime.__version__, integer, floating)
+        self._session: Any = session
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images; see `RuntimeModel.forward`."""
+        return as_tensor(self._session.run(None, {self._session.get_inputs()[0].name: images.numpy()})[0])

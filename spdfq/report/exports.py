@@ -1,0 +1,77 @@
+"""The exported files of a run, as the page shows them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spdfq.errors import DataError
+
+EXPORTS_FILE = "exports.json"
+COLUMNS = ("file", "format", "MB", "runtime", "images", "top-1", "simulated", "agreement", "integer products")
+NUMERIC = ("MB", "images", "top-1", "simulated", "agreement", "integer products")
+
+
+def known_exports(folder: Path) -> dict[str, Any]:
+    """The contents of a run folder's ``exports.json``; empty without the file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = folder / EXPORTS_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: damaged; remove it and export again")
+    return found
+
+
+def exports_section(found: dict[str, Any]) -> dict[str, Any] | None:
+    """The table and the notes of exported files; ``None`` without files.
+
+    Raises:
+        KeyError: an entry lacks a value that every entry has.
+    """
+    if not found:
+        return None
+    rows = [row for name, entry in found.items() for row in _rows(name, entry)]
+    notes = {name: entry["notes"] for name, entry in found.items() if entry["notes"]}
+    floating = [
+        f"{name}, {_runtime(row)}: computed in float: {', '.join(row['float_products'])}"
+        for name, entry in found.items()
+        for row in entry["measured"]
+        if row["float_products"]
+    ]
+    return {"columns": COLUMNS, "numeric": NUMERIC, "rows": rows, "notes": notes, "floating": floating}
+
+
+def _rows(name: str, entry: dict[str, Any]) -> list[tuple[Any, ...]]:
+    start = name, entry["format"], f"{entry['size'] / 1e6:.2f}"
+    if not entry["measured"]:
+        return [(*start, "not measured", "", "", "", "", "")]
+    return [
+        (
+            *start,
+            f"measured in {_runtime(row)}",
+            row["images"],
+            f"{row['top1']:.2f} %",
+            f"{row['simulated_top1']:.2f} %",
+            f"{row['agreement']:.2f} %",
+            products(row),
+        )
+        for row in entry["measured"]
+    ]
+
+
+def _runtime(row: dict[str, Any]) -> str:
+    return f"{row['runtime']} {row['version']}"
+
+
+def products(row: dict[str, Any]) -> str:
+    """How many of the quantized products a runtime computes in integers, and how many it does not show."""
+    integer, every = row["integer_products"], row["products"]
+    if integer is None:
+        return ""
+    hidden = every - integer - len(row["float_products"])
+    return f"{integer} of {every}" + (f", {hidden} not shown by the runtime" if hidden > 0 else "")
