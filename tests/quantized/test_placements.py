@@ -276,8 +276,9 @@ def test_queries_keys_and_values_can_have_a_quantizer_of_their_own():
     assert symmetric == {f"blocks.{block}.attn.{leaf}" for block in (0, 1) for leaf in ("query", "key", "value")}
     assert {model.quantizers[name].bits for name in symmetric} == {8}
     unseen = place(teacher("swinv2"), back_end("quantization.attention={type='uniform'}"))  # own products
-    assert "attention: no quantized site has queries, keys or values of scaled_dot_product_attention" in (
-        unseen.site_table()["notes"]
+    assert (
+        "attention: no quantized site has queries, keys or values of scaled_dot_product_attention"
+        in (unseen.site_table()["notes"])
     )
 
 
