@@ -65,13 +65,14 @@ def evaluate_file(
     found = logits_over(teacher.module, teacher, spec, runtime, f"onnxruntime {file.version}")
     if ranks.leads and (doubt := another_order(found.logits, found.labels)):
         announce(f"warning: {doubt}")
+    simulated = file.metadata.get("simulated")
     return {
         "runtime": "onnxruntime",
         "version": file.version,
         "images": len(found.labels),
         "damaged": list(found.damaged),
         **accuracy(found.logits, found.labels),
-        "simulated": file.metadata.get("simulated"),
+        "simulated": simulated if isinstance(simulated, dict) else None,
     }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from spdfq.errors import DataError, RecipeError
+from spdfq.errors import DataError, RecipeError, shown
 from spdfq.recipe import Recipe, load_recipe
 from spdfq.recipe.files import listed
 from spdfq.recipe.toml import value
@@ -39,6 +39,8 @@ def measured_on(folder: str | Path | None, overrides: Iterable[str]) -> tuple[st
     overrides = listed(overrides)
     if folder is None:
         return overrides
+    if not isinstance(folder, (str, Path)):
+        raise RecipeError([f"on: expected the path of a folder, got {shown(folder)}"])
     if other := [line for line in overrides if line.partition("=")[0].strip() in ("evaluation", "evaluation.dataset")]:
         raise RecipeError(
             [f"--set {line}: --on {folder} says what to measure on; leave one of them out" for line in other]

@@ -1,12 +1,17 @@
 """Exported files where torch, timm and onnx are not installed."""
 
+import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 from support.data import RED, encoded
 from support.docs import DOCS, blocks
 from support.onnx_files import write_file
+
+from spdfq.inference import load
 
 BLOCKED = (
     "torch",
@@ -33,6 +38,11 @@ def run(folder, code, *blocked):
     """Run code in a new process in a folder; importing what is blocked fails as if it were not installed."""
     start = f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
     return subprocess.run([sys.executable, "-c", start + code], cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def page_lines():
+    (code,) = (found for found in blocks(DOCS / "predict.md", "python") if "import onnxruntime" in found)
+    return code
 
 
 def command(*arguments):
@@ -68,6 +78,19 @@ def test_without_onnxruntime_there_is_one_line_with_the_remedy(folder):
 
 
 def test_the_pages_lines_without_spdfq_give_the_same_label(folder):
-    (code,) = (found for found in blocks(DOCS / "predict.md", "python") if "import onnxruntime" in found)
-    done = run(folder, code, *BLOCKED, "spdfq")
+    done = run(folder, page_lines(), *BLOCKED, "spdfq")
     assert (done.stdout, done.returncode) == ("red\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("size", [(31, 47), (50, 20), (8, 8)])
+@pytest.mark.parametrize("crop_pct", [0.8, 1.0])
+def test_the_pages_lines_prepare_an_image_as_the_library_does(folder, size, crop_pct, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "photo.jpg")
+    write_file(folder / "model.onnx", crop_pct=crop_pct, interpolation="bicubic")
+    (folder / "script.py").write_text(page_lines())
+    monkeypatch.chdir(folder)
+    found = runpy.run_path("script.py")["images"]
+    with Image.open("photo.jpg") as photo:
+        expected = load("model.onnx").preprocessing(photo)[None]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)

@@ -56,6 +56,8 @@ def test_the_classes_are_compared_with_those_of_the_file(file, val, tmp_path):
         evaluate_file(turned, val)
     order = ["evaluation.dataset.class_order=['red', 'grey']"]
     assert evaluate_file(turned, val, overrides=order)["top1"] == 25.0
+    with pytest.raises(SpdfqError, match="on: expected the path of a folder, got 3"):
+        evaluate_file(file, 3)
     said = []
     assert evaluate_file(file, val, overrides=order, announce=said.append)["top1"] == 25.0
     assert said == [
