@@ -13,18 +13,7 @@ from support.onnx_files import write_file
 
 from spdfq.inference import load
 
-BLOCKED = (
-    "torch",
-    "timm",
-    "torchvision",
-    "onnx",
-    "onnxscript",
-    "einops",
-    "safetensors",
-    "tomlkit",
-    "jinja2",
-    "filelock",
-)
+BLOCKED = ["torch", "timm", "onnx", "einops", "safetensors", "tomlkit", "filelock", "rich"]
 
 
 @pytest.fixture
