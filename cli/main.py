@@ -8,11 +8,21 @@ from spdfq_cli.bench import bench
 from spdfq_cli.catalogue import init, list_, show
 from spdfq_cli.export import export
 from spdfq_cli.measure import measure
+from spdfq_cli.predict import predict
 from spdfq_cli.run import check, evaluate, run
 
 from spdfq.errors import SpdfqError, is_out_of_memory
 
 INTERRUPTED = 130
+_DEPENDENCIES = {
+    "torch",
+    "timm",
+    "einops",
+    "jinja2",
+    "safetensors",
+    "tomlkit",
+    "filelock",
+}  # not of `predict` on a file
 _LESS_MEMORY = "lower synthesis.images or synthesis.group, or the batch of a step or of the evaluation"
 
 
@@ -37,6 +47,11 @@ class Commands(click.Group):
             ctx.exit(2)
         except BrokenPipeError:
             raise  # the reader of the output has closed it; click exits without a message
+        except ModuleNotFoundError as error:
+            if error.name not in _DEPENDENCIES:
+                raise
+            click.echo(f"error: needs {error.name}, which is not installed: pip install spdfq", err=True)
+            ctx.exit(2)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -65,5 +80,5 @@ def main() -> None:
     """
 
 
-for command in (run, evaluate, check, list_, show, init, bench, measure, export):
+for command in (run, evaluate, check, list_, show, init, bench, measure, export, predict):
     main.add_command(command)

@@ -52,21 +52,28 @@ def run(
 
 
 @click.command()
-@click.argument("folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("measured", metavar="RUN|FILE.onnx", type=click.Path(path_type=Path))
+@click.option("--on", metavar="DIR", type=click.Path(path_type=Path), help="A folder with a subfolder for each class.")
 @options.overrides
 @options.device
 @options.quiet
 @options.as_json
-def evaluate(folder: Path, overrides: tuple[str, ...], device: str | None, quiet: bool, as_json: bool) -> None:
-    """Measure a finished run again.
+def evaluate(
+    measured: Path, on: Path | None, overrides: tuple[str, ...], device: str | None, quiet: bool, as_json: bool
+) -> None:
+    """Measure a finished run again, or an exported file.
 
-    With --set on other images, for example --set 'evaluation.dataset={type="image_folder", root="val"}'.
+    A run is simulated, on its own images unless --on or --set names others. A file is run in onnxruntime, on the images
+    that --on or --set names, for example --set 'evaluation.dataset={type="image_list", root="val", labels="val.txt"}'.
     """
     from spdfq.runs import pipeline
+    from spdfq.runs.evaluate_file import evaluate_file
     from spdfq.runtime.ranks import join
 
-    metrics = pipeline.evaluate_run(
-        folder,
+    is_run = measured.is_dir() or not measured.suffix
+    metrics = (pipeline.evaluate_run if is_run else evaluate_file)(
+        measured,
+        on=on,
         overrides=overrides,
         device=device,
         progress=options.progress(quiet),
@@ -75,9 +82,9 @@ def evaluate(folder: Path, overrides: tuple[str, ...], device: str | None, quiet
     if not join().leads:
         return
     if as_json:
-        options.print_json({"folder": str(folder), "metrics": metrics})
+        options.print_json({"folder" if is_run else "file": str(measured), "metrics": metrics})
     else:
-        click.echo("\n".join(accuracy(metrics)))
+        click.echo("\n".join(accuracy(metrics) if is_run else measured_in_runtime(measured, metrics)))
 
 
 @click.command()
@@ -126,6 +133,22 @@ def accuracy(metrics: dict[str, Any]) -> list[str]:
         f"agreement  {metrics['agreement']:.2f} % of the images get the same first class",
         *([] if close is None else [f"similarity {close:.4f} mean cosine of quantized to full-precision features"]),
         *([f"damaged    {left_out(damaged)}"] if damaged else []),
+    ]
+
+
+def measured_in_runtime(file: Path, metrics: dict[str, Any]) -> list[str]:
+    """The accuracy of an exported file."""
+    from spdfq.evaluation.accuracy import left_out
+
+    where = f"measured in {metrics['runtime']} {metrics['version']}, {metrics['images']} images"
+    simulated = metrics["simulated"] or {}
+    said = simulated.get("top1") is not None
+    return [
+        f"file       {file}",
+        f"top-1      {metrics['top1']:.2f} % {where}",
+        *([f"top-5      {metrics['top5']:.2f} %"] if "top5" in metrics else []),
+        *([f"simulated  {simulated['top1']:.2f} % top-1 in its run, {simulated['images']} images"] if said else []),
+        *([f"damaged    {left_out(metrics['damaged'])}"] if metrics["damaged"] else []),
     ]
 
 

@@ -22,6 +22,7 @@ PACKAGES = (
     "spdfq.quantized",
     "spdfq.backends",
     "spdfq.exporters",
+    "spdfq.inference",
     "spdfq.data",
     "spdfq.teacher",
     "spdfq.recipe",
@@ -33,6 +34,8 @@ MODULES = {
     "spdfq.runs.pipeline": ("check", "evaluate_run"),
     "spdfq.runs.inspection": ("measure_runs",),
     "spdfq.runs.exporting": ("export_run",),
+    "spdfq.runs.evaluate_file": ("evaluate_file",),
+    "spdfq.runs.predicting": ("load_run",),
     "spdfq.evaluation.accuracy": ("accuracy", "agreement", "logits_over"),
     "spdfq.evaluation.neighbours": ("nearest_neighbours", "similarity"),
     "spdfq.evaluation.measures": (

@@ -23,6 +23,9 @@ PUBLIC = {
     "spdfq.exporters": """
         DequantizedExporter Exported Exporter OnnxExporter TorchProgramExporter Written write_export
     """,
+    "spdfq.inference": """
+        Classified Classifier Prediction Preprocessing image_files load
+    """,
     "spdfq.losses": """
         AttentionEntropyLoss AttentionPriorLoss CrossEntropyLoss FrequencyConsistencyLoss GaussianMixturePrior
         HeadSimilarityLoss LaplacePrior Loss LossInputs MapPictures MaskedAttentionAlignmentLoss PatchContrastLoss

@@ -130,7 +130,7 @@ def _imagenet(subset: str) -> ModelClasses:
 def _plain(name: str) -> str:
     """A name as it is compared: the synset it begins with, or its words without capital letters."""
     synset = _SYNSET.match(name)
-    return synset[0] if synset else " ".join(name.lower().replace("_", " ").split())
+    return synset[0] if synset else " ".join(re.split(r"[\s_/]+", name.lower().strip()))  # no folder is named a/b
 
 
 @frozen

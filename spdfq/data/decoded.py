@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -17,20 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from spdfq.data.base import Batch, LabelledImages
 from spdfq.data.shards import stamp
-from spdfq.errors import DataError, first_line
+from spdfq.errors import DataError
+from spdfq.inference.image_files import read_image
 from spdfq.registry import datasets
 from spdfq.teacher import Teacher
-
-_RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow opens these formats, but cannot load their pixels
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """File name suffixes of the formats that the installed Pillow reads, in lower case."""
-    from PIL import Image
-
-    known, readable = Image.registered_extensions(), Image.OPEN.keys() - _RECOGNISED_ONLY
-    return frozenset(suffix for suffix, kind in known.items() if kind in readable)
 
 
 @frozen
@@ -202,18 +191,11 @@ class _DecodedDataset(Dataset):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
-        from PIL import Image, UnidentifiedImageError
-
         entry = self.entries[index]
         try:
-            with Image.open(self.read(entry.location)) as image:
-                return self.transform(image), entry.label
-        except UnidentifiedImageError:
-            return Unreadable(entry.name, "not an image format that Pillow knows")
+            return read_image(lambda: self.read(entry.location), self.transform), entry.label
         except DataError as error:
             return Unreadable(entry.name, str(error))
-        except Exception as error:  # decoders raise all kinds of errors for broken data
-            return Unreadable(entry.name, first_line(error))
 
     def collate(self, items: list[tuple[Tensor, int] | Unreadable]) -> tuple[Tensor, Tensor, list[Unreadable]]:
         """Images ``[b, C, H, W]`` and labels ``[b]`` of the readable items, and the unreadable items."""

@@ -1,16 +1,16 @@
 """Images in folders: a subfolder for each class, or one folder and a file of labels."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from attrs import frozen
 
 from spdfq.data.classes import ClassOrder, as_characters, model_classes, numbered
-from spdfq.data.decoded import DecodedImages, Entry, image_suffixes
+from spdfq.data.decoded import DecodedImages, Entry
 from spdfq.data.imagenet import synsets
 from spdfq.data.labels import Labels, read_labels
 from spdfq.errors import DataError, MissingDataError
+from spdfq.inference.image_files import images_below, unbroken
 from spdfq.registry import datasets
 from spdfq.teacher import Teacher
 
@@ -63,7 +63,7 @@ class ImageFolder(DecodedImages):
             Entry(str(path.relative_to(self.root)), label, path)
             for label, name in enumerate(self.class_names)
             if name in folders
-            for path in sorted(_images(folders[name]))
+            for path in sorted(images_below(folders[name], "image_folder"))
         ]
         if not found:
             raise DataError(
@@ -74,7 +74,7 @@ class ImageFolder(DecodedImages):
 
     def _folders(self) -> list[Path]:
         found = [path for path in _folder("image_folder", self.root).iterdir() if not path.name.startswith(".")]
-        return [path for path in found if _unbroken(path).is_dir()]
+        return [path for path in found if unbroken(path, "image_folder").is_dir()]
 
 
 @datasets.register("image_list")
@@ -118,38 +118,6 @@ class ImageList(DecodedImages):
 
     def _read(self) -> Labels:
         return read_labels(Path(self.labels))
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    """All images below a folder and the folders that links in it lead to, without hidden ones.
-
-    A folder that is met again, as in a loop of links, is not read twice. A folder without read permission, and a link
-    that leads nowhere and may stand for a folder, are errors, not empty.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    met = {os.path.realpath(path) for path in (folder, *folder.absolute().parents)}
-    for above, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        visible = sorted((name for name in folders if not name.startswith(".")), reverse=True)
-        found = {os.path.realpath(os.path.join(above, name)): name for name in visible}
-        folders[:] = [name for real, name in found.items() if real not in met]
-        met |= found.keys()
-        for path in (Path(above, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in image_suffixes():
-                yield path
-            else:
-                _unbroken(path)
-
-
-def _unbroken(path: Path) -> Path:
-    """The path itself; a link that leads nowhere is an error, because it may stand for a folder of images."""
-    if path.is_symlink() and not path.exists():
-        raise DataError(
-            f"image_folder: {path}: is a link to {os.readlink(path)}, which does not exist; mend or remove it"
-        )
-    return path
 
 
 def _folder(title: str, root: str) -> Path:

@@ -9,10 +9,11 @@ from typing import Any
 
 from attrs import frozen
 
-from spdfq.data.decoded import DecodedImages, Entry, image_suffixes
+from spdfq.data.decoded import DecodedImages, Entry
 from spdfq.data.labels import class_number
 from spdfq.data.shards import matching_files, stamp
 from spdfq.errors import DataError
+from spdfq.inference.image_files import image_suffixes
 from spdfq.registry import datasets
 
 

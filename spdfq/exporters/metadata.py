@@ -31,6 +31,7 @@ def described(teacher: Teacher, class_names: Sequence[str], more: dict[str, Any]
     entries = {
         "model": teacher.name,
         "class_names": list(class_names),
+        "num_classes": teacher.num_classes,
         "mean": list(teacher.mean),
         "std": list(teacher.std),
         "size": [height, width],

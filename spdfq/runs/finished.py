@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from spdfq.errors import DataError, RecipeError
+from spdfq.errors import DataError, RecipeError, shown
 from spdfq.recipe import Recipe, load_recipe
 from spdfq.recipe.files import listed
+from spdfq.recipe.toml import value
 
 
 def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -23,6 +24,28 @@ def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe
     if not path.is_file():
         raise RecipeError([f"{folder}: not a run folder (it holds no recipe.toml); give the folder a run printed"])
     return load_recipe(str(path), overrides)
+
+
+def measured_on(folder: str | Path | None, overrides: Iterable[str]) -> tuple[str, ...]:
+    """Overrides with the one that measures on a folder with a subfolder of images for each class.
+
+    Args:
+        folder: ``None`` for the overrides alone.
+        overrides: further ones, such as ``evaluation.dataset.limit=500``.
+
+    Raises:
+        RecipeError: the overrides name another dataset.
+    """
+    overrides = listed(overrides)
+    if folder is None:
+        return overrides
+    if not isinstance(folder, (str, Path)):
+        raise RecipeError([f"on: expected the path of a folder, got {shown(folder)}"])
+    if other := [line for line in overrides if line.partition("=")[0].strip() in ("evaluation", "evaluation.dataset")]:
+        raise RecipeError(
+            [f"--set {line}: --on {folder} says what to measure on; leave one of them out" for line in other]
+        )
+    return (f"evaluation.dataset={value({'type': 'image_folder', 'root': str(folder)})}", *overrides)
 
 
 def check_teacher(folder: str | Path, found: dict[str, Any], fingerprint: str) -> None:

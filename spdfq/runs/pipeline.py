@@ -21,7 +21,7 @@ from spdfq.report import write_pictures, write_report
 from spdfq.report.exports import EXPORTS_FILE
 from spdfq.report.image_quality import MEASURES_FILE
 from spdfq.runs.checks import check_classes, check_fit, checked_teacher, placed, refuse_own_recipe
-from spdfq.runs.finished import check_teacher, finished_recipe, run_record
+from spdfq.runs.finished import check_teacher, finished_recipe, measured_on, run_record
 from spdfq.runs.forecast import Forecast
 from spdfq.runs.record import facts, now
 from spdfq.runs.stages import (
@@ -164,6 +164,7 @@ def check_and_count(
 @own_threads()
 def evaluate_run(
     folder: str | Path,
+    on: str | Path | None = None,
     *,
     overrides: Iterable[str] = (),
     device: str | None = None,
@@ -176,6 +177,7 @@ def evaluate_run(
 
     Args:
         folder: of a finished run.
+        on: a folder with a subfolder of images for each class, instead of the run's own images.
         overrides: ``evaluation.key=value`` or ``runtime.key=value`` pairs; the model itself does not change.
         device: replaces ``runtime.device``.
         progress: as in `spdfq.synthesize`.
@@ -187,7 +189,7 @@ def evaluate_run(
     Raises:
         SpdfqError: anything the user can fix; the message says where and how.
     """
-    recipe = finished_recipe(folder, overrides)
+    recipe = finished_recipe(folder, measured_on(on, overrides))
     spec, ranks = recipe.evaluation, join()
     model, _, _ = load_checkpoint(Path(folder) / "quantized")
     runtime = make_runtime(recipe.runtime, recipe.seed, device, pick_progress(progress), ranks)

@@ -9,12 +9,8 @@ import torch
 from torch import nn
 
 from spdfq.errors import ModelError, shown
+from spdfq.inference.preprocessing import CROP_MODES, INTERPOLATIONS, LARGEST_CROP
 from spdfq.teacher.state import check_dense
-
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-CROP_MODES = ("center", "squash", "border")
-# timm's largest is 1.15
-_LARGEST_CROP = 2
 
 
 def mean_of_channels(values: Any) -> tuple[float, ...]:
@@ -95,7 +91,7 @@ def check_description(teacher: Any) -> None:
             f"{shown(classes)}"
         )
     real = isinstance(crop, Real) and not isinstance(crop, bool) and math.isfinite(crop)
-    if not real or not 0 < crop <= _LARGEST_CROP:
+    if not real or not 0 < crop <= LARGEST_CROP:
         raise ModelError(f"{name}: crop_pct must be a share of the image such as 0.875, got {shown(crop)}")
     for key, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
         if getattr(teacher, key) not in known:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from spdfq.attention import watchable
 from spdfq.errors import DataError, ModelError, first_line, shown
+from spdfq.inference.pixels import MODES
 from spdfq.recipe import ModelSpec
 from spdfq.runtime.shared_modules import as_written, held
 from spdfq.teacher.architectures import build
 from spdfq.teacher.description import check_description, check_module, mean_of_channels, std_of_channels
 from spdfq.teacher.forward import device_of, evaluation_mode, returning_tensor
 from spdfq.teacher.state import check_dense, extra_states
-from spdfq.teacher.transform import MODES, ImageTransform
+from spdfq.teacher.transform import ImageTransform
 
 
 @define(eq=False)

@@ -1,0 +1,60 @@
+"""The labels that a finished run gives to images, simulated or with its exported file."""
+
+import json
+import shutil
+
+import pytest
+from support.commands import spdfq
+
+from spdfq.errors import DataError, RecipeError
+from spdfq.inference import image_files
+from spdfq.runs.exporting import export_run
+from spdfq.runs.predicting import load_run
+
+
+@pytest.fixture(scope="module")
+def simulated(finished):
+    return load_run(finished.folder)
+
+
+def first_labels(classifier, photos):
+    return [each.predictions[0].label for each in classifier.classify(image_files([photos]), top=1)]
+
+
+def test_a_run_without_an_exported_file_is_simulated(finished, simulated, photos):
+    assert simulated.computed == "simulated"
+    assert simulated.class_names == [str(label) for label in range(10)]
+    shown = [path.parent.name for path in image_files([photos])]
+    right = [label == name for label, name in zip(first_labels(simulated, photos), shown, strict=True)]
+    assert 100 * sum(right) / len(right) == finished.metrics["quantized"]["top1"]
+    done = spdfq("predict", finished.folder, photos / "3", "--top", "2")
+    assert done.exit_code == 0, done.output
+    model, image, *rows = done.stdout.splitlines()
+    assert model == f"model  {finished.folder}, simulated: quantized values, computed in float"
+    assert image == str(photos / "3/0.png")
+    best = simulated(photos / "3/0.png", top=2)
+    assert rows == [f"{100 * each.probability:6.2f} %  {each.label}" for each in best]
+
+
+def test_a_run_with_an_exported_file_uses_it(finished, simulated, photos, tmp_path):
+    export_run(finished.folder, out=tmp_path / "elsewhere.onnx")
+    model = load_run(finished.folder)
+    assert (model.source, model.computed.partition(" ")[0]) == (str(tmp_path / "elsewhere.onnx"), "onnxruntime")
+    same = [a == b for a, b in zip(first_labels(model, photos), first_labels(simulated, photos), strict=True)]
+    assert sum(same) >= 8
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "recipe_digest": "another"}))
+    with pytest.raises(DataError, match=r"elsewhere.onnx: is of another run; export this run again"):
+        load_run(folder)
+    (tmp_path / "elsewhere.onnx").unlink()
+    assert load_run(finished.folder).computed == "simulated"
+    (finished.folder / "exports.json").unlink()
+
+
+def test_a_folder_that_is_no_finished_run_is_refused(finished, tmp_path):
+    with pytest.raises(RecipeError, match="not a run folder"):
+        load_run(tmp_path)
+    (tmp_path / "recipe.toml").write_bytes((finished.folder / "recipe.toml").read_bytes())
+    with pytest.raises(DataError, match=r"has no run.json; give a finished run"):
+        load_run(tmp_path)
