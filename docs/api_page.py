@@ -22,6 +22,7 @@ PACKAGES = (
     "spdfq.quantized",
     "spdfq.backends",
     "spdfq.exporters",
+    "spdfq.calibration_data",
     "spdfq.data",
     "spdfq.teacher",
     "spdfq.recipe",
