@@ -34,6 +34,8 @@ MODULES = {
     "spdfq.runs.pipeline": ("check", "evaluate_run"),
     "spdfq.runs.inspection": ("measure_runs",),
     "spdfq.runs.exporting": ("export_run",),
+    "spdfq.runs.calibration_images": ("export_images",),
+    "spdfq.runs.card": ("card_run",),
     "spdfq.evaluation.accuracy": ("accuracy", "agreement", "logits_over"),
     "spdfq.evaluation.neighbours": ("nearest_neighbours", "similarity"),
     "spdfq.evaluation.measures": (

@@ -15,6 +15,11 @@ from spdfq.errors import DataError, SpdfqError, shown
 Array = NDArray[np.float32]
 
 
+def _array(images: Any) -> Any:
+    """A tensor as an array; anything else as it is."""
+    return images.detach().cpu().numpy() if hasattr(images, "detach") else images
+
+
 def _of_channels(values: Any) -> Array:
     try:
         return np.asarray(values, dtype=np.float32).reshape(-1)
@@ -36,14 +41,12 @@ class CalibrationImages:
         DataError: not images of that shape, or not numbers.
     """
 
-    images: Array = field(repr=False)
+    images: Array = field(converter=_array, repr=False)
     mean: Array = field(converter=_of_channels)
     std: Array = field(converter=_of_channels)
     source: str = field(default="images", repr=False)
 
     def __attrs_post_init__(self) -> None:
-        if hasattr(self.images, "detach"):
-            self.images = self.images.detach().cpu().numpy()
         if not isinstance(self.images, np.ndarray) or self.images.dtype != np.float32 or self.images.ndim != 4:
             found = self.images if not isinstance(self.images, np.ndarray) else _kind(self.images)
             raise DataError(f"{self.source}: expected float32 images [n, C, H, W], got {_said(found)}")

@@ -1,10 +1,12 @@
 """What other tools get from the readers, checked against those tools where they are installed."""
 
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from support.docs import DOCS, blocks
 from support.teachers import tiny_teacher
 
 from spdfq.calibration_data import CalibrationImages
@@ -60,6 +62,7 @@ def float_file(tmp_path_factory):
         dynamo=True,
         input_names=["x"],
         dynamic_shapes=(batch,),
+        external_data=False,
         verbose=False,
     )
     return path
@@ -74,6 +77,15 @@ def test_onnxruntime_quantizes_a_model_with_the_reader(float_file, tmp_path, opt
 
     session = onnxruntime.InferenceSession(tmp_path / "int8.onnx", providers=["CPUExecutionProvider"])
     assert session.run(None, {"x": sample().images})[0].shape == (5, 3)
+
+
+def test_the_example_of_the_page_for_onnxruntime_runs(float_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(float_file, "float.onnx")
+    sample().save("calibration.npz")
+    (code,) = (found for found in blocks(DOCS / "other-tools.md", "python") if "quantize_static" in found)
+    exec(code, {})
+    assert (tmp_path / "int8.onnx").is_file()
 
 
 def test_batches_are_tensors_and_can_be_asked_for_again():
