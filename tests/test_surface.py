@@ -24,7 +24,7 @@ PUBLIC = {
         Batch DecodedImages FashionMnist ImageFolder ImageList LabelledImages Parquet WebDataset
     """,
     "spdfq.exporters": """
-        DequantizedExporter Exported Exporter OnnxExporter TorchProgramExporter write_export
+        DequantizedExporter Exported Exporter OnnxExporter TorchProgramExporter Written write_export
     """,
     "spdfq.losses": """
         AttentionEntropyLoss AttentionPriorLoss CrossEntropyLoss FrequencyConsistencyLoss GaussianMixturePrior

@@ -6,6 +6,7 @@ python tools/support_matrix.py --only swin    # only the rows of matching famili
 
 import argparse
 import copy
+import json
 import os
 import re
 import sys
@@ -36,6 +37,9 @@ from spdfq.teacher import Teacher
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "models.md"
 CHECKS = ("sites", "float logits", "W8A8", "attention", "synthesis", "checkpoint", "rotate")
+# measured by export_matrix.py
+EXPORTS = DOCS / "export-matrix.json"
+COLUMNS = ("exports", "integer products", "agreement")
 RUNTIME = Runtime(seed=0)
 RECIPE = {"extends": ["models/vit_fmnist", "backends/blockwise"]}
 _MINMAX = "quantization.steps=[{type='calibrate', observer='minmax', weight_observer='minmax'}]"
@@ -198,19 +202,26 @@ def _one_step(teacher: Teacher, recorded: bool) -> str:
 
 def table(rows: list[Row]) -> str:
     """The Markdown table, one row per family."""
-    lines = [
-        f"| family | member | {' | '.join(CHECKS)} | multiplications in float | float products | why not |",
-        "| --- " * (len(CHECKS) + 5) + "|",
-    ]
-    return "\n".join([*lines, *map(line, rows)])
+    head = ("family", "member", *CHECKS, *COLUMNS, "multiplications in float", "float products", "why not")
+    return "\n".join([f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *map(line, rows)])
 
 
 def line(row: Row) -> str:
     """The row of one family."""
-    cells = [row.found.get(check, "**no**") for check in CHECKS]
+    cells = [*(row.found.get(check, "**no**") for check in CHECKS), *_exported(row.family)[0]]
     notes = [re.sub(r" of .*: not rotated", ": not rotated", note) for note in row.notes]
-    why = "; ".join(dict.fromkeys([*row.why.values(), *notes]))
+    why = "; ".join(dict.fromkeys([*row.why.values(), *notes, *_exported(row.family)[1]]))
     return f"{_start(row.family)} {' | '.join(cells)} | {row.in_float} | {len(row.leftovers)} | {why} |"
+
+
+def _exported(family: Family) -> tuple[list[str], list[str]]:
+    """The cells of the columns on exports, and the reasons for what is missing."""
+    known = json.loads(EXPORTS.read_text(encoding="utf-8")) if EXPORTS.is_file() else {}
+    found = known.get(family.member, {})
+    why = [f"export: {found['why']}"] if "why" in found else []
+    if found.get("float_products"):
+        why.append(f"export: in float: {', '.join(found['float_products'])}")
+    return [found.get(column, "–" if found else "not measured") for column in COLUMNS], why
 
 
 def _start(family: Family) -> str:
@@ -218,11 +229,26 @@ def _start(family: Family) -> str:
 
 
 def replaced(page: str, rows: list[Row]) -> str:
-    """The page's table with the rows of these families replaced or added."""
+    """The page's table with the rows of these families replaced or added, and all cells on exports."""
     head, old, new = table([]), page.splitlines(), {_start(row.family): line(row) for row in rows}
-    starts = [_start(family) for family in FAMILIES]
-    kept = {start: text for start in starts for text in old if text.startswith(start)} | new
+    starts = {_start(family): family for family in FAMILIES}
+    kept = {start: _renewed(text, starts[start], old[0]) for start in starts for text in old if text.startswith(start)}
+    kept |= new
     return "\n".join([head, *(kept[start] for start in starts if start in kept)])
+
+
+def _renewed(text: str, family: Family, head: str) -> str:
+    """An old row with the cells on exports that are known now."""
+    old = dict(zip(_cells(head), _cells(text), strict=True))
+    cells, why = _exported(family)
+    found = {**old, **dict(zip(COLUMNS, cells, strict=True))}
+    reasons = [reason for reason in old["why not"].split("; ") if reason and not reason.startswith("export: ")]
+    found["why not"] = "; ".join([*reasons, *why])
+    return f"| {' | '.join(found[name] for name in _cells(table([]).splitlines()[0]))} |"
+
+
+def _cells(text: str) -> list[str]:
+    return [cell.strip() for cell in text.strip().removeprefix("|").removesuffix("|").split("|")]
 
 
 def main() -> None:

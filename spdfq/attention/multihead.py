@@ -76,7 +76,7 @@ def multi_head_attention(
         query, key, value = _each(lambda states: states[:, None], query, key, value)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
     query, key, value = _each(lambda states: states.transpose(0, 1), query, key, value)
-    batch, keys = len(query), key.shape[1]
+    batch, keys = query.shape[0], key.shape[1]  # len() would fix the number of images of an exported program
     causal = is_causal and key_padding_mask is None and not need_weights  # as in torch, the hint replaces the mask
     mask = None if causal else _joined_mask(attn_mask, key_padding_mask, batch, query.dtype)
     if use_separate_proj_weight:

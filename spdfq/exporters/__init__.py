@@ -4,6 +4,7 @@ To add a format, write a new file with a registered class and add one import lin
 """
 
 from spdfq.exporters.base import Exporter as Exporter
+from spdfq.exporters.base import Written as Written
 from spdfq.exporters.dequantized import DequantizedExporter as DequantizedExporter
 from spdfq.exporters.export import Exported as Exported
 from spdfq.exporters.export import write_export as write_export

@@ -5,11 +5,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from attrs import field, frozen
+
 from spdfq.exporters.extras import require
 from spdfq.exporters.runtime_models import RuntimeModel
 from spdfq.quantized.model import QuantizedModel
 from spdfq.recipe.structure import Checked
 from spdfq.teacher import Teacher
+
+
+@frozen
+class Written:
+    """What an exporter says about a file that it wrote.
+
+    Args:
+        notes: a line for everything that the file does not compute as the quantized model does.
+        constant_products: names of products that do not depend on the images and were computed once, for the file.
+    """
+
+    notes: list[str]
+    constant_products: list[str] = field(factory=list)
 
 
 class Exporter(Checked, ABC):
@@ -27,7 +42,7 @@ class Exporter(Checked, ABC):
     packages: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def write(self, model: QuantizedModel, teacher: Teacher, path: Path, metadata: dict[str, str]) -> list[str]:
+    def write(self, model: QuantizedModel, teacher: Teacher, path: Path, metadata: dict[str, str]) -> Written:
         """Write the file, completely or not at all.
 
         Args:
@@ -35,9 +50,6 @@ class Exporter(Checked, ABC):
             teacher: describes the input.
             path: of the file; its folder exists.
             metadata: what the file says about itself, by key: JSON texts.
-
-        Returns:
-            A line for everything that the file does not compute as the quantized model does.
 
         Raises:
             ModelError: the model cannot be written in this format; the message names the module.

@@ -7,7 +7,7 @@ import torch
 from attrs import frozen
 
 from spdfq.errors import ModelError
-from spdfq.exporters.base import Exporter
+from spdfq.exporters.base import Exporter, Written
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT
 from spdfq.registry import exporters
@@ -29,7 +29,7 @@ class DequantizedExporter(Exporter):
     suffix: ClassVar[str] = ".safetensors"
 
     @torch.no_grad()
-    def write(self, model: QuantizedModel, teacher: Teacher, path: Path, metadata: dict[str, str]) -> list[str]:
+    def write(self, model: QuantizedModel, teacher: Teacher, path: Path, metadata: dict[str, str]) -> Written:
         """Write the file; see `Exporter.write`."""
         _check(model)
         weights = set(model.weight_names())
@@ -39,7 +39,7 @@ class DequantizedExporter(Exporter):
         }
         write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, metadata)
         count = len(model.quantizers) - len(weights)
-        return [f"{count} activations are not quantized: the file holds weights only"] if count else []
+        return Written([f"{count} activations are not quantized: the file holds weights only"] if count else [])
 
 
 def _check(model: QuantizedModel) -> None:

@@ -1,9 +1,11 @@
 """Write a quantized model with an exporter."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from attrs import field, frozen
 from torch import Tensor
 
@@ -30,6 +32,7 @@ class Exported:
         size: of the file in bytes.
         notes: a line for everything that the file does not compute as the quantized model does, and for integers that
             are stored in a wider type.
+        constant_products: names of quantized products that do not depend on the images, computed once for the file.
         model: the quantized model that the file holds: the given one, or the one with 8-bit uniform activations.
     """
 
@@ -37,6 +40,7 @@ class Exported:
     format: str
     size: int
     notes: list[str]
+    constant_products: list[str]
     model: QuantizedModel = field(repr=False)
 
 
@@ -83,14 +87,17 @@ def write_export(
     if path.is_dir():
         raise SpdfqError(f"{path}: is a folder; give the name of a file, such as {path / f'model{exporter.suffix}'}")
     model.check_calibrated()
+    if next(model.parameters(), torch.empty(0)).device.type != "cpu":
+        model = copy.deepcopy(model).cpu()  # files are written and checked on the CPU
     changed, lines = model, list[str]()
     if softmax == "uniform8":
         changed, lines = with_uniform_activations(model, _checked(images, teacher))
     metadata = described(teacher, class_names, {"bits": bits_of(changed), "softmax": softmax, **(details or {})})
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [*lines, *exporter.write(changed, teacher, path, metadata)]
-    return Exported(path, exporters.label(exporter), path.stat().st_size, lines, changed)
+    written = exporter.write(changed, teacher, path, metadata)
+    notes = [*lines, *written.notes]
+    return Exported(path, exporters.label(exporter), path.stat().st_size, notes, written.constant_products, changed)
 
 
 def _checked(images: Any, teacher: Teacher) -> Tensor:

@@ -76,11 +76,11 @@ class Grid:
     def of(cls, quantizer: UniformQuantizer, dimensions: int, signed: bool) -> "Grid":
         """The grid of a frozen quantizer for tensors of so many dimensions; signed codes lie around zero."""
         tensors, half = quantizer.tensors(), quantizer.levels // 2
-        zero = tensors["zero_point"].cpu().int()
+        zero = tensors["zero_point"].int()
         axis = 0 if quantizer.channel_axis is None else quantizer.channel_axis % dimensions
         if signed:
-            return cls(tensors["scale"].cpu().clone(), (zero - half).to(torch.int8), axis, -half, half - 1)
-        return cls(tensors["scale"].cpu().clone(), zero.to(torch.uint8), axis, 0, quantizer.levels - 1)
+            return cls(tensors["scale"].clone(), (zero - half).to(torch.int8), axis, -half, half - 1)
+        return cls(tensors["scale"].clone(), zero.to(torch.uint8), axis, 0, quantizer.levels - 1)
 
 
 def has_integers(quantizer: Quantizer, kind: str) -> TypeGuard[UniformQuantizer]:
@@ -95,13 +95,13 @@ def has_integers(quantizer: Quantizer, kind: str) -> TypeGuard[UniformQuantizer]
 
 
 class Lowered(nn.Module):
-    """The network of a quantized model, on the CPU, whose uniform quantizers are integers.
+    """The network of a quantized model, whose uniform quantizers are integers.
 
-    Its logits are bit for bit those of the quantized model. Quantizers that are not uniform compute in float as before;
+    Its logits are those of the quantized model. Quantizers that are not uniform compute in float as before;
     a weight with such a quantizer is a float32 buffer.
 
     Args:
-        model: calibrated; it is copied and not changed.
+        model: calibrated, on the CPU; its network is copied and not changed.
         quantize: as `quantize`; ``None`` leaves the quantizers of activations as they are.
         dequantize: as `dequantize`.
     """
@@ -109,7 +109,7 @@ class Lowered(nn.Module):
     def __init__(self, model: QuantizedModel, quantize: Quantize | None, dequantize: Dequantize) -> None:
         super().__init__()
         model.check_calibrated()
-        self.network = copied_network(model.network).cpu().eval().requires_grad_(False)
+        self.network = copied_network(model.network).eval().requires_grad_(False)
         self.others = nn.ModuleDict()
         self._points, self._grids = model.points, dict[str, Grid]()
         self._quantize, self._dequantize = quantize, dequantize
@@ -130,10 +130,10 @@ class Lowered(nn.Module):
 
     def _lower_weight(self, key: str, weight: Tensor, quantizer: Quantizer) -> None:
         if not has_integers(quantizer, WEIGHT):
-            self.register_buffer(f"{key}_values", quantizer(weight).cpu())
+            self.register_buffer(f"{key}_values", quantizer(weight))
             return
         grid = Grid.of(quantizer, weight.dim(), signed=True)
-        self.register_buffer(f"{key}_codes", (quantizer.codes(weight).cpu().int() + grid.low).to(torch.int8))
+        self.register_buffer(f"{key}_codes", (quantizer.codes(weight).int() + grid.low).to(torch.int8))
         self._keep(key, grid)
 
     def _keep(self, key: str, grid: Grid) -> None:

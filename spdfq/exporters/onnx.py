@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 
 from spdfq.errors import ModelError, first_line, is_out_of_memory
-from spdfq.exporters.base import Exporter
+from spdfq.exporters.base import Exporter, Written
 from spdfq.exporters.containers import container_lines
 from spdfq.exporters.extras import installed
 from spdfq.exporters.lowering import Lowered, dequantize, quantize
@@ -42,22 +42,23 @@ class OnnxExporter(Exporter):
     extra: ClassVar[str] = "onnx"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
 
-    def write(self, model: QuantizedModel, teacher: Teacher, path: Path, metadata: dict[str, str]) -> list[str]:
+    def write(self, model: QuantizedModel, teacher: Teacher, path: Path, metadata: dict[str, str]) -> Written:
         """Write the file; see `Exporter.write`."""
         program = exported_program(Lowered(model, quantize, dequantize).eval(), model, teacher)
-        graph = _graph(program, teacher)
+        graph, constant = _graph(program, teacher)
         graph.metadata_props.update(metadata)
         graph.graph.name = teacher.name
         replace_file(path, lambda temporary: _save(graph, temporary))
-        return container_lines(model)
+        fixed = [f"{name}: does not depend on the images, computed once for the file" for name in constant]
+        return Written([*container_lines(model), *fixed], constant)
 
     def runtimes(self) -> Sequence[type[RuntimeModel]]:
         """Onnxruntime, and OpenVINO if that is installed."""
         return (OnnxRuntimeModel, OpenVinoModel) if installed("openvino") else (OnnxRuntimeModel,)
 
 
-def _graph(program: torch.export.ExportedProgram, teacher: Teacher) -> Any:
-    """The arranged graph of a program, an onnx_ir model."""
+def _graph(program: torch.export.ExportedProgram, teacher: Teacher) -> tuple[Any, list[str]]:
+    """The arranged graph of a program, an onnx_ir model, and the products that were computed for it."""
     from spdfq.exporters.onnx_graph.passes import arranged
 
     try:
@@ -79,8 +80,7 @@ def _graph(program: torch.export.ExportedProgram, teacher: Teacher) -> Any:
             f"{teacher.name}: {_module_of(program, error)} has no ONNX operators ({first_line(cause)}); change that "
             "module, or export with format 'pt2'"
         ) from error
-    arranged(exported.model)
-    return exported.model
+    return exported.model, arranged(exported.model)
 
 
 def _module_of(program: torch.export.ExportedProgram, error: BaseException) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 
 from spdfq.errors import ModelError, first_line
-from spdfq.exporters.base import Exporter
+from spdfq.exporters.base import Exporter, Written
 from spdfq.exporters.lowering import Lowered, has_integers, plain_dequantize
 from spdfq.exporters.program import exported_program
 from spdfq.exporters.runtime_models import RuntimeModel
@@ -36,7 +36,7 @@ class TorchProgramExporter(Exporter):
 
     suffix: ClassVar[str] = ".pt2"
 
-    def write(self, model: QuantizedModel, teacher: Teacher, path: Path, metadata: dict[str, str]) -> list[str]:
+    def write(self, model: QuantizedModel, teacher: Teacher, path: Path, metadata: dict[str, str]) -> Written:
         """Write the file; see `Exporter.write`."""
         program = exported_program(Lowered(model, None, plain_dequantize).eval(), model, teacher)
         _without_unused(program)
@@ -44,11 +44,12 @@ class TorchProgramExporter(Exporter):
         torch.export.save(program, stored, extra_files=dict(metadata))
         replace_file(path, lambda temporary: temporary.write_bytes(stored.getvalue()))
         others = {name: model.quantizers[name] for name in model.weight_names()}
-        return [
+        notes = [
             f"{name}: {registered.label(quantizer)} of {quantizer.bits} bits is stored in float32"
             for name, quantizer in others.items()
             if not has_integers(quantizer, WEIGHT)
         ]
+        return Written(notes)
 
     def runtimes(self) -> Sequence[type[RuntimeModel]]:
         """This torch."""

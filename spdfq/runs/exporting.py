@@ -56,8 +56,9 @@ def export_run(
     Returns:
         ``file``, ``format``, ``softmax``, ``size`` in bytes, ``notes``, and ``measured``: for each runtime its name and
         version, ``top1`` and ``agreement`` with the simulation of the same model in percent, ``simulated_top1`` of that
-        model, the number of ``images``, of quantized ``products`` and of ``integer_products`` among them (``None`` if
-        the runtime does not tell), and the names of ``float_products``.
+        model and ``run_top1`` of the run's own, the number of ``images``, of quantized ``products`` that depend on
+        images, of ``integer_products`` among them (``None`` if the runtime does not tell), and the names of
+        ``float_products``.
 
     Raises:
         SpdfqError: anything the user can fix; the message says where and how.
@@ -134,7 +135,8 @@ class _Check:
         reference = _predictions(done.model, teacher, recipe, runtime)
         before = reference if done.model is model else _predictions(model, teacher, recipe, runtime)
         top1 = _top1(before)
-        return cls(recipe, teacher, runtime, done, quantized_products(done.model, teacher), reference, top1)
+        products = quantized_products(done.model, teacher) - len(done.constant_products)
+        return cls(recipe, teacher, runtime, done, products, reference, top1)
 
     def row(self, file: RuntimeModel) -> dict[str, Any]:
         evaluator, spec = evaluator_for(self.teacher), self.recipe.evaluation

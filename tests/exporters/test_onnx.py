@@ -9,11 +9,13 @@ import pytest
 import torch
 from support import backends as tiny
 from support.exports import UNIFORM, W8A8, agreement, all_integers, exported, opened
+from torch import nn
 
 import spdfq
 from spdfq.data import FashionMnist
 from spdfq.exporters.products import quantized_products
 from spdfq.recipe import load_recipe
+from spdfq.teacher import Teacher
 
 EVERYWHERE = "quantization.overrides=[]"
 MINMAX = ("backends/minmax", EVERYWHERE, "quantization.placement='matmul_inputs'", *W8A8)
@@ -163,3 +165,40 @@ def test_a_model_of_weights_alone_multiplies_in_float(tmp_path):
     file = opened(exported(model, chosen, tmp_path))
     assert quantized_products(model, chosen) == file.integer_products == 0
     assert agreement(file, model, tiny.images(50)) == 1
+
+
+def test_products_that_no_image_changes_are_computed_once_and_named(tmp_path):
+    chosen = tiny.teacher("swinv2", depths=(1,), num_heads=(2,))
+    model = tiny.quantized(chosen, *W8A8)
+    file = exported(model, chosen, tmp_path)
+    layers = [f"layers.0.blocks.0.attn.cpb_mlp.{layer}" for layer in (0, 2)]
+    assert file.constant_products == layers
+    assert file.notes == [f"{name}: does not depend on the images, computed once for the file" for name in layers]
+    assert all_integers(opened(file), model, chosen, constant=2)
+    assert agreement(opened(file), model, tiny.images(50)) >= 0.94
+
+
+@pytest.mark.filterwarnings("ignore:no attention was seen")
+def test_convolutions_without_groups_are_integers_and_those_with_groups_are_named(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),  # windows that overlap
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=2, dilation=2, bias=False),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.GELU(),  # without it, onnxruntime would merge the convolution with the quantizer that follows
+            nn.Conv2d(8, 6, 2, stride=2),  # the last row and column are left out
+            nn.Flatten(),
+            nn.Linear(6 * 49, 10),
+        )
+        chosen = Teacher(module, mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=10, input_size=(3, 34, 34))
+    images = torch.randn(60, 3, 34, 34, generator=torch.Generator().manual_seed(1))
+    model = spdfq.quantize(chosen, images[:4], tiny.back_end(*W8A8))
+    file = opened(exported(model, chosen, tmp_path))
+    assert quantized_products(model, chosen) == 6
+    assert file.integer_products == 5
+    assert file.float_products == ["4"]
+    with torch.no_grad():
+        assert torch.nn.functional.cosine_similarity(file(images), model(images)).min() > 0.999

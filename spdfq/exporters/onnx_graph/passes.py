@@ -3,15 +3,21 @@
 import onnx_ir as ir
 
 from spdfq.exporters.onnx_graph.activations import folded_factors, late_dequantization, shared
+from spdfq.exporters.onnx_graph.constants import computed_constants
 from spdfq.exporters.onnx_graph.convolutions import convolutions_as_products
 from spdfq.exporters.onnx_graph.storage import four_bit_weights, named_products, stripped
 from spdfq.exporters.onnx_graph.weights import integer_gemms, moved_codes
 
 
-def arranged(model: ir.Model) -> None:
-    """Brings a graph with QuantizeLinear and DequantizeLinear into the form that runtimes fuse, in place."""
+def arranged(model: ir.Model) -> list[str]:
+    """Brings a graph with QuantizeLinear and DequantizeLinear into the form that runtimes fuse, in place.
+
+    Returns:
+        The names of products that do not depend on the images; they are computed, and no longer in the graph.
+    """
     graph = model.graph
     named_products(graph)
+    constant = computed_constants(model)
     shared(graph)
     late_dequantization(graph)
     folded_factors(graph)
@@ -21,3 +27,4 @@ def arranged(model: ir.Model) -> None:
     integer_gemms(graph)
     four_bit_weights(graph)
     stripped(model)
+    return constant
