@@ -5,8 +5,10 @@ from typing import Any
 
 import click
 from spdfq_cli.bench import bench
+from spdfq_cli.card import card
 from spdfq_cli.catalogue import init, list_, show
 from spdfq_cli.export import export
+from spdfq_cli.images import images
 from spdfq_cli.measure import measure
 from spdfq_cli.predict import predict
 from spdfq_cli.run import check, evaluate, run
@@ -80,5 +82,5 @@ def main() -> None:
     """
 
 
-for command in (run, evaluate, check, list_, show, init, bench, measure, export, predict):
+for command in (run, evaluate, check, list_, show, init, bench, measure, export, predict, images, card):
     main.add_command(command)

@@ -23,6 +23,7 @@ PACKAGES = (
     "spdfq.backends",
     "spdfq.exporters",
     "spdfq.inference",
+    "spdfq.calibration_data",
     "spdfq.data",
     "spdfq.teacher",
     "spdfq.recipe",
@@ -36,6 +37,8 @@ MODULES = {
     "spdfq.runs.exporting": ("export_run",),
     "spdfq.runs.evaluate_file": ("evaluate_file",),
     "spdfq.runs.predicting": ("load_run",),
+    "spdfq.runs.calibration_images": ("export_images",),
+    "spdfq.runs.card": ("card_run",),
     "spdfq.evaluation.accuracy": ("accuracy", "agreement", "logits_over"),
     "spdfq.evaluation.neighbours": ("nearest_neighbours", "similarity"),
     "spdfq.evaluation.measures": (

@@ -17,7 +17,7 @@ CLI = Path(spdfq_cli.__file__).parent
 # bottom first, as in docs/architecture.md; a package may import from its own layer and from those below
 LAYERS = {
     "names and errors": {"errors", "registry", "recipes"},
-    "foundation": {"runtime", "recipe", "attention", "inference"},
+    "foundation": {"runtime", "recipe", "attention", "inference", "calibration_data"},
     "parts": {"teacher", "losses", "quantizers"},
     "stages": {"data", "synth", "quantized"},
     "back-ends and evaluation": {"backends", "evaluation", "exporters", "report"},

@@ -17,6 +17,9 @@ PUBLIC = {
         AdaLog AdaRound Blockwise Calibrate Calibration Distill GlobalLocal PowerOfTwoFactors RepQ Ridge Rotate
         Smooth Step quantize
     """,
+    "spdfq.calibration_data": """
+        CalibrationImages OnnxRuntimeReader Rounding TorchBatches
+    """,
     "spdfq.data": """
         Batch DecodedImages FashionMnist ImageFolder ImageList LabelledImages Parquet WebDataset
     """,

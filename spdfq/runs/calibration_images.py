@@ -1,0 +1,47 @@
+"""Write the calibration images of a finished run for other tools."""
+
+from pathlib import Path
+from typing import Any
+
+from attrs import asdict
+
+from spdfq.calibration_data import CalibrationImages
+from spdfq.errors import DataError
+from spdfq.runs.finished import finished_recipe, run_record
+from spdfq.synth import SyntheticImages
+
+
+def export_images(folder: str | Path, to: str | Path) -> dict[str, Any]:
+    """Write the calibration images of a finished run as a file of arrays, or as a folder of pictures.
+
+    Args:
+        folder: of the run.
+        to: as in `spdfq.calibration_data.CalibrationImages.save`: ``FILE.npz``, or a folder for 8-bit PNG pictures.
+
+    Returns:
+        ``file`` (``to``), ``images`` (their number), ``size`` (height and width), ``mean``, ``std``, ``source`` (type
+        of the run's image source), and ``rounding``: what the pictures lost, ``None`` for a file.
+
+    Raises:
+        SpdfqError: anything the user can fix; the message says where and how.
+    """
+    finished_recipe(folder)
+    record = run_record(folder)
+    if not record:
+        raise DataError(f"{folder}: has no run.json; give the folder of a finished run")
+    try:
+        mean, std, source = record["model"]["mean"], record["model"]["std"], record["images"]["type"]
+    except (KeyError, TypeError):
+        raise DataError(f"{Path(folder) / 'run.json'}: damaged; run the recipe again with --fresh") from None
+    images = SyntheticImages.load(Path(folder) / "synthetic.safetensors").images
+    found = CalibrationImages(images=images.float(), mean=mean, std=std, source=str(folder))
+    lost = found.save(to)
+    return {
+        "file": str(to),
+        "images": len(found),
+        "size": list(found.size),
+        "mean": list(mean),
+        "std": list(std),
+        "source": source,
+        "rounding": None if lost is None else asdict(lost),
+    }
