@@ -68,7 +68,8 @@ def _caption(found: dict[str, Any]) -> str:
     machine = f"{machine['device']}, {machine['threads']} thread"
     return (
         f"Top-1 in percent, **measured in onnxruntime {tools['onnxruntime']}** on the CPU: mean ± standard deviation "
-        f"over the seeds, and in parentheses the agreement with full precision. W8A8, {count} calibration images, "
-        f"weights per output channel, otherwise the defaults of each tool ({named}). {counted}. Machine: {machine}. "
-        f"Reproduce: `python benchmarks/other_tools.py --tools onnxruntime nncf`. Rows: `{FILE}`."
+        f"over the seeds (one seed where there is none), in parentheses the agreement with full precision. "
+        f"W8A8, {count} calibration images, weights per output channel, otherwise the defaults of each tool ({named}). "
+        f"{counted}. Machine: {machine}. Reproduce: `python benchmarks/other_tools.py --tools onnxruntime nncf`. "
+        f"Rows: `{FILE}`."
     )

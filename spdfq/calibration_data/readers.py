@@ -106,4 +106,4 @@ class TorchBatches:
         import torch
 
         for start in range(0, len(self.images), self.batch):
-            yield torch.tensor(self.images[start : start + self.batch])
+            yield torch.tensor(self.images[start : start + self.batch], device="cpu")

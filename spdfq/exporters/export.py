@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from attrs import field, frozen
 from torch import Tensor
 
@@ -87,7 +86,7 @@ def write_export(
     if path.is_dir():
         raise SpdfqError(f"{path}: is a folder; give the name of a file, such as {path / f'model{exporter.suffix}'}")
     model.check_calibrated()
-    if next(model.parameters(), torch.empty(0)).device.type != "cpu":
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         model = copy.deepcopy(model).cpu()  # files are written and checked on the CPU
     changed, lines = model, list[str]()
     if softmax == "uniform8":

@@ -37,4 +37,4 @@ class RuntimeModel(nn.Module, ABC):
 
 def as_tensor(array: object) -> Tensor:
     """A tensor of its own with the numbers of an array."""
-    return torch.tensor(array)
+    return torch.tensor(array, device="cpu")

@@ -97,7 +97,7 @@ class _Module(nn.Module):
         self.pretrained_cfg: dict[str, Any] = {}
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.tensor(self.classifier.logits(images.numpy()))
+        return torch.tensor(self.classifier.logits(images.numpy()), device="cpu")
 
 
 def _described(classifier: Classifier) -> Teacher:

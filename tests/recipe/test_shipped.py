@@ -31,6 +31,8 @@ OTHERS = [
     "backends/ridge",
     "backends/strong",
     "backends/three_stage",
+    "backends/w4a8",
+    "backends/w8a8",
     "bits/w3a3",
     "bits/w6a6",
     "bits/w8a8",
@@ -68,8 +70,8 @@ def test_these_are_the_recipes_and_none_is_left_out():
     expected = [*WHOLE, *(f"images/{name}" for name in IMAGES), *(f"fmnist/{name}" for name in SHORT)]
     expected += [*(f"paper/{name}" for name in PAPER), *OTHERS]
     assert shipped() == sorted(expected)
-    assert len(shipped()) == 68
-    assert len(MAKES_IMAGES) == 68 - len(OTHERS) - len(NEEDS_A_FOLDER)
+    assert len(shipped()) == 70
+    assert len(MAKES_IMAGES) == 70 - len(OTHERS) - len(NEEDS_A_FOLDER)
 
 
 @pytest.mark.parametrize("model", MODELS)
