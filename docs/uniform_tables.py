@@ -19,6 +19,7 @@ IMAGES = {
 }
 BACKENDS = {
     "strong": "`strong`, W4A4",
+    "strong_absolute": "penalty 1,000, W4A4",
     "plus": "`plus`, W4A4",
     "strong_w3a3": "`strong`, W3A3",
     "plus_w3a3": "`plus`, W3A3",
@@ -27,11 +28,13 @@ BACKENDS = {
 }
 TABLES = [
     ("A real ViT-S at 112 pixels", ["real_vit_112_strong"]),
+    ("The same with an absolute penalty of 1,000, on another machine", ["real_vit_112_strong_first"]),
     ("The bundled ViT", ["fmnist_vit_strong", "fmnist_vit_strong_others"]),
 ]
 SOURCES = ("real_fmnist", "spdfq_plus")
 COMMANDS = {
     "real_vit_112_strong": "benchmarks/real_vit/strong.toml",
+    "real_vit_112_strong_first": "benchmarks/real_vit/strong_penalty.toml",
     "fmnist_vit_strong": "benchmarks/fmnist/vit_strong.toml",
     "fmnist_vit_strong_others": "benchmarks/fmnist/vit_strong_others.toml",
 }
