@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 from api_page import api_block
+from integer_tables import integers_block
 from other_tools_table import other_tools_block
 from readme_table import readme_block
 from spdfq_cli.main import main as cli
@@ -75,6 +76,7 @@ BLOCKS = {
     "cli.md": ("cli", cli_block),
     "time-and-memory.md": ("time", time_block),
     "uniform-backend.md": ("uniform", uniform_block),
+    "export.md": ("integers", integers_block),
     "other-tools.md": ("other-tools", other_tools_block),
     "../README.md": ("results", readme_block),
 }
