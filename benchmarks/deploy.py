@@ -12,20 +12,21 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import onnxruntime
 import torch
+from float_onnx import INPUT, export_float
 from machine import about
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+from onnxruntime.quantization import QuantFormat, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor
 
 import spdfq
-from spdfq.exporters.onnxruntime_model import INTEGER_KERNELS
+from spdfq.calibration_data import CalibrationImages
+from spdfq.exporters.onnxruntime_model import OnnxRuntimeModel
 from spdfq.exporters.products import quantized_products
 from spdfq.recipe import ModelSpec
 from spdfq.teacher import Teacher
@@ -35,45 +36,14 @@ MODELS = {
     "vit_small_patch16_224": (ModelSpec(name="vit_small_patch16_224", pretrained=False), (1, 32)),
     "bundled:vit_fmnist": (ModelSpec(name="bundled:vit_fmnist"), (1, 32)),
 }
-Call = Callable[[np.ndarray], object]
+Call = Callable[[Tensor], object]
 
 
-class Noise(CalibrationDataReader):
-    """The calibration images for onnxruntime's own tool."""
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.rest: Iterator[np.ndarray] = iter(np.split(images, len(images)))
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(({"images": image} for image in self.rest), None)
-
-
-def float_file(teacher: Teacher, path: Path) -> Path:
-    example = torch.zeros(2, *teacher.input_size)
-    shapes = ({0: torch.export.Dim("batch")},)
-    program: Any = torch.onnx.export(
-        teacher.module, (example,), dynamo=True, dynamic_shapes=shapes, input_names=["images"], verbose=False
-    )
-    program.save(str(path))
-    return path
-
-
-def own_tool(source: Path, path: Path, images: np.ndarray, **options: Any) -> Path:
+def own_tool(source: Path, path: Path, images: CalibrationImages, **options: Any) -> Path:
     prepared = path.with_suffix(".prepared.onnx")
     quant_pre_process(str(source), str(prepared))
-    quantize_static(str(prepared), str(path), Noise(images), quant_format=QuantFormat.QDQ, **options)
+    quantize_static(str(prepared), str(path), images.onnxruntime_reader(INPUT), quant_format=QuantFormat.QDQ, **options)
     return path
-
-
-def in_onnxruntime(path: Path) -> tuple[Call, int]:
-    """A call of a file on one thread, and the number of integer kernels in its optimised graph."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = 1, 1, 3
-    options.optimized_model_filepath = str(path.with_suffix(".optimised.onnx"))
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    nodes = onnx.load(options.optimized_model_filepath).graph.node
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x}), sum(node.op_type in INTEGER_KERNELS for node in nodes)
 
 
 def in_openvino(path: Path) -> Call:
@@ -82,13 +52,14 @@ def in_openvino(path: Path) -> Call:
     core = openvino.Core()
     hints = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
     request = core.compile_model(core.read_model(str(path)), "CPU", hints).create_infer_request()
-    return lambda x: request.infer({0: x}, share_inputs=True)
+    return lambda x: request.infer({0: x.numpy()}, share_inputs=True)
 
 
 def files_of(teacher: Teacher, folder: Path) -> tuple[dict[str, Path], dict[str, int]]:
     """The file of each variant, and the number of quantized products of ours."""
     images = torch.randn(IMAGES, *teacher.input_size, generator=torch.Generator().manual_seed(0))
-    files = {"float32": float_file(teacher, folder / "float32.onnx")}
+    files = {"float32": export_float(teacher, folder / "float32.onnx")}
+    calibration = CalibrationImages(images=images, mean=teacher.mean, std=teacher.std)
     products = {}
     for name in ("w8a8", "w4a8"):
         model = spdfq.quantize(teacher, images, f"backends/{name}", device="cpu", progress=False)
@@ -99,11 +70,11 @@ def files_of(teacher: Teacher, folder: Path) -> tuple[dict[str, Path], dict[str,
         "extra_options": {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
     }
     for name, options in {"quantize_static": {}, "quantize_static_products": only_products}.items():
-        files[name] = own_tool(files["float32"], folder / f"{name}.onnx", images.numpy(), **options)
+        files[name] = own_tool(files["float32"], folder / f"{name}.onnx", calibration, **options)
     return files, products
 
 
-def timed(calls: dict[str, Call], x: np.ndarray, rounds: int) -> dict[str, dict[str, float]]:
+def timed(calls: dict[str, Call], x: Tensor, rounds: int) -> dict[str, dict[str, float]]:
     for call in calls.values():
         call(x)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -126,9 +97,10 @@ def measure(teacher: Teacher, batches: tuple[int, ...], rounds: int) -> dict[str
     with tempfile.TemporaryDirectory() as name:
         files, products = files_of(teacher, Path(name))
         sizes = {variant: path.stat().st_size for variant, path in files.items()}
-        calls, kernels = dict[str, Call](), dict[str, int]()
+        calls, kernels = dict[str, Call](), dict[str, int | None]()
         for variant, path in files.items():
-            calls[variant], kernels[variant] = in_onnxruntime(path)
+            model = OnnxRuntimeModel(path)
+            calls[variant], kernels[variant] = model, model.integer_products
         try:
             for variant in ("float32", "w8a8", "w4a8"):
                 calls[f"{variant}_openvino"] = in_openvino(files[variant])
@@ -136,7 +108,7 @@ def measure(teacher: Teacher, batches: tuple[int, ...], rounds: int) -> dict[str
             print("openvino is not installed; it is left out")
         found = {}
         for batch in batches:
-            x = np.random.default_rng(0).standard_normal((batch, *teacher.input_size), np.float32)
+            x = torch.randn(batch, *teacher.input_size, generator=torch.Generator().manual_seed(0))
             found[str(batch)] = timed(calls, x, rounds if batch > 1 else 5 * rounds)
     return {
         "batches": found,

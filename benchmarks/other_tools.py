@@ -25,6 +25,7 @@ from typing import Any
 import onnx
 import torch
 from attrs import define
+from float_onnx import INPUT, export_float
 from machine import about
 
 import spdfq
@@ -34,7 +35,7 @@ from spdfq.recipe import ModelSpec
 from spdfq.registry import datasets
 
 BUNDLED = ("bundled:vit_fmnist", "bundled:swin_fmnist")
-INPUT, COUNT = "images", 32
+COUNT = 32
 CALIBRATORS = {"onnxruntime": ("MinMax", "Entropy", "Percentile"), "nncf": ("default",)}
 SOURCES = ("gaussian_noise", "spdfq_plus", "real")
 AS = ("float32", "8-bit pictures")
@@ -74,18 +75,12 @@ def percent(right: torch.Tensor) -> float:
     return round(100 * int(right.sum()) / len(right), 3)
 
 
-def export_float(teacher: spdfq.Teacher, folder: Path) -> Path:
+def prepared(teacher: spdfq.Teacher, folder: Path) -> Path:
     """The teacher in float, prepared as onnxruntime asks for."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    example = torch.zeros(2, *teacher.input_size)
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    with contextlib.redirect_stdout(io.StringIO()):
-        program = torch.onnx.export(
-            teacher.module.eval(), (example,), dynamo=True, input_names=[INPUT], dynamic_shapes=shapes, verbose=False
-        )
-    program.save(str(folder / "exported.onnx"))
-    quant_pre_process(str(folder / "exported.onnx"), str(folder / "float.onnx"), skip_symbolic_shape=True)
+    exported = export_float(teacher, folder / "exported.onnx")
+    quant_pre_process(str(exported), str(folder / "float.onnx"), skip_symbolic_shape=True)
     return folder / "float.onnx"
 
 
@@ -131,7 +126,7 @@ def rows_of(name: str, teacher: spdfq.Teacher, arguments: argparse.Namespace, ha
     test = TestImages.of(teacher, arguments.dataset)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        model, file = export_float(teacher, folder), folder / "quantized.onnx"
+        model, file = prepared(teacher, folder), folder / "quantized.onnx"
         for seed, source in itertools.product(arguments.seeds, SOURCES):
             forms = AS if source == "spdfq_plus" else AS[:1]
             ways = [(tool, each) for tool in arguments.tools for each in CALIBRATORS[tool]]

@@ -16,15 +16,8 @@ from spdfq_cli.run import check, evaluate, run
 from spdfq.errors import SpdfqError, is_out_of_memory
 
 INTERRUPTED = 130
-_DEPENDENCIES = {
-    "torch",
-    "timm",
-    "einops",
-    "jinja2",
-    "safetensors",
-    "tomlkit",
-    "filelock",
-}  # not of `predict` on a file
+# what `predict` on a file does without
+_DEPENDENCIES = {"torch", "timm", "einops", "jinja2", "safetensors", "tomlkit", "filelock"}
 _LESS_MEMORY = "lower synthesis.images or synthesis.group, or the batch of a step or of the evaluation"
 
 

@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
+
+from spread import spread
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MODELS = {"vit_fmnist": "the bundled ViT", "swin_fmnist": "the bundled Swin", "model_112": "a real ViT-S, 112 pixels"}
@@ -42,10 +43,11 @@ def _accuracy() -> str:
     versions = {f"{each['runtime']} {each['version']}" for row in rows for each in row["measured"]}
     machines = {row["machine"]["device"] for row in rows}
     note = (
-        f"Top-1 in percent, measured in {' and '.join(sorted(versions))}: seeds 0 to 2, mean ± standard deviation, 32 "
-        "images of `images/spdfq_plus`, 2,000 test images (500 for the real ViT). Agreement with the simulation and "
-        f"integer products are those of {runtimes[0]}. Machine: {', '.join(sorted(machines))}, one thread. Reproduce: "
-        "`python benchmarks/integers.py`. Rows: `benchmarks/results/integers.jsonl`."
+        f"Top-1 in percent, measured in {' and '.join(sorted(versions))}: seeds 0 to 2, mean ± standard deviation "
+        "(seed 0 where there is none), 32 images of `images/spdfq_plus`, 2,000 test images (500 for the real ViT). "
+        f"Agreement with the simulation and integer products are those of {runtimes[0]}. Machine: "
+        f"{', '.join(sorted(machines))}, one thread. Reproduce: `python benchmarks/integers.py`. "
+        "Rows: `benchmarks/results/integers.jsonl`."
     )
     return "\n".join([*table, "", note])
 
@@ -56,8 +58,7 @@ def _of(row: dict[str, Any], runtime: str) -> dict[str, Any]:
 
 
 def _spread(rows: list[dict[str, Any]], key: str) -> str:
-    values = [row[key] for row in rows]
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    return spread([row[key] for row in rows])
 
 
 def _speed() -> str:

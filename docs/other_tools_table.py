@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from spread import spread
 
 FILE = "benchmarks/results/other_tools.json"
 ROOT = Path(__file__).parents[1]
@@ -54,8 +56,7 @@ def _cell(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     top1, same = [row["top1"] for row in rows], mean(row["agreement"] for row in rows)
-    spread = f" ± {stdev(top1):.2f}" if len(top1) > 1 else ""
-    return f"{mean(top1):.2f}{spread} ({same:.1f})"
+    return f"{spread(top1)} ({same:.1f})"
 
 
 def _caption(found: dict[str, Any]) -> str:

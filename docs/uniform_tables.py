@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from spread import spread
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 IMAGES = {
@@ -19,7 +21,6 @@ IMAGES = {
 }
 BACKENDS = {
     "strong": "`strong`, W4A4",
-    "strong_absolute": "penalty 1,000, W4A4",
     "plus": "`plus`, W4A4",
     "strong_w3a3": "`strong`, W3A3",
     "plus_w3a3": "`plus`, W3A3",
@@ -33,10 +34,10 @@ TABLES = [
 ]
 SOURCES = ("real_fmnist", "spdfq_plus")
 COMMANDS = {
-    "real_vit_112_strong": "benchmarks/real_vit/strong.toml",
-    "real_vit_112_strong_first": "benchmarks/real_vit/strong_penalty.toml",
-    "fmnist_vit_strong": "benchmarks/fmnist/vit_strong.toml",
-    "fmnist_vit_strong_others": "benchmarks/fmnist/vit_strong_others.toml",
+    "real_vit_112_strong": "`spdfq bench benchmarks/real_vit/strong.toml`",
+    "real_vit_112_strong_first": "`strong.toml` and `strong_bits.toml` in `benchmarks/real_vit`, at commit b13bdf9",
+    "fmnist_vit_strong": "`spdfq bench benchmarks/fmnist/vit_strong.toml`",
+    "fmnist_vit_strong_others": "`spdfq bench benchmarks/fmnist/vit_strong_others.toml`",
 }
 
 
@@ -66,8 +67,7 @@ def _cell(rows: list[dict[str, Any]] | None) -> str:
     """Top-1 of the seeds: mean and standard deviation."""
     if not rows:
         return ""
-    values = [row["metrics"]["quantized"]["top1"] for row in rows]
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return spread([row["metrics"]["quantized"]["top1"] for row in rows], 1)
 
 
 def _caption(rows: list[dict[str, Any]], files: list[str]) -> str:
@@ -76,7 +76,7 @@ def _caption(rows: list[dict[str, Any]], files: list[str]) -> str:
     (full,) = {row["metrics"]["fp"]["top1"] for row in rows}
     (placement,) = {row["backend"]["placement"] for row in rows}
     kept = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation (one seed where there is none)"
-    commands = ", ".join(f"`spdfq bench {COMMANDS[name]}`" for name in files)
+    commands = ", ".join(COMMANDS[name] for name in files)
     sources = ", ".join(f"`benchmarks/results/{name}.jsonl`" for name in files)
     return (
         f"Top-1 in percent, simulated. Full precision {full:.1f} %, {test:,} test images, {kept}, 32 calibration "
@@ -88,12 +88,13 @@ def _caption(rows: list[dict[str, Any]], files: list[str]) -> str:
 def _tries() -> str:
     """What was tried on the images on which settings are chosen, on both models."""
     real = (
-        "Top-1 in percent, simulated, of the real ViT at W4A4: seed 0, the 500 images on which settings are chosen, "
-        "one run each, so a difference below 2 points can be chance. Some of these runs used drafts of the steps."
+        "Top-1 in percent, simulated, of the real ViT at W4A4 (or as said): seed 0, the 500 images on which settings "
+        "are chosen, one run each, so a difference below 2 points can be chance. Some of these runs used drafts of the "
+        "steps."
     )
     bundled = (
-        "KL divergence from the teacher's predictions, and top-1 in percent, simulated, of the bundled ViT at W3A3: "
-        "means of seeds 0 and 1 (one seed where marked *), the 500 images on which settings are chosen. The "
+        "KL divergence from the teacher's predictions, and top-1 in percent, simulated, of the bundled ViT at W3A3 (or "
+        "as said): means of seeds 0 and 1 (one seed where marked *), the 500 images on which settings are chosen. The "
         "divergence of two draws of images differs by 0.02."
     )
     return "\n\n".join(

@@ -16,7 +16,7 @@ CLI = Path(spdfq_cli.__file__).parent
 
 # bottom first, as in docs/architecture.md; a package may import from its own layer and from those below
 LAYERS = {
-    "names and errors": {"errors", "registry", "recipes"},
+    "names and errors": {"errors", "extras", "registry", "recipes"},
     "foundation": {"runtime", "recipe", "attention", "inference", "calibration_data"},
     "parts": {"teacher", "losses", "quantizers"},
     "stages": {"data", "synth", "quantized"},

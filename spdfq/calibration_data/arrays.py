@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spdfq.errors import DataError, writing
 
+Array = NDArray[np.float32]
 NAMES = ("images", "mean", "std", "size")
 _REMEDY = "write it again: spdfq images RUN --to FILE.npz"
 

@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 from attrs import define, field
-from numpy.typing import NDArray
 
-from spdfq.calibration_data.arrays import read_npz, write_npz
+from spdfq.calibration_data.arrays import Array, read_npz, write_npz
 from spdfq.calibration_data.pictures import Rounding, read_pictures, write_pictures
 from spdfq.calibration_data.readers import ArrayItems, OnnxRuntimeReader, TorchBatches
 from spdfq.errors import DataError, SpdfqError, shown
-
-Array = NDArray[np.float32]
+from spdfq.extras import require
 
 
 def _array(images: Any) -> Any:
@@ -48,8 +46,7 @@ class CalibrationImages:
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.images, np.ndarray) or self.images.dtype != np.float32 or self.images.ndim != 4:
-            found = self.images if not isinstance(self.images, np.ndarray) else _kind(self.images)
-            raise DataError(f"{self.source}: expected float32 images [n, C, H, W], got {_said(found)}")
+            raise DataError(f"{self.source}: expected float32 images [n, C, H, W], got {_kind(self.images)}")
         if not self.images.size:
             raise DataError(f"{self.source}: holds no images")
         channels = self.images.shape[1]
@@ -121,10 +118,9 @@ class CalibrationImages:
             SpdfqError: NNCF is not installed.
         """
         batch = _positive("batch", batch)
-        try:
-            import nncf
-        except ImportError:
-            raise SpdfqError("nncf_dataset: needs nncf, which is not installed: pip install 'spdfq[nncf]'") from None
+        require("nncf_dataset", ("nncf",), "nncf")
+        import nncf
+
         return nncf.Dataset(ArrayItems(self.images, input_name, batch))
 
     def torch_batches(self, batch: int = 1) -> TorchBatches:
@@ -142,9 +138,5 @@ def _positive(what: str, value: Any) -> int:
     return value
 
 
-def _kind(array: NDArray[Any]) -> str:
-    return f"{array.dtype} {list(array.shape)}"
-
-
-def _said(found: Any) -> str:
-    return found if isinstance(found, str) else shown(found)
+def _kind(images: Any) -> str:
+    return f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else shown(images)

@@ -11,6 +11,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from spdfq.calibration_data.arrays import Array
 from spdfq.errors import DataError, writing
 from spdfq.inference.pixels import MODES
 
@@ -18,8 +19,6 @@ DESCRIPTION = "images.json"
 _OWN = re.compile(r"images\.json|\d{5,}\.png")
 _WHITE = 255
 _REMEDY = "write it again: spdfq images RUN --to FOLDER"
-
-Array = NDArray[np.float32]
 
 
 @frozen

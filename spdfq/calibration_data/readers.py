@@ -3,14 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from attrs import define, field
-from numpy.typing import NDArray
+
+from spdfq.calibration_data.arrays import Array
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Array = NDArray[np.float32]
 
 
 @define(eq=False)

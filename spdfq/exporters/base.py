@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from attrs import field, frozen
 
-from spdfq.exporters.extras import require
 from spdfq.exporters.runtime_models import RuntimeModel
+from spdfq.extras import require
 from spdfq.quantized.model import QuantizedModel
 from spdfq.recipe.structure import Checked
 from spdfq.teacher import Teacher

@@ -13,12 +13,12 @@ from attrs import frozen
 from spdfq.errors import ModelError, first_line, is_out_of_memory
 from spdfq.exporters.base import Exporter, Written
 from spdfq.exporters.containers import container_lines
-from spdfq.exporters.extras import installed
 from spdfq.exporters.lowering import Lowered, dequantize, quantize
 from spdfq.exporters.onnxruntime_model import OnnxRuntimeModel
 from spdfq.exporters.openvino_model import OpenVinoModel
 from spdfq.exporters.program import exported_program
 from spdfq.exporters.runtime_models import RuntimeModel
+from spdfq.extras import installed
 from spdfq.quantized.model import QuantizedModel
 from spdfq.registry import exporters
 from spdfq.runtime.files import replace_file

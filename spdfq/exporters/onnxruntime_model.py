@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from spdfq.errors import ModelError, first_line
-from spdfq.exporters.extras import require
 from spdfq.exporters.runtime_models import RuntimeModel, as_tensor
+from spdfq.extras import require
+from spdfq.inference.session import cpu_session
 
 INTEGER_KERNELS = frozenset(
     {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv", "MatMulInteger", "ConvInteger"}
@@ -42,13 +43,10 @@ class OnnxRuntimeModel(RuntimeModel):
         import onnx
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
         with tempfile.TemporaryDirectory() as folder:
-            optimised = Path(folder) / "optimised.onnx"
-            options.optimized_model_filepath = str(optimised)
+            optimised, threads = Path(folder) / "optimised.onnx", torch.get_num_threads()
             try:
-                session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                session = cpu_session(str(path), intra_op_num_threads=threads, optimized_model_filepath=str(optimised))
             except Exception as error:  # onnxruntime has an exception type for each reason
                 raise ModelError(f"{path}: onnxruntime cannot read it ({first_line(error)}); export it again") from None
             nodes = onnx.load(str(optimised), load_external_data=False).graph.node

@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from spdfq.errors import ModelError, first_line
-from spdfq.exporters.extras import require
 from spdfq.exporters.runtime_models import RuntimeModel, as_tensor
+from spdfq.extras import require
 
 _PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "Deconvolution")
 _INTEGERS = ("i8", "u8")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from spdfq.errors import DataError, MissingDataError, ModelError, SpdfqError, first_line, shown
 from spdfq.inference.classifier import Classifier
 from spdfq.inference.preprocessing import Preprocessing
+from spdfq.inference.session import cpu_session
 
 REQUIRED = ("class_names", "num_classes", *(each.name for each in fields(Preprocessing)))
 """The entries of a file's metadata that its images and labels need."""
@@ -53,10 +54,8 @@ class OnnxFile:
             raise SpdfqError(f"{path}: needs onnxruntime, which is not installed: pip install onnxruntime")
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = cpu_session(str(path))
         except Exception as error:  # onnxruntime has an exception type for each reason
             why = f"not an ONNX file that onnxruntime reads ({first_line(error)})"
             raise DataError(f"{path}: {why}; give one that spdfq export wrote") from None

@@ -7,7 +7,7 @@ from attrs import asdict
 
 from spdfq.calibration_data import CalibrationImages
 from spdfq.errors import DataError
-from spdfq.runs.finished import finished_recipe, run_record
+from spdfq.runs.finished import finished_recipe, finished_record
 from spdfq.synth import SyntheticImages
 
 
@@ -26,9 +26,7 @@ def export_images(folder: str | Path, to: str | Path) -> dict[str, Any]:
         SpdfqError: anything the user can fix; the message says where and how.
     """
     finished_recipe(folder)
-    record = run_record(folder)
-    if not record:
-        raise DataError(f"{folder}: has no run.json; give the folder of a finished run")
+    record = finished_record(folder)
     try:
         mean, std, source = record["model"]["mean"], record["model"]["std"], record["images"]["type"]
     except (KeyError, TypeError):

@@ -12,7 +12,7 @@ from spdfq.recipe import ModelSpec, Recipe, to_toml
 from spdfq.recipe.structure import unstructure
 from spdfq.report.card import CardFacts, check_card, exported_files, write_card
 from spdfq.report.page import bits_label
-from spdfq.runs.finished import finished_recipe, run_record
+from spdfq.runs.finished import finished_recipe, finished_record
 from spdfq.runs.provenance import components_in
 from spdfq.runs.store import lock_folder
 
@@ -49,9 +49,7 @@ def card_run(folder: str | Path) -> dict[str, Any]:
         SpdfqError: anything the user can fix; the message says where and how.
     """
     recipe, folder = finished_recipe(folder), Path(folder)
-    run = run_record(folder)
-    if not run:
-        raise DataError(f"{folder}: has no run.json; give the folder of a finished run")
+    run = finished_record(folder)
     check_card(folder)
     base, exports = _base(recipe.model), exported_files(folder)
     free = not any(hasattr(component, "fingerprint") for component in components_in(recipe.synthesis))

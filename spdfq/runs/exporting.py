@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from attrs import define
 from torch import nn
 
-from spdfq.data.classes import class_names
-from spdfq.errors import DataError, ModelError, SpdfqError
+from spdfq.errors import ModelError, SpdfqError
+from spdfq.evaluation.accuracy import accuracy
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.exporters.base import Exporter
 from spdfq.exporters.export import Exported, exporter_named, write_export
@@ -23,7 +22,7 @@ from spdfq.recipe import Recipe
 from spdfq.report import write_report
 from spdfq.report.exports import EXPORTS_FILE, known_exports
 from spdfq.runs.checks import check_classes
-from spdfq.runs.finished import finished_recipe, run_record
+from spdfq.runs.finished import finished_recipe, finished_record, saved_class_names
 from spdfq.runs.store import lock_folder
 from spdfq.runtime import Progress, Runtime, make_runtime, own_threads, pick_progress
 from spdfq.runtime.files import write_text
@@ -65,9 +64,7 @@ def export_run(
     """
     exporter = exporter_named(format)
     recipe, folder = finished_recipe(folder), Path(folder)
-    record = run_record(folder)
-    if not record:
-        raise DataError(f"{folder}: has no run.json; export a finished run")
+    record = finished_record(folder, "export a finished run")
     model, teacher, _ = load_checkpoint(folder / "quantized")
     path = Path(out) if out else folder / f"model{exporter.suffix}"
     if check:
@@ -75,7 +72,7 @@ def export_run(
     lock = lock_folder(folder)
     try:
         images = SyntheticImages.load(folder / "synthetic.safetensors").images if softmax == "uniform8" else None
-        names = record.get("model", {}).get("class_names") or class_names(teacher, recipe.evaluation.dataset)
+        names = saved_class_names(record, teacher, recipe)
         details = {"recipe_digest": record.get("recipe_digest"), "simulated": _simulated(record)}
         done = write_export(
             model, teacher, path, exporter, softmax=softmax, images=images, class_names=names, details=details
@@ -134,7 +131,7 @@ class _Check:
         runtime = make_runtime(recipe.runtime, recipe.seed, "cpu", pick_progress(progress))
         reference = _predictions(done.model, teacher, recipe, runtime)
         before = reference if done.model is model else _predictions(model, teacher, recipe, runtime)
-        top1 = _top1(before)
+        top1 = accuracy(before.logits, before.labels)["top1"]
         products = quantized_products(done.model, teacher) - len(done.constant_products)
         return cls(recipe, teacher, runtime, done, products, reference, top1)
 
@@ -160,11 +157,6 @@ def _predictions(model: nn.Module, teacher: Teacher, recipe: Recipe, runtime: Ru
     simulation = copy.copy(teacher)
     simulation.module = model
     return evaluator_for(teacher).reference(simulation, recipe.evaluation, runtime)
-
-
-def _top1(predictions: Any) -> float:
-    hits = predictions.logits.argmax(1) == predictions.labels
-    return 100 * int(torch.count_nonzero(hits)) / len(hits)
 
 
 def _simulated(record: dict[str, Any]) -> dict[str, Any]:

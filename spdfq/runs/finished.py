@@ -5,10 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from spdfq.data.classes import class_names
 from spdfq.errors import DataError, RecipeError, shown
 from spdfq.recipe import Recipe, load_recipe
 from spdfq.recipe.files import listed
 from spdfq.recipe.toml import value
+from spdfq.teacher import Teacher
 
 
 def finished_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -67,6 +69,23 @@ def check_teacher(folder: str | Path, found: dict[str, Any], fingerprint: str) -
             f"{folder}: recipe.toml or the weights have changed, so its model is no longer the one that was quantized; "
             "run it again"
         )
+
+
+def finished_record(folder: str | Path, remedy: str = "give the folder of a finished run") -> dict[str, Any]:
+    """The contents of a run folder's ``run.json``.
+
+    Raises:
+        DataError: it is missing or damaged; the message ends with the remedy.
+    """
+    found = run_record(folder)
+    if not found:
+        raise DataError(f"{folder}: has no run.json; {remedy}")
+    return found
+
+
+def saved_class_names(record: dict[str, Any], teacher: Teacher, recipe: Recipe) -> list[str]:
+    """The names of the classes that a run saved; for a run of an older version, as it would save them now."""
+    return record.get("model", {}).get("class_names") or class_names(teacher, recipe.evaluation.dataset)
 
 
 def run_record(folder: str | Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spdfq.data.classes import class_names
 from spdfq.errors import DataError
 from spdfq.inference.classifier import Classifier
 from spdfq.inference.onnx_file import OnnxFile
@@ -15,7 +14,7 @@ from spdfq.inference.preprocessing import Preprocessing
 from spdfq.quantized.checkpoint import load_checkpoint
 from spdfq.quantized.model import QuantizedModel
 from spdfq.report.exports import known_exports
-from spdfq.runs.finished import finished_recipe, run_record
+from spdfq.runs.finished import finished_recipe, finished_record, saved_class_names
 from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher, evaluation_mode
 
@@ -35,14 +34,12 @@ def load_run(folder: str | Path) -> Classifier:
         SpdfqError: onnxruntime is not installed, or the model has no head.
     """
     recipe, folder = finished_recipe(folder), Path(folder)
-    record = run_record(folder)
-    if not record:
-        raise DataError(f"{folder}: has no run.json; give a finished run")
+    record = finished_record(folder, "give a finished run")
     exported = [folder / name for name, entry in known_exports(folder).items() if entry.get("format") == "onnx"]
     if files := [path for path in exported if path.is_file()]:
         return _exported(files[-1], record.get("recipe_digest"))
     model, teacher, _ = load_checkpoint(folder / "quantized")
-    names = record.get("model", {}).get("class_names") or class_names(teacher, recipe.evaluation.dataset)
+    names = saved_class_names(record, teacher, recipe)
     return _simulated(folder, model, teacher, names)
 
 

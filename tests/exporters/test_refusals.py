@@ -7,8 +7,8 @@ from support.exports import W8A8, exported
 from torch import nn
 
 import spdfq
+from spdfq import extras
 from spdfq.errors import DataError, ModelError, SpdfqError
-from spdfq.exporters import extras
 from spdfq.quantized import place
 from spdfq.teacher import Teacher
 

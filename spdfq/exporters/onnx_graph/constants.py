@@ -5,6 +5,7 @@ import onnx_ir as ir
 
 from spdfq.exporters.onnx_graph.storage import PRODUCTS
 from spdfq.exporters.onnx_graph.values import Array, stored
+from spdfq.inference.session import cpu_session
 
 
 def computed_constants(model: ir.Model) -> list[str]:
@@ -58,9 +59,7 @@ def _values(model: ir.Model, wanted: list[ir.Value]) -> list[Array]:
         opset_imports=whole.opset_import,
         ir_version=whole.ir_version,
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = cpu_session(part.SerializeToString(), graph_optimization_level=level)
     found: list[Array] = session.run(names, {})
     return found
