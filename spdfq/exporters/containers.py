@@ -1,4 +1,4 @@
-"""What a file with integers of 8 bits does not compute as the quantized model does, or holds in another width."""
+"""What a file with integers does not compute as the quantized model does, and widths that it or runtimes change."""
 
 from collections import Counter
 
@@ -8,10 +8,14 @@ from spdfq.quantized.sites import OPERANDS, WEIGHT
 from spdfq.registry import quantizers as registered
 
 _BYTE, _HALF_BYTE = 8, 4
+_WIDE = (
+    "are 16-bit integers for phone NPUs (QNN); on a CPU, onnxruntime computes their products in float, and OpenVINO "
+    "leaves most of their quantizers out"
+)
 
 
 def container_lines(model: QuantizedModel) -> list[str]:
-    """A line for each site that is computed in float, and one for each bit-width that is stored in a wider integer."""
+    """A line for each site that is computed in float, and one for each width that a CPU multiplies as a wider one."""
     lines: list[str] = []
     widths: Counter[tuple[bool, int]] = Counter()
     for name, quantizer in model.quantizers.items():
@@ -27,5 +31,6 @@ def container_lines(model: QuantizedModel) -> list[str]:
     for (is_weight, bits), count in sorted(widths.items()):
         container = "int4" if is_weight and bits < _HALF_BYTE else "8-bit integers"
         what = "weights" if is_weight else "activations"
-        lines.append(f"{count} {what} of {bits} bits are {container} with {2**bits} levels")
+        fate = _WIDE if bits > _BYTE else f"are {container} with {2**bits} levels"
+        lines.append(f"{count} {what} of {bits} bits {fate}")
     return lines
