@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import torch
 
-from spdfq.errors import ComponentError, RecipeError, first_line
+from spdfq.errors import ComponentError, RecipeError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import GELU, INPUT, KEY, POINTS, PRODUCT, QUERY, SOFTMAX, VALUE, WEIGHT, Site, input_site
 from spdfq.quantized.visiting import count_multiplications, find_sites
@@ -130,7 +130,7 @@ def _wrong_bits(spec: Quantization, sites: list[Site], bits: int, where: str) ->
         try:
             _new_quantizer(spec, site, bits)
         except ComponentError as error:
-            return [f"{where}: {site.name}: {first_line(error)}"]
+            return [f"{where}: {site.name}: {error}"]
     return []
 
 
