@@ -20,7 +20,7 @@ import spdfq
 from spdfq.runs.exporting import export_run
 
 IMAGES = "images/spdfq_plus"
-BACKENDS = ("backends/w8a8", "backends/w4a8")
+BACKENDS = ("backends/w8a8", "backends/w4a8", "backends/w8a16")
 
 
 def measured(model: str, backend: str, seed: int, folder: Path) -> dict[str, Any]:

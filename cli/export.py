@@ -52,7 +52,7 @@ def lines(done: dict[str, Any]) -> list[str]:
 
 
 def _measured(row: dict[str, Any]) -> list[str]:
-    from spdfq.report.exports import products
+    from spdfq.report.exports import float_products, products
 
     cost = "" if row["simulated_top1"] == row["run_top1"] else f"; the run's own simulation {row['run_top1']:.2f} %"
     found = [
@@ -63,5 +63,5 @@ def _measured(row: dict[str, Any]) -> list[str]:
     if row["integer_products"] is not None:
         found.append(f"integers   {products(row)} (quantized products that are integer kernels)")
     if row["float_products"]:
-        found.append(f"in float   {', '.join(row['float_products'])}")
+        found.append(f"in float   {float_products(row)}")
     return found

@@ -33,7 +33,8 @@ def _accuracy() -> str:
         f"| model | recipe | full precision | simulated | {' | '.join(runtimes)} | agreement | integer products |",
         f"| --- | --- | ---: | ---: |{' ---: |' * len(runtimes)} ---: | ---: |",
     ]
-    for model, backend in dict.fromkeys((row["model"], row["backend"]) for row in rows):
+    groups = dict.fromkeys((row["model"], row["backend"]) for row in rows)
+    for model, backend in sorted(groups, key=lambda group: list(MODELS).index(group[0])):
         group = [row for row in rows if (row["model"], row["backend"]) == (model, backend)]
         cells = [MODELS[model], f"`backends/{backend}`", f"{group[0]['fp']:.2f}", _spread(group, "simulated")]
         cells += [_spread([_of(row, runtime) for row in group], "top1") for runtime in runtimes]

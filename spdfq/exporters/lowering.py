@@ -11,13 +11,15 @@ from spdfq.quantized.model import QuantizedModel, copied_network
 from spdfq.quantized.sites import KEY, PRODUCT, QUERY, VALUE, WEIGHT
 from spdfq.quantized.visiting import visit_sites
 from spdfq.quantizers import Quantizer, UniformQuantizer
+from spdfq.quantizers.option_checks import BYTE
 
 Quantize = Callable[[Tensor, Tensor, Tensor, int, int, int], Tensor]
 """``quantize(x, scale, zero_point, axis, low, high)`` gives codes ``low`` to ``high`` in the zero point's dtype."""
 Dequantize = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """``dequantize(codes, scale, zero_point, axis)`` gives float32 values."""
 
-# symmetric operands of these kinds are int8, for OpenVINO's integer attention; onnxruntime wants uint8 before layers
+# symmetric operands of these kinds are signed, for OpenVINO's integer attention; onnxruntime wants unsigned integers
+# before layers
 _SIGNED = (QUERY, KEY, VALUE, PRODUCT)
 
 
@@ -25,7 +27,7 @@ _SIGNED = (QUERY, KEY, VALUE, PRODUCT)
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, low: int, high: int) -> Tensor:
     """Codes of float32 ``x``: ``clamp(round(x / scale) + zero_point, low, high)`` in the zero point's dtype."""
     scale, zero = along(scale, x, axis), along(zero_point, x, axis)
-    return ((x / scale).round() + zero).clamp(low, high).to(zero_point.dtype)
+    return ((x / scale).round() + zero.float()).clamp(low, high).to(zero_point.dtype)
 
 
 @quantize.register_fake
@@ -56,11 +58,11 @@ def along(parameter: Tensor, x: Tensor, axis: int) -> Tensor:
 
 @frozen(eq=False)
 class Grid:
-    """An evenly spaced quantizer for integers of 8 bits.
+    """An evenly spaced quantizer for integers of 8 bits, or of 16 bits for activations that are wider.
 
     Args:
         scale: float32 ``[]`` or ``[C]``.
-        zero_point: int8 or uint8, like ``scale``.
+        zero_point: int8, uint8, int16 or uint16, like ``scale``.
         axis: of the channels.
         low: the smallest code.
         high: the largest code.
@@ -78,20 +80,24 @@ class Grid:
         tensors, half = quantizer.tensors(), quantizer.levels // 2
         zero = tensors["zero_point"].int()
         axis = 0 if quantizer.channel_axis is None else quantizer.channel_axis % dimensions
+        wide = quantizer.bits > BYTE
         if signed:
-            return cls(tensors["scale"].clone(), (zero - half).to(torch.int8), axis, -half, half - 1)
-        return cls(tensors["scale"].clone(), zero.to(torch.uint8), axis, 0, quantizer.levels - 1)
+            dtype = torch.int16 if wide else torch.int8
+            return cls(tensors["scale"].clone(), (zero - half).to(dtype), axis, -half, half - 1)
+        dtype = torch.uint16 if wide else torch.uint8
+        return cls(tensors["scale"].clone(), zero.to(dtype), axis, 0, quantizer.levels - 1)
 
 
 def has_integers(quantizer: Quantizer, kind: str) -> TypeGuard[UniformQuantizer]:
-    """Whether runtimes multiply the codes of a quantizer: evenly spaced, with a scale for each output channel or one.
+    """Whether a file can hold the codes of a quantizer: evenly spaced, with a scale for each output channel or one.
 
     Args:
         quantizer: of a site.
         kind: of the site.
     """
     axes = (None, 0) if kind == WEIGHT else (None,)  # with others, onnxruntime fails and OpenVINO refuses the file
-    return type(quantizer) is UniformQuantizer and quantizer.channel_axis in axes
+    too_wide = kind == WEIGHT and quantizer.bits > BYTE
+    return type(quantizer) is UniformQuantizer and quantizer.channel_axis in axes and not too_wide
 
 
 class Lowered(nn.Module):

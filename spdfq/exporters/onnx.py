@@ -26,7 +26,7 @@ from spdfq.teacher import Teacher
 
 OPSET = 21
 INPUT, OUTPUT = "images", "logits"
-_FULL_RANGES = ((0, 255), (-128, 127))
+_FULL_RANGES = ((0, 255), (-128, 127), (0, 65535), (-32768, 32767))
 
 
 @exporters.register("onnx")
@@ -34,8 +34,9 @@ _FULL_RANGES = ((0, 255), (-128, 127))
 class OnnxExporter(Exporter):
     """ONNX, opset 21, with QuantizeLinear and DequantizeLinear around every product, and any number of images.
 
-    Weights are int8, or int4 for 4 bits and fewer. The graph has the form for which onnxruntime and OpenVINO have
-    integer kernels. The input ``images`` is float32 ``[batch, C, H, W]``, normalised; the output is ``logits``.
+    Weights are int8, or int4 for 4 bits and fewer. Activations are integers of 8 bits, and of 16 bits if they have 16.
+    The graph has the form for which onnxruntime and OpenVINO have integer kernels of 8 bits. The input ``images`` is
+    float32 ``[batch, C, H, W]``, normalised; the output is ``logits``.
     """
 
     suffix: ClassVar[str] = ".onnx"

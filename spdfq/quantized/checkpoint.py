@@ -16,6 +16,7 @@ from spdfq.quantized.multiplications import Multiplications
 from spdfq.quantized.sites import WEIGHT, Site
 from spdfq.quantized.visiting import find_sites
 from spdfq.quantizers import Quantizer
+from spdfq.quantizers.option_checks import BYTE
 from spdfq.quantizers.packing import pack, unpack
 from spdfq.recipe import ModelSpec, digest
 from spdfq.recipe.structure import structure, unstructure
@@ -180,6 +181,8 @@ def _packed(model: QuantizedModel) -> dict[str, Tensor]:
         tensors |= {f"{name}.{key}": value for key, value in quantizer.tensors().items()}
     for name in weights:
         quantizer = model.quantizers[name]
+        if quantizer.bits > BYTE:
+            raise DataError(f"{name}: a weight of {quantizer.bits} bits is not stored; give it a quantizer of 2 to 8")
         tensors[f"{name}.codes"] = pack(quantizer.codes(model.weight(name)), quantizer.bits)
     own = persistent_tensors(model.network)
     for name, tensor in own.items():

@@ -6,11 +6,12 @@ from typing import Any
 import attrs
 import torch
 
-from spdfq.errors import RecipeError
+from spdfq.errors import ComponentError, RecipeError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import GELU, INPUT, KEY, POINTS, PRODUCT, QUERY, SOFTMAX, VALUE, WEIGHT, Site, input_site
 from spdfq.quantized.visiting import count_multiplications, find_sites
 from spdfq.quantizers import Quantizer
+from spdfq.quantizers.option_checks import BYTE
 from spdfq.recipe import Override, Quantization
 from spdfq.recipe.structure import unstructure
 from spdfq.teacher import Teacher
@@ -27,8 +28,9 @@ def place(teacher: Teacher, spec: Quantization, bits: dict[str, int] | None = No
         bits: bit-widths by site that replace those of the section's quantizers, but not those of its overrides.
 
     Raises:
-        RecipeError: overrides match no quantized site (all of them are named), the channel axis of an activation
-            quantizer does not exist or is that of the images, or a weight quantizer accepts no negative values.
+        RecipeError: overrides match no quantized site (all of them are named) or give one bits that it cannot have,
+            the channel axis of an activation quantizer does not exist or is that of the images, or a weight quantizer
+            accepts no negative values.
     """
     _check_templates(spec)
     example = torch.zeros(1, *teacher.input_size, device=teacher.device, dtype=torch.float32)
@@ -102,7 +104,7 @@ def override_bits(teacher: Teacher, spec: Quantization, sites: dict[str, Site]) 
     """The bits of all sites that the section's overrides name.
 
     Raises:
-        RecipeError: overrides match no quantized site; all of them are named.
+        RecipeError: overrides match no quantized site, or one that cannot have their bits; all of them are named.
     """
     sites = {name: site for name, site in sites.items() if site.kind in spec.placement.kinds}
     bits: dict[str, int] = {}
@@ -113,10 +115,23 @@ def override_bits(teacher: Teacher, spec: Quantization, sites: dict[str, Site]) 
             matched = [name for name in sites if fnmatchcase(name, pattern)]
             if not matched:
                 problems.append(f"{where}: {pattern!r} matches no quantized site of {teacher.name}; {_examples(sites)}")
+            problems += _wrong_bits(spec, [sites[name] for name in matched], override.bits, f"{path}.bits")
             bits.update(dict.fromkeys(matched, override.bits))
     if problems:
         raise RecipeError(problems)
     return bits
+
+
+def _wrong_bits(spec: Quantization, sites: list[Site], bits: int, where: str) -> list[str]:
+    """A line for the first site whose quantizer cannot have the bits of an override."""
+    for site in sites:
+        if site.kind == WEIGHT and bits > BYTE:
+            return [f"{where}: {site.name} is a weight and cannot have {bits} bits; name activations only"]
+        try:
+            _new_quantizer(spec, site, bits)
+        except ComponentError as error:
+            return [f"{where}: {site.name}: {error}"]
+    return []
 
 
 def _patterns(teacher: Teacher, override: Override, path: str, problems: list[str]) -> list[tuple[str, str]]:

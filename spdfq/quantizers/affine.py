@@ -33,6 +33,10 @@ class AffineQuantizer(Quantizer):
     stores: ClassVar[dict[str, torch.dtype]] = {"scale": torch.float32, "zero_point": torch.uint8}
     integers: ClassVar[str] = "yes"
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a stored tensor; a zero point has that of codes."""
+        return self.code_dtype if name == "zero_point" else super().dtype_of(name)
+
     def step(self, parameters: Parameters) -> Parameters:
         """``scale`` and ``zero_point`` of each value; here the stored ones."""
         return parameters

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
 from spdfq.quantizers.cpu_tables import two_byte_results, two_byte_table_pays
 from spdfq.quantizers.observers import MinMaxObserver, Observer
-from spdfq.quantizers.option_checks import check_bits
+from spdfq.quantizers.option_checks import BYTE, check_bits
 from spdfq.quantizers.product import Product
 from spdfq.quantizers.statistics import Statistics
 from spdfq.recipe.structure import Checked
@@ -42,7 +42,7 @@ class Quantizer(nn.Module, Checked, ABC):
     `reconstruct`, of which the last two work element by element, and these class variables:
 
     * ``stores``: names and dtypes of the tensors that a frozen quantizer consists of.
-    * ``largest``: the largest valid number of a stored uint8 tensor, where that is not the last code.
+    * ``largest``: the largest valid number of a stored tensor of integers, where that is not the last code.
     * ``integers``: whether an integer runtime can run it, ``yes`` or ``with tables``.
 
     Args:
@@ -80,6 +80,11 @@ class Quantizer(nn.Module, Checked, ABC):
         return 2**self.bits
 
     @property
+    def code_dtype(self) -> torch.dtype:
+        """The dtype of codes: uint8 up to 8 bits, int32 above, because torch computes little with uint16."""
+        return torch.uint8 if self.bits <= BYTE else torch.int32
+
+    @property
     def signed(self) -> bool:
         """Whether it accepts negative values."""
         return True
@@ -97,6 +102,10 @@ class Quantizer(nn.Module, Checked, ABC):
     def axis_of(self, name: str) -> int | None:
         """The axis whose indices each have their own value of a stored tensor; ``None`` if all share one."""
         return self.channel_axis
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a stored tensor."""
+        return self.stores[name]
 
     @property
     def frozen(self) -> bool:
@@ -186,7 +195,7 @@ class Quantizer(nn.Module, Checked, ABC):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The codes of ``x``, 0 .. levels - 1: uint8 of the same shape.
+        """The codes of ``x``, 0 .. levels - 1: `code_dtype`, of the same shape.
 
         Raises:
             NonFiniteError: ``x`` holds NaN.
@@ -195,7 +204,7 @@ class Quantizer(nn.Module, Checked, ABC):
         check_tensor("x", x, "...")
         if missing := int(x.isnan().sum()):
             raise NonFiniteError(f"{missing} of {x.numel()} values are NaN and have no code; check the weights")
-        return self.encode(x.float(), self._broadcast(x, self.tensors())).to(torch.uint8)
+        return self.encode(x.float(), self._broadcast(x, self.tensors())).to(self.code_dtype)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -234,15 +243,14 @@ class Quantizer(nn.Module, Checked, ABC):
 
     def _check_stored(self, name: str, tensor: Tensor) -> None:
         rank = 0 if self.axis_of(name) is None else 1
-        if tensor.dtype != self.stores[name] or tensor.dim() != rank:
-            raise DataError(
-                f"stored {name} must be {self.stores[name]} of {rank} dimensions, not {tensor.dtype} of {tensor.dim()}"
-            )
+        dtype = self.dtype_of(name)
+        if tensor.dtype != dtype or tensor.dim() != rank:
+            raise DataError(f"stored {name} must be {dtype} of {rank} dimensions, not {tensor.dtype} of {tensor.dim()}")
         if tensor.is_floating_point() and not bool((tensor.isfinite() & (tensor > 0)).all()):
             raise DataError(f"stored {name} must be finite and above 0; the file is damaged")
         largest = self.largest.get(name, self.levels - 1)
-        if tensor.dtype == torch.uint8 and bool((tensor > largest).any()):
-            raise DataError(f"stored {name} exceeds {largest}, the most there is at {self.bits} bits")
+        if not tensor.is_floating_point() and bool(((tensor < 0) | (tensor > largest)).any()):
+            raise DataError(f"stored {name} must lie in 0 to {largest} at {self.bits} bits; the file is damaged")
 
     def _store(self, parameters: Parameters) -> None:
         # not `self.scale = ...`, because attrs replaces the __setattr__ of nn.Module

@@ -10,6 +10,7 @@ from torch import Tensor
 from spdfq.errors import DataError, SpdfqError
 from spdfq.quantizers.base import Parameters
 from spdfq.quantizers.observers import MinMaxObserver, Observer
+from spdfq.quantizers.option_checks import check_bits
 from spdfq.quantizers.product import Product
 from spdfq.quantizers.uniform import UniformQuantizer
 from spdfq.registry import quantizers
@@ -54,6 +55,7 @@ class DualUniformQuantizer(UniformQuantizer):
     }
     largest: ClassVar[dict[str, int]] = {"outlier": 1}
 
+    bits: int = field(default=4, validator=check_bits)
     columns: int = 1
     share: float = field(default=0.05, validator=check_share)
 

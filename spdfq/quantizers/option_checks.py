@@ -4,11 +4,23 @@ from typing import Any
 
 from attrs import Attribute
 
+BYTE = 8
+"""The most bits of a code that fits into one byte."""
+WIDE = 16
+"""The bits of a code of two bytes."""
+
 
 def check_bits(_: Any, attribute: "Attribute[int]", value: int) -> None:
     """Accepts 2 to 8: a code fits into one byte, and there are values on both sides of zero."""
-    if not 2 <= value <= 8:
-        raise ValueError(f"{attribute.name} must be a whole number from 2 to 8, not {value!r}")
+    if not 2 <= value <= BYTE:
+        remedy = "; only the quantizer 'uniform' takes 16" if value == WIDE else ""
+        raise ValueError(f"{attribute.name} must be a whole number from 2 to 8, not {value!r}{remedy}")
+
+
+def check_wide_bits(_: Any, attribute: "Attribute[int]", value: int) -> None:
+    """Accepts 2 to 8, and 16."""
+    if not 2 <= value <= BYTE and value != WIDE:
+        raise ValueError(f"{attribute.name} must be a whole number from 2 to 8, or 16 for activations, not {value!r}")
 
 
 def check_count(_: Any, attribute: "Attribute[int]", value: int) -> None:

@@ -63,12 +63,13 @@ class Override(Checked):
     Args:
         sites: shell-style patterns of site names (``blocks.0.*``); a pattern that matches no site is an error.
         roles: ``first`` is the first convolution and ``last`` the classifier, as timm names them.
-        bits: bit-width of every quantizer at these sites; 0 leaves them in float.
+        bits: bit-width of every quantizer at these sites; 0 leaves them in float, and 16 is for activations with the
+            quantizer ``uniform``.
     """
 
     sites: tuple[str, ...] = ()
     roles: tuple[Literal["first", "last"], ...] = ()
-    bits: int = field(validator=validators.in_((0, 2, 3, 4, 5, 6, 7, 8)))
+    bits: int = field(validator=validators.in_((0, 2, 3, 4, 5, 6, 7, 8, 16)))
 
     def __attrs_post_init__(self) -> None:
         if not self.sites and not self.roles:
@@ -134,6 +135,8 @@ class Quantization(Checked):
     def __attrs_post_init__(self) -> None:
         if not self.steps:
             raise ValueError("has no steps; the first one is usually { type = 'calibrate' }")
+        if self.weights.bits > 8:
+            raise ValueError(f"weights.bits must be from 2 to 8, not {self.weights.bits}; 16 bits are for activations")
 
     @property
     def label(self) -> str:
@@ -151,9 +154,10 @@ class Quantization(Checked):
         wanted = self.activations.bits
         softmax = self.softmax if "softmax" in self.placement.kinds else None
         attention = self.attention if self.placement.kinds & {"query", "key", "value"} else None
+        of_that_width = " and {0}.type = 'uniform'" if wanted > 8 else ""  # the only type with so many
         return [
             f"quantization.{key}: {quantizer.bits} bits, but activations have {wanted}; for "
-            f"W{self.weights.bits}A{wanted} set {key}.bits = {wanted}"
+            f"W{self.weights.bits}A{wanted} set {key}.bits = {wanted}" + of_that_width.format(key)
             for key, quantizer in (("softmax", softmax), ("attention", attention), ("gelu", self.gelu))
             if quantizer is not None and quantizer.bits != wanted
         ]

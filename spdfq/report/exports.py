@@ -38,7 +38,7 @@ def exports_section(found: dict[str, Any]) -> dict[str, Any] | None:
     rows = [row for name, entry in found.items() for row in _rows(name, entry)]
     notes = {name: entry["notes"] for name, entry in found.items() if entry["notes"]}
     floating = [
-        f"{name}, {_runtime(row)}: computed in float: {', '.join(row['float_products'])}"
+        f"{name}, {_runtime(row)}: computed in float: {float_products(row)}"
         for name, entry in found.items()
         for row in entry["measured"]
         if row["float_products"]
@@ -66,6 +66,12 @@ def _rows(name: str, entry: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 def _runtime(row: dict[str, Any]) -> str:
     return f"{row['runtime']} {row['version']}"
+
+
+def float_products(row: dict[str, Any]) -> str:
+    """The names of the products that a runtime computes in float, in short if these are all."""
+    names = row["float_products"]
+    return f"all {len(names)} products" if len(names) == row["products"] > 1 else ", ".join(names)
 
 
 def products(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from support import backends as tiny
 from support.exports import UNIFORM, W8A8, agreement, all_integers, exported, opened
 
 from spdfq.errors import SpdfqError
+from spdfq.exporters.containers import ROUNDED
 from spdfq.quantizers import UniformQuantizer
 
 # each is taken from a model that has it everywhere
@@ -44,7 +45,7 @@ def test_other_quantizers_are_computed_in_float_and_said_to_be(mixed, tmp_path):
     lines[CHANNELS] = "uniform of 8 bits with a scale for each channel"
     expected = {f"{name}: {what} is computed in float, its product in float" for name, what in lines.items()}
     grids = f"{GRIDS}: dual_uniform of 8 bits with a scale for each channel is stored in float32, its product in float"
-    assert set(file.notes) == expected | {grids}
+    assert set(file.notes) == expected | {grids, ROUNDED}
     run = opened(file)
     places = ("attn_2", "mlp.fc2")
     floating = {f"blocks.{block}.{place}" for block in range(3) for place in places}

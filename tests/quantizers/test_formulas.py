@@ -138,7 +138,7 @@ def test_a_shift_out_of_range_is_refused(shift):
 
 
 def test_a_base_out_of_range_is_refused():
-    with pytest.raises(DataError, match="stored base exceeds 138"):
+    with pytest.raises(DataError, match="stored base must lie in 0 to 138"):
         AdaptiveLogQuantizer().restore({"scale": tensor(1.0), "base": byte(139)})
 
 

@@ -125,7 +125,7 @@ def test_channels_that_do_not_fit_are_refused():
 
 def test_a_zero_point_beyond_the_codes_is_refused():
     tensors = {"scale": torch.tensor(1.0), "zero_point": torch.tensor(16, dtype=torch.uint8)}
-    with pytest.raises(DataError, match="exceeds 15"):
+    with pytest.raises(DataError, match="must lie in 0 to 15 at 4 bits"):
         UniformQuantizer(bits=4).restore(tensors)
     channels = {"scale": torch.ones(3), "zero_point": torch.zeros(2, dtype=torch.uint8)}
     with pytest.raises(DataError, match="differ in length"):
@@ -135,8 +135,8 @@ def test_a_zero_point_beyond_the_codes_is_refused():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"bits": 1}, "bits must be a whole number from 2 to 8, not 1"),
-        ({"bits": 9}, "from 2 to 8"),
+        ({"bits": 1}, "bits must be a whole number from 2 to 8, or 16 for activations, not 1"),
+        ({"bits": 9}, "from 2 to 8, or 16"),
         ({"bits": True}, "bits: expected a whole number, got True"),
         ({"bits": 4.0}, "bits: expected a whole number, got 4.0"),
         ({"granularity": "group"}, "expected one of 'tensor', 'channel', got 'group'"),

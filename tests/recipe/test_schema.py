@@ -111,7 +111,11 @@ MISTAKES = [
     ("quantization.steps", "calibrate", "quantization.steps: expected an array of tables, got 'calibrate'"),
     ("quantization.steps", ["calibrat"], "quantization.steps.0: unknown step 'calibrat'; did you mean 'calibrate'?"),
     ("quantization.steps", [], "quantization: has no steps; the first one is usually { type = 'calibrate' }"),
-    ("quantization.overrides.0.bits", 9, "quantization.overrides.0.bits: 'bits' must be in (0, 2, 3, 4, 5, 6, 7, 8)"),
+    (
+        "quantization.overrides.0.bits",
+        9,
+        "quantization.overrides.0.bits: 'bits' must be in (0, 2, 3, 4, 5, 6, 7, 8, 16",
+    ),
     (
         "quantization.overrides.0.roles",
         ["middle"],

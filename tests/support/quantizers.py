@@ -12,6 +12,8 @@ QUANTIZERS = {name: quantizers.get(name) for name in quantizers.names()}
 OBSERVERS = {name: observers.get(name) for name in observers.names()}
 VARIANTS = {name: [made("quantizer", name, bits=b) for b in (2, 4, 8)] for name in QUANTIZERS}
 VARIANTS["uniform"] += [UniformQuantizer(symmetric=True), UniformQuantizer(granularity="channel", axis=-1)]
+VARIANTS["uniform"] += [UniformQuantizer(bits=16), UniformQuantizer(bits=16, symmetric=True)]
+VARIANTS["uniform"] += [UniformQuantizer(bits=16, granularity="channel", axis=-1)]
 VARIANTS["twin_uniform"] += [TwinUniformQuantizer(split="sign", bits=b) for b in (2, 4, 8)]
 VARIANTS["dual_uniform"] += [DualUniformQuantizer(share=0.4), DualUniformQuantizer(share=0.4, symmetric=True)]
 FRESH = [pytest.param(quantizer, id=str(quantizer)) for variants in VARIANTS.values() for quantizer in variants]

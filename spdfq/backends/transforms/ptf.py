@@ -13,6 +13,7 @@ from spdfq.errors import SpdfqError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import RESIDUAL
 from spdfq.quantizers import MinMaxObserver, PowerOfTwoFactorQuantizer
+from spdfq.quantizers.option_checks import BYTE
 from spdfq.recipe.structure import component
 from spdfq.registry import steps
 
@@ -38,8 +39,10 @@ class PowerOfTwoFactors(Step):
     batch: int = field(default=32, validator=validators.ge(1))
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
-        """Refuses a placement without residual sums."""
-        self._sums(model)
+        """Refuses a placement without residual sums, and residual sums of 16 bits."""
+        for name in self._sums(model):
+            if (bits := model.quantizers[name].bits) > BYTE:
+                raise SpdfqError(f"ptf: {name} has {bits} bits; power_of_two_factor has 2 to 8, so leave this step out")
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:

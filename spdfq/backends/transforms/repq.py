@@ -126,9 +126,9 @@ class RepQ(Step):
             channels = model.quantizers[group.inputs[0]].tensors()
             found = reparameterise(channels["scale"], channels["zero_point"])
             rescale(model, group, found.factor, found.offset)
-            stored = {"scale": found.scale.float(), "zero_point": found.zero_point.to(torch.uint8)}
             for site in group.inputs:
                 whole = attrs.evolve(uniform(model, site), granularity="tensor", axis=0)
+                stored = {"scale": found.scale.float(), "zero_point": found.zero_point.to(whole.code_dtype)}
                 model.replace_quantizer(site, _restored(whole, stored))
             fit_weights(model, self.weight_observer, [name for name in group.weights if name in model.quantizers])
 

@@ -9,6 +9,7 @@ from attrs import frozen
 from spdfq.exporters.onnx_graph.values import (
     Array,
     attribute,
+    constant,
     only_user,
     per_tensor,
     producer,
@@ -51,7 +52,7 @@ class _Conv:
 
 
 def convolutions_as_products(graph: ir.Graph) -> None:
-    """Writes each Conv of quantized tensors without groups as a rearrangement of the codes and a MatMul."""
+    """Writes each Conv of 8-bit tensors without groups as a rearrangement of the codes and a MatMul."""
     for node in list(graph):
         if node.op_type == "Conv" and (conv := _found(node)):
             _rewritten(graph, conv)
@@ -60,6 +61,9 @@ def convolutions_as_products(graph: ir.Graph) -> None:
 def _found(node: ir.Node) -> _Conv | None:
     data, weight = producer(node.inputs[0], "DequantizeLinear"), stored_weight(node.inputs[1])
     if data is None or weight is None or not per_tensor(data) or attribute(node, "group", 1) != 1:
+        return None
+    zero = constant(data.inputs[2])
+    if zero is None or zero.itemsize > 1:  # there are no integer kernels for 16 bits, and no Pad either
         return None
     dequantize, codes = weight
     given = node.inputs[0]
