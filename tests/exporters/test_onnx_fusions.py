@@ -86,7 +86,7 @@ def test_no_float_value_is_copied_and_only_the_stream_is_added(smoothed):
     _, _, file, folder = smoothed
     counts = Counter(node.op_type for node in optimised(file, folder)[0])
     assert not counts["Split"] + counts["Slice"] + counts["DequantizeLinear"]
-    assert counts["QGemm"] == 2 * (3 + 1 + 1) + 1  # queries, keys, values, proj, fc2; the head
+    assert counts["QGemm"] == 2 * (3 + 3) + 1  # queries, keys, values, proj, fc1, fc2; the head
     patches, positions, residuals, shifts = 1, 1, 4, 4
     assert counts["Add"] == patches + positions + residuals + shifts
 

@@ -25,8 +25,6 @@ def products_with_biases(graph: ir.Graph) -> None:
         add = only_user(node.outputs[0]) if weight is not None else None
         if weight is None or data is None or add is None or add.op_type != "Add":
             continue
-        if (behind := only_user(add.outputs[0])) is not None and behind.op_type == "Gelu":
-            continue  # onnxruntime adds the bias there
         dequantize, codes = weight
         found = [value for value in add.inputs if value is not node.outputs[0]]
         shape, out = shape_of(node.inputs[0]), codes.shape[-1]  # type: ignore[arg-type]
