@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spdfq.errors import ModelError, first_line
+from spdfq.exporters.products import whole_products
 from spdfq.exporters.runtime_models import RuntimeModel, as_tensor
 from spdfq.extras import require
 from spdfq.inference.session import cpu_session
@@ -50,9 +51,9 @@ class OnnxRuntimeModel(RuntimeModel):
             except Exception as error:  # onnxruntime has an exception type for each reason
                 raise ModelError(f"{path}: onnxruntime cannot read it ({first_line(error)}); export it again") from None
             nodes = onnx.load(str(optimised), load_external_data=False).graph.node
-        integer = sum(node.op_type in INTEGER_KERNELS for node in nodes)
-        floating = [node.name.partition("/")[0] for node in nodes if node.op_type in FLOAT_KERNELS]
-        super().__init__(path, onnxruntime.__version__, integer, floating)
+        integer = whole_products(node.name for node in nodes if node.op_type in INTEGER_KERNELS)
+        floating = whole_products(node.name.partition("/")[0] for node in nodes if node.op_type in FLOAT_KERNELS)
+        super().__init__(path, onnxruntime.__version__, len(integer), floating)
         self._session: Any = session
 
     def forward(self, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from spdfq.errors import ModelError, first_line
+from spdfq.exporters.products import whole_products
 from spdfq.exporters.runtime_models import RuntimeModel, as_tensor
 from spdfq.extras import require
 
@@ -43,14 +44,19 @@ class OpenVinoModel(RuntimeModel):
         one = [size.get_length() if size.is_static else 1 for size in sizes]
         compiled(np.zeros(one, np.float32))  # the kernels are chosen for the first image
         products = [op for op in compiled.get_runtime_model().get_ordered_ops() if _text(op, "layerType") in _PRODUCTS]
-        floating = [op for op in products if not _is_integer(op)]
-        names = [op.get_friendly_name().partition("/")[0].removesuffix("_bias") for op in floating]
-        super().__init__(path, openvino.__version__.partition("-")[0], len(products) - len(floating), names)
+        integer, floating = (
+            whole_products(_name(op) for op in products if _is_integer(op) is wanted) for wanted in (True, False)
+        )
+        super().__init__(path, openvino.__version__.partition("-")[0], len(integer), floating)
         self._compiled: Any = compiled
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images; see `RuntimeModel.forward`."""
         return as_tensor(self._compiled(images.numpy())[0])
+
+
+def _name(op: Any) -> str:
+    return str(op.get_friendly_name()).partition("/")[0].removesuffix("_bias")
 
 
 def _is_integer(op: Any) -> bool:

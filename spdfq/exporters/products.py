@@ -1,10 +1,21 @@
 """The products of a quantized model whose operands are both quantized."""
 
+from collections.abc import Iterable
+
 import torch
 
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.visiting import count_multiplications
 from spdfq.teacher import Teacher
+
+PART = "#"
+"""In a file, stands between the name of a product and the number of a part of it that is a product of its own."""
+
+
+def whole_products(names: Iterable[str]) -> list[str]:
+    """The products with these names, in their order; the parts of a product are one."""
+    found = {name.partition(PART)[0] if PART in name else index: name for index, name in enumerate(names)}
+    return [name.partition(PART)[0] for name in found.values()]
 
 
 def quantized_products(model: QuantizedModel, teacher: Teacher) -> int:

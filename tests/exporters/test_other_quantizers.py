@@ -50,7 +50,7 @@ def test_other_quantizers_are_computed_in_float_and_said_to_be(mixed, tmp_path):
     places = ("attn_2", "mlp.fc2")
     floating = {f"blocks.{block}.{place}" for block in range(3) for place in places}
     assert set(run.float_products) == floating | {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1"}
-    assert agreement(run, model, tiny.images(50)) >= 0.96
+    assert agreement(run, model, tiny.images(50)) >= 0.94
 
 
 def test_uniform8_makes_them_integers_and_says_what_changed(mixed, tmp_path):

@@ -29,17 +29,17 @@ def moved_codes(graph: ir.Graph) -> None:
         dequantize, codes = weight
         axis = attribute(dequantize, "axis", 1) % codes.ndim
         channels = np.arange(codes.shape[axis]).reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
-        moved, where = (_moved(node, array) for array in (codes, np.broadcast_to(channels, codes.shape)))
-        if moved is None or where is None:
+        taken, where = (moved(node, array) for array in (codes, np.broadcast_to(channels, codes.shape)))
+        if taken is None or where is None:
             continue
         found = _channel_axis(where)
         if found is None:
             continue
-        scale, zero = _parameters(dequantize)
+        scale, zero = parameters(dequantize)
         new_axis, kept = found
         if scale.ndim:
             scale, zero = scale[kept], zero[kept]
-        replaced(node, [_dequantized(graph, str(dequantize.name), np.ascontiguousarray(moved), scale, zero, new_axis)])
+        replaced(node, [dequantized(graph, str(dequantize.name), np.ascontiguousarray(taken), scale, zero, new_axis)])
 
 
 def integer_gemms(graph: ir.Graph) -> None:
@@ -51,52 +51,58 @@ def integer_gemms(graph: ir.Graph) -> None:
         if weight is None or data is None or not per_tensor(data):
             continue
         dequantize, codes = weight
-        scale, zero = _parameters(dequantize)
+        scale, zero = parameters(dequantize)
         axis = attribute(dequantize, "axis", 1) % 2
         new = []
         right: Any = node.inputs[1]
         if attribute(node, "transB", 0):
             axis = 1 - axis
-            new.append(_dequantized(graph, str(dequantize.name), np.ascontiguousarray(codes.T), scale, zero, axis))
+            new.append(dequantized(graph, str(dequantize.name), np.ascontiguousarray(codes.T), scale, zero, axis))
             right = new[-1].outputs[0]
         inputs = [node.inputs[0], right]
         if len(node.inputs) > 2 and node.inputs[2] is not None:
-            step = _step(data, scale)
-            bias = None if scale.ndim and axis != 1 else _integer_bias(graph, node, step)
+            array = constant(node.inputs[2])
+            plain = attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1 and (not scale.ndim or axis == 1)
+            bias = None
+            if plain and array is not None and array.ndim == 1:
+                bias = integer_bias(graph, str(node.name), array, data, dequantize)
             new += [bias] if bias is not None else []
             inputs.append(node.inputs[2] if bias is None else bias.outputs[0])
         kept = {key: value for key, value in node.attributes.items() if key != "transB"}
         replaced(node, [*new, ir.node("Gemm", inputs, attributes=kept, name=node.name)])
 
 
-def _step(data: ir.Node, scale: Array) -> Array:
-    """The scale of a product's sums of integers."""
-    return np.asarray(_parameters(data)[0] * scale, np.float32)
+def integer_bias(graph: ir.Graph, name: str, bias: Array, data: ir.Node, dequantize: ir.Node) -> ir.Node | None:
+    """The DequantizeLinear of a bias as integers; ``None`` if it is too large for them.
 
-
-def _integer_bias(graph: ir.Graph, node: ir.Node, step: Array) -> ir.Node | None:
-    """The DequantizeLinear of a bias as integers; ``None`` if it has no constant value, or too large a one."""
-    bias = constant(node.inputs[2])
-    if bias is None or bias.ndim != 1 or attribute(node, "alpha", 1.0) != 1 or attribute(node, "beta", 1.0) != 1:
-        return None
+    Args:
+        graph: keeps the integers.
+        name: of the product.
+        bias: ``[out]``.
+        data: the DequantizeLinear of the product's input, with one scale.
+        dequantize: that of its weight, with one scale, or one for each output.
+    """
+    step = np.asarray(parameters(data)[0] * parameters(dequantize)[0], np.float32)  # of the sums of integers
     codes = np.round(bias / step.astype(np.float64))
     if np.abs(codes).max() > _LARGEST:
         return None
-    inputs = [stored(graph, f"{node.name}_bias", codes.astype(np.int32)), stored(graph, f"{node.name}_step", step)]
-    return ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{node.name}_bias_values")
+    inputs = [stored(graph, f"{name}_bias", codes.astype(np.int32)), stored(graph, f"{name}_step", step)]
+    return ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{name}_bias_values")
 
 
-def _parameters(dequantize: ir.Node) -> tuple[Array, Array]:
-    """Scale and zero point of a DequantizeLinear that the exporter wrote."""
-    scale, zero = constant(dequantize.inputs[1]), constant(dequantize.inputs[2])
+def parameters(dequantize: ir.Node) -> tuple[Array, Array]:
+    """Scale and zero point of a DequantizeLinear; without a zero point, int32 zeros."""
+    scale = constant(dequantize.inputs[1])
     assert scale is not None
-    assert zero is not None
-    return scale, zero
+    zero = constant(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
+    return scale, np.zeros(scale.shape, np.int32) if zero is None else zero
 
 
-def _dequantized(graph: ir.Graph, name: str, codes: Array, scale: Array, zero: Array, axis: int) -> ir.Node:
+def dequantized(graph: ir.Graph, name: str, codes: Array, scale: Array, zero: Array, axis: int) -> ir.Node:
+    """A new DequantizeLinear of constant codes; scale and zero point are ``[]`` or one for each index of the axis."""
     inputs = [stored(graph, f"{name}_{what}", array) for what, array in (("codes", codes), ("scale", scale))]
-    inputs.append(stored(graph, f"{name}_zero_point", zero))
+    if codes.dtype != np.int32:  # whose zero point is 0
+        inputs.append(stored(graph, f"{name}_zero_point", zero))
     return ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=f"{name}_moved")
 
 
@@ -109,7 +115,7 @@ def _channel_axis(where: Array) -> tuple[int, Array] | None:
     return None
 
 
-def _moved(node: ir.Node, array: Array) -> Array | None:
+def moved(node: ir.Node, array: Array) -> Array | None:
     """What a node that only moves values makes of an array; ``None`` for any other node."""
     given = [constant(value) for value in node.inputs[1:]]
     if any(value is None for value in given):
