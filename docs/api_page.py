@@ -21,6 +21,7 @@ PACKAGES = (
     "spdfq.quantizers",
     "spdfq.quantized",
     "spdfq.backends",
+    "spdfq.doctor",
     "spdfq.exporters",
     "spdfq.inference",
     "spdfq.calibration_data",
@@ -34,6 +35,7 @@ PACKAGES = (
 MODULES = {
     "spdfq.runs.pipeline": ("check", "evaluate_run"),
     "spdfq.runs.inspection": ("measure_runs",),
+    "spdfq.runs.diagnosing": ("diagnose_run",),
     "spdfq.runs.exporting": ("export_run",),
     "spdfq.runs.evaluate_file": ("evaluate_file",),
     "spdfq.runs.predicting": ("load_run",),

@@ -21,6 +21,7 @@ LAYERS = {
     "parts": {"teacher", "losses", "quantizers"},
     "stages": {"data", "synth", "quantized"},
     "back-ends and evaluation": {"backends", "evaluation", "exporters", "report"},
+    "diagnosis": {"doctor"},
     "functions": {"api"},
     "runs": {"runs"},
     "benches": {"bench"},

@@ -10,8 +10,8 @@ from spdfq.registry import REGISTRIES
 
 PUBLIC = {
     "spdfq": """
-        Recipe RunResult SpdfqError Teacher evaluate export load_quantized load_recipe load_teacher quantize run
-        synthesize
+        Recipe RunResult SpdfqError Teacher diagnose evaluate export load_quantized load_recipe load_teacher quantize
+        run synthesize
     """,
     "spdfq.backends": """
         AdaLog AdaRound Blockwise Calibrate Calibration Distill GlobalLocal PowerOfTwoFactors RepQ Ridge Rotate
@@ -22,6 +22,9 @@ PUBLIC = {
     """,
     "spdfq.data": """
         Batch DecodedImages FashionMnist ImageFolder ImageList LabelledImages Parquet WebDataset
+    """,
+    "spdfq.doctor": """
+        BlockError Diagnosis Outlier SiteEffect SiteValues Suggestion
     """,
     "spdfq.exporters": """
         DequantizedExporter Exported Exporter OnnxExporter TorchProgramExporter Written write_export

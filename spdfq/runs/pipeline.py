@@ -18,6 +18,7 @@ from spdfq.quantized.place import place
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.recipe.files import listed
 from spdfq.report import write_pictures, write_report
+from spdfq.report.diagnosis import DIAGNOSIS_FILE, FRAGMENT_FILE
 from spdfq.report.exports import EXPORTS_FILE
 from spdfq.report.image_quality import MEASURES_FILE
 from spdfq.runs.checks import check_classes, check_fit, checked_teacher, placed, refuse_own_recipe
@@ -331,7 +332,8 @@ class _Run:
         images.save(folder / "synthetic.safetensors")
         with writing(folder, "make its files writable, or choose another --out"):
             write_pictures(folder, images, work.teacher)
-            for stale in (MEASURES_FILE, EXPORTS_FILE):  # measured on the images and the model that were here before
+            # measured on the images and the model that were here before
+            for stale in (MEASURES_FILE, EXPORTS_FILE, DIAGNOSIS_FILE, FRAGMENT_FILE):
                 (folder / stale).unlink(missing_ok=True)
             shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
             shutil.copy(stored / "sites.json", folder / "sites.json")
