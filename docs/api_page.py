@@ -28,6 +28,7 @@ PACKAGES = (
     "spdfq.data",
     "spdfq.teacher",
     "spdfq.recipe",
+    "spdfq.trackers",
     "spdfq.report",
     "spdfq.runtime",
 )

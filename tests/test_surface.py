@@ -65,6 +65,9 @@ PUBLIC = {
     "spdfq.teacher": """
         Teacher evaluation_mode load_teacher
     """,
+    "spdfq.trackers": """
+        Tracked Tracker
+    """,
     "spdfq.synth": """
         Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter
         LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages Optimizer RandomResizedCrop
@@ -88,7 +91,7 @@ ALSO_PUBLIC = {
     """,
     "spdfq.registry": """
         REGISTRIES Registration Registry augmentations datasets exporters losses observers optimizers placements priors
-        quantizers registry samplers schedules sources steps targets
+        quantizers registry samplers schedules sources steps targets trackers
     """,
     "spdfq.recipe.structure": """
         component component_list components

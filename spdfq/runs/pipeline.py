@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import asdict, define, field, frozen
 
-from spdfq.errors import SpdfqError, shown, writing
+from spdfq.errors import SpdfqError, first_line, shown, writing
 from spdfq.evaluation.accuracy import accuracy, another_order, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.evaluation.published import check_full_precision
@@ -37,6 +37,7 @@ from spdfq.runs.stages import (
     stage_key,
 )
 from spdfq.runs.store import StageRecord, Store, lock_folder, store_beside
+from spdfq.runs.tracking import tracked
 from spdfq.runtime import Progress, make_runtime, own_threads, pick_progress
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
@@ -269,6 +270,7 @@ class _Run:
         controls = {name: self._control(name, source) for name, source in recipe.controls.items()}
         if controls:
             self._write_record(controls)
+        self._track()
         self.announce(f"report: {self.folder / 'report.html'}")
         measured = {name: control.results[EvaluateStage.name] for name, control in controls.items()}
         stages = {name: asdict(record) for name, record in self.records.items()}
@@ -305,6 +307,17 @@ class _Run:
         if damaged := work.results[ImagesStage.name].damaged:
             self._warn(f"{key}.dataset: {left_out(damaged)}")
         return work
+
+    def _track(self) -> None:
+        """Hand the results to the recipe's tracker; if it fails, they are in the run folder all the same."""
+        work, tracker = self.work, self.work.recipe.runtime.tracker
+        if tracker is None or not work.runtime.ranks.leads:
+            return
+        try:
+            images, record = work.results[ImagesStage.name], run_record(self.folder)
+            tracker.track(tracked(self.folder, work.recipe, images, record))
+        except Exception as error:  # whatever a service or its library raises
+            self.announce(f"warning: runtime.tracker: {first_line(error)}; the results are in the run folder")
 
     def _check_teacher(self) -> None:
         """Announce the accuracy in full precision, and compare it with the published one."""
