@@ -21,12 +21,14 @@ PACKAGES = (
     "spdfq.quantizers",
     "spdfq.quantized",
     "spdfq.backends",
+    "spdfq.doctor",
     "spdfq.exporters",
     "spdfq.inference",
     "spdfq.calibration_data",
     "spdfq.data",
     "spdfq.teacher",
     "spdfq.recipe",
+    "spdfq.trackers",
     "spdfq.report",
     "spdfq.runtime",
 )
@@ -34,6 +36,7 @@ PACKAGES = (
 MODULES = {
     "spdfq.runs.pipeline": ("check", "evaluate_run"),
     "spdfq.runs.inspection": ("measure_runs",),
+    "spdfq.runs.diagnosing": ("diagnose_run",),
     "spdfq.runs.exporting": ("export_run",),
     "spdfq.runs.evaluate_file": ("evaluate_file",),
     "spdfq.runs.predicting": ("load_run",),

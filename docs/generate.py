@@ -38,6 +38,7 @@ PLACES = {
     "placement": "`placement` of `[quantization]`: which tensors are quantized.",
     "step": "`[[quantization.steps]]`: what calibrates and repairs the quantized model, in order.",
     "dataset": "`dataset` and `bank` of `[evaluation]`, `dataset` of the source `real`: labelled images.",
+    "tracker": "`tracker` of `[runtime]`: what the results of a run are sent to.",
     "exporter": "`--format` of `spdfq export`, and `format` of `spdfq.export`: a file format for other software.",
 }
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spdfq.api import evaluate, export, quantize, synthesize
+    from spdfq.api import diagnose, evaluate, export, quantize, synthesize
     from spdfq.errors import SpdfqError
     from spdfq.quantized.checkpoint import load_quantized
     from spdfq.recipe import Recipe, load_recipe
@@ -17,6 +17,7 @@ _HOMES = {
     "RunResult": "spdfq.runs.pipeline",
     "SpdfqError": "spdfq.errors",
     "Teacher": "spdfq.teacher",
+    "diagnose": "spdfq.api",
     "evaluate": "spdfq.api",
     "export": "spdfq.api",
     "load_quantized": "spdfq.quantized.checkpoint",
@@ -31,6 +32,7 @@ __all__ = [
     "RunResult",
     "SpdfqError",
     "Teacher",
+    "diagnose",
     "evaluate",
     "export",
     "load_quantized",

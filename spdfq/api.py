@@ -1,4 +1,4 @@
-"""The stages of a run as functions that take your own teacher: make images, quantize on them, measure, and export."""
+"""The stages of a run as functions that take your own teacher: make images, quantize, measure, diagnose and export."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -10,9 +10,10 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from spdfq.backends import quantize as run_backend
-from spdfq.backends.quantize import check_quantization
+from spdfq.backends.quantize import check_images, check_quantization
 from spdfq.backends.quantized_student import student_factory
 from spdfq.data import LabelledImages
+from spdfq.doctor.diagnosis import Diagnosis, diagnosed, heldout_images
 from spdfq.errors import DataError, ModelError, RecipeError, shown
 from spdfq.evaluation.accuracy import another_order, left_out
 from spdfq.evaluation.evaluator import evaluator_for
@@ -187,6 +188,60 @@ def evaluate(
     if found["damaged"]:
         _warn([left_out(tuple(found["damaged"]))])
     return found | {"simulated": any(isinstance(part, QuantizedModel) for part in model.modules())}
+
+
+@own_threads()
+def diagnose(
+    model: QuantizedModel,
+    teacher: Teacher,
+    images: Tensor,
+    recipe: AnyRecipe | Quantization,
+    *,
+    dataset: LabelledImages | None = None,
+    heldout: int = 256,
+    overrides: Iterable[str] = (),
+    seed: int | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | bool | None = None,
+) -> Diagnosis:
+    """Find what costs a quantized model its accuracy, and suggest more bits for some sites.
+
+    The number of forward passes grows with the number of sites times the number of images; give fewer images to make it
+    faster. The suggestion is chosen on ``images`` alone.
+
+    Args:
+        model: from `quantize` or `load_quantized`; it does not change.
+        teacher: of which it is a copy.
+        images: calibration images ``[n, C, H, W]``, normalised for the teacher.
+        recipe: with the quantization section that made the model, as in `quantize`.
+        dataset: labelled images that took no part, on which the gain is predicted.
+        heldout: how many of them, evenly spaced.
+        overrides: as in `synthesize`.
+        seed: as in `synthesize`.
+        device: as in `synthesize`. Both models are moved there.
+        progress: as in `synthesize`.
+
+    Returns:
+        What each site costs, its values against its range, the error of each block, and the suggestion.
+
+    Raises:
+        SpdfqError: anything the user can fix; the message says where and how.
+    """
+    _check_teacher(teacher)
+    if not isinstance(model, QuantizedModel):
+        raise ModelError(f"diagnose: model must be a QuantizedModel, got {shown(model)}; spdfq.quantize makes one")
+    if dataset is not None and not datasets.has(dataset):
+        raise DataError(f"dataset: expected labelled images such as spdfq.data.ImageFolder, got {shown(dataset)}")
+    if not isinstance(heldout, int) or heldout < 1:
+        raise DataError(f"heldout: expected a number of images of at least 1, got {shown(heldout)}")
+    check_images(teacher, images)
+    part = load_part(recipe, "quantization", overrides, seed)
+    runtime = make_runtime(part.runtime, part.seed, device, pick_progress(progress))
+    spec: Any = part.quantization
+    check_quantization(teacher, spec)
+    teacher.module.to(runtime.device)
+    others = heldout_images(dataset, teacher, heldout, 50) if dataset is not None else None
+    return diagnosed(model.to(runtime.device), teacher, images, spec, runtime, others)
 
 
 def export(

@@ -183,6 +183,7 @@ placements = _of_kind("placement", "spdfq.quantized")
 steps = _of_kind("step", "spdfq.backends", "Step")
 datasets = _of_kind("dataset", "spdfq.data", "LabelledImages")
 exporters = _of_kind("exporter", "spdfq.exporters", "Exporter")
+trackers = _of_kind("tracker", "spdfq.trackers", "Tracker")
 
 
 def registry(kind: str) -> Registry:

@@ -18,9 +18,10 @@ CLI = Path(spdfq_cli.__file__).parent
 LAYERS = {
     "names and errors": {"errors", "extras", "registry", "recipes"},
     "foundation": {"runtime", "recipe", "attention", "inference", "calibration_data"},
-    "parts": {"teacher", "losses", "quantizers"},
+    "parts": {"teacher", "losses", "quantizers", "trackers"},
     "stages": {"data", "synth", "quantized"},
     "back-ends and evaluation": {"backends", "evaluation", "exporters", "report"},
+    "diagnosis": {"doctor"},
     "functions": {"api"},
     "runs": {"runs"},
     "benches": {"bench"},

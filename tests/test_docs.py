@@ -143,7 +143,7 @@ def test_commands_in_the_documentation_exist_with_their_options(page):
     for command, rest in re.findall(r"\bspdfq ([a-z]+)([^\n&>]*)", shell):
         assert command in main.commands, f"{page.name}: spdfq {command}"
         known = {option for parameter in main.commands[command].params for option in parameter.opts}
-        used = set(re.findall(r"(?<= )--[a-z]+", rest))
+        used = set(re.findall(r"(?<= )--[a-z-]+", rest))
         assert used <= known, f"{page.name}: spdfq {command} {used - known}"
 
 

@@ -10,8 +10,8 @@ from spdfq.registry import REGISTRIES
 
 PUBLIC = {
     "spdfq": """
-        Recipe RunResult SpdfqError Teacher evaluate export load_quantized load_recipe load_teacher quantize run
-        synthesize
+        Recipe RunResult SpdfqError Teacher diagnose evaluate export load_quantized load_recipe load_teacher quantize
+        run synthesize
     """,
     "spdfq.backends": """
         AdaLog AdaRound Blockwise Calibrate Calibration Distill GlobalLocal PowerOfTwoFactors RepQ Ridge Rotate
@@ -22,6 +22,9 @@ PUBLIC = {
     """,
     "spdfq.data": """
         Batch DecodedImages FashionMnist ImageFolder ImageList LabelledImages Parquet WebDataset
+    """,
+    "spdfq.doctor": """
+        BlockError Diagnosis Outlier SiteEffect SiteValues Suggestion
     """,
     "spdfq.exporters": """
         DequantizedExporter Exported Exporter OnnxExporter TorchProgramExporter Written write_export
@@ -62,6 +65,9 @@ PUBLIC = {
     "spdfq.teacher": """
         Teacher evaluation_mode load_teacher
     """,
+    "spdfq.trackers": """
+        Tracked Tracker
+    """,
     "spdfq.synth": """
         Adam AdamW Augmentation Change ChannelOffset ColorJitter Constant CropPlan Flip GaussianNoise HighPass Jitter
         LowPass Moment Move MultiSemanticSampler NoTarget OneHotTarget OptimizedImages Optimizer RandomResizedCrop
@@ -85,7 +91,7 @@ ALSO_PUBLIC = {
     """,
     "spdfq.registry": """
         REGISTRIES Registration Registry augmentations datasets exporters losses observers optimizers placements priors
-        quantizers registry samplers schedules sources steps targets
+        quantizers registry samplers schedules sources steps targets trackers
     """,
     "spdfq.recipe.structure": """
         component component_list components

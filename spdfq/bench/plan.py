@@ -10,6 +10,7 @@ from typing import Any
 
 from attrs import field, frozen, validators
 
+from spdfq.bench.priority import check_first
 from spdfq.errors import RecipeError
 from spdfq.recipe import assign_all, digest, locate, merge, merge_parents, toml
 from spdfq.recipe.files import merge_part, parsed
@@ -43,7 +44,8 @@ class BenchFile:
         seeds: every combination runs once with each seed.
         base: recipe data of every run; may contain ``extends``.
         parents: axes; each value is a shipped recipe, a part or a file, or an array of these, merged into the base.
-        keys: axes over dotted recipe keys, assigned after the parents are merged.
+        keys: axes over dotted recipe keys, assigned after the parents are merged. A key with one value is no axis.
+        first: cells that run before the others, each as values of some axes or of ``seed``.
         gap: the two values between which the closed share of a gap is measured.
     """
 
@@ -52,6 +54,7 @@ class BenchFile:
     base: dict = field(factory=dict)
     parents: dict = field(factory=dict)
     keys: dict = field(factory=dict)
+    first: tuple[dict, ...] = ()
     gap: Gap | None = None
 
 
@@ -84,6 +87,11 @@ class Axis:
     column: str
     choices: tuple[Choice, ...]
 
+    @property
+    def constant(self) -> bool:
+        """Whether it is a key with one value, which all cells share."""
+        return len(self.choices) == 1 and self.choices[0].data is None
+
 
 @frozen
 class Combination:
@@ -106,11 +114,12 @@ class Plan:
 
     Args:
         name: of the file, without its suffix.
-        axes: axes over parents, then over keys, in the order of the file.
+        axes: axes over parents, then over keys, in the order of the file; without keys that have one value.
         seeds: of every combination.
         combinations: the product of the axes.
         gap: as in `BenchFile`.
         warnings: a line for each value of ``[base]`` that a part replaces.
+        first: as in `BenchFile`.
     """
 
     name: str
@@ -119,6 +128,7 @@ class Plan:
     combinations: tuple[Combination, ...]
     gap: Gap | None
     warnings: tuple[str, ...] = ()
+    first: tuple[dict[str, Any], ...] = ()
 
 
 def read_plan(source: str) -> Plan:
@@ -141,11 +151,14 @@ def read_plan(source: str) -> Plan:
     axes = _axes(file, path.parent, problems)
     _refuse(problems)
     _check_gap(file.gap, axes, problems)
+    labels = {axis.name: [choice.label for choice in axis.choices] for axis in axes if not axis.constant}
+    check_first(file.first, labels, file.seeds, problems)
     _refuse(problems)
     warnings: list[str] = []
     combinations = _combinations(file, axes, base, problems, warnings)
     _refuse(problems)
-    return Plan(path.stem, axes, file.seeds, combinations, file.gap, tuple(dict.fromkeys(warnings)))
+    varying = tuple(axis for axis in axes if not axis.constant)
+    return Plan(path.stem, varying, file.seeds, combinations, file.gap, tuple(dict.fromkeys(warnings)), file.first)
 
 
 def _refuse(problems: list[str]) -> None:
@@ -241,7 +254,7 @@ def _combinations(
     counts = Counter(slugs)
     return tuple(
         Combination(
-            {axis.name: choice.label for axis, choice in zip(axes, choices, strict=True)},
+            {axis.name: choice.label for axis, choice in zip(axes, choices, strict=True) if not axis.constant},
             _recipe_data(file, axes, choices, base, problems, warnings),
             slug if counts[slug] == 1 else f"{slug}-{digest([choice.label for choice in choices])[:6]}",
         )
@@ -338,5 +351,6 @@ def _slug(axes: tuple[Axis, ...], choices: tuple[Choice, ...]) -> str:
     parts = [
         str(choice.label) if choice.data is not None else f"{axis.column}={choice.label}"
         for axis, choice in zip(axes, choices, strict=True)
+        if not axis.constant
     ]
     return re.sub(r"[^A-Za-z0-9._=-]+", "_", "-".join(parts))[:_SLUG] or "base"

@@ -2,15 +2,20 @@
 
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from attrs import evolve, frozen
 
+from spdfq.bench.log import EVERY, said_every
 from spdfq.bench.plan import Combination, Plan, read_plan
+from spdfq.bench.priority import priority
+from spdfq.bench.row_files import file_of, plain_rows
 from spdfq.bench.table import markdown
+from spdfq.bench.workers import Workers
 from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.recipe import ModelSpec, Recipe, digest, load_recipe
 from spdfq.runs import pipeline
@@ -67,6 +72,8 @@ def run_bench(
     *,
     out: Path | None = None,
     device: str | None = None,
+    jobs: int = 1,
+    shard: tuple[int, int] | None = None,
     progress: Any = silent,
     announce: Callable[[str], None] = lambda line: None,
 ) -> BenchResult:
@@ -76,7 +83,10 @@ def run_bench(
         source: path of a bench file.
         out: folder of the bench; by default ``runs/`` and the file's name.
         device: replaces the recipes' ``runtime.device``.
-        progress: see `spdfq.runtime`.
+        jobs: number of processes, each with its share of the CPU threads. One that dies costs its own cell alone.
+        shard: ``(i, n)`` runs every n-th cell, starting with the i-th one, and writes their rows to a file of their
+            own; `spdfq.bench.merge.merge_bench` joins the files.
+        progress: see `spdfq.runtime`; a `LogProgress` for a log without a terminal.
         announce: called with one line of text for the number of cells, each warning and each cell.
 
     Raises:
@@ -84,8 +94,37 @@ def run_bench(
         SpdfqError: several processes were started, or another process is writing this bench.
         DataError: a model's checkpoint is missing, or the results.jsonl of an earlier call is damaged.
     """
+    plan, folder, cells = planned(source, out=out, device=device, shard=shard, announce=announce)
+    lock = lock_folder(folder if shard is None else folder / "shards" / f"{shard[0]}-of-{shard[1]}")
+    try:
+        kept = finished(cells, folder)
+        announce(f"{len(cells)} cells planned, {len(kept)} reused, {len(cells) - len(kept)} to run")
+        rows: dict[str, Row] = dict(kept)
+        number = 0
+        for cell, row in _results(plan, cells, kept, folder, device, jobs, progress, announce):
+            name, number = cell.folder.name, number + 1
+            rows[name] = row
+            announce(f"[{number}/{len(cells)}] {name}: {_outcome(row)}{' (reused)' if name in kept else ''}")
+            done = [rows[other.folder.name] for other in cells if other.folder.name in rows]
+            write_results(folder, plan, done, shard)
+        announce(_stages([row for name, row in rows.items() if name not in kept]))
+    finally:
+        lock.release()
+    found = [rows[cell.folder.name] for cell in cells]
+    return BenchResult(folder, plan, found, len(kept), sum(row["error"] is not None for row in found))
+
+
+def planned(
+    source: str,
+    *,
+    out: Path | None = None,
+    device: str | None = None,
+    shard: tuple[int, int] | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> tuple[Plan, Path, list[Cell]]:
+    """The plan, the folder and the cells of a bench or of a shard, after all checks; see `run_bench`."""
     if join().count > 1:
-        raise SpdfqError("a bench runs in one process; start it without torchrun")
+        raise SpdfqError("a bench runs in one process; start it without torchrun, or use --jobs or --shard")
     plan = read_plan(source)
     for warning in check_plan(plan):
         announce(f"warning: {warning}")
@@ -93,22 +132,72 @@ def run_bench(
     cells = [_cell(combination, seed, folder, device) for combination in plan.combinations for seed in plan.seeds]
     if any("controls" in combination.data for combination in plan.combinations):
         announce("warning: controls are not run in a bench; name their images under [parents] to get rows of their own")
-    lock = lock_folder(folder)
-    try:
-        kept = _finished(cells, folder)
-        announce(f"{len(cells)} cells planned, {len(kept)} reused, {len(cells) - len(kept)} to run")
-        rows: dict[str, Row] = dict(kept)
-        for number, cell in enumerate(cells, 1):
-            name, reused = cell.folder.name, cell.folder.name in kept
-            if not reused:
-                rows[name] = _run(cell, folder, device, progress)
-            announce(f"[{number}/{len(cells)}] {name}: {_outcome(rows[name])}{' (reused)' if reused else ''}")
-            _write(folder, plan, [rows[other.folder.name] for other in cells if other.folder.name in rows])
-        announce(_stages([row for name, row in rows.items() if name not in kept]))
-    finally:
-        lock.release()
-    found = [rows[cell.folder.name] for cell in cells]
-    return BenchResult(folder, plan, found, len(kept), sum(row["error"] is not None for row in found))
+    if shard is None:
+        return plan, folder, cells
+    # by priority, so that each shard has its part of the cells that come first
+    return plan, folder, by_priority(plan, cells)[shard[0] - 1 :: shard[1]]
+
+
+def by_priority(plan: Plan, cells: list[Cell]) -> list[Cell]:
+    """The cells in the order in which they run."""
+    return sorted(cells, key=lambda cell: priority(plan.first, cell.combination.values, cell.seed))
+
+
+def _results(
+    plan: Plan,
+    cells: list[Cell],
+    kept: dict[str, Row],
+    folder: Path,
+    device: str | None,
+    jobs: int,
+    progress: Any,
+    announce: Callable[[str], None],
+) -> Iterator[tuple[Cell, Row]]:
+    """The cells with their rows: those that are kept, then the others in the order in which they finish."""
+    for cell in cells:
+        if cell.folder.name in kept:
+            yield cell, kept[cell.folder.name]
+    tasks = [Task(cell, folder, device) for cell in by_priority(plan, cells) if cell.folder.name not in kept]
+    if jobs == 1:
+        with said_every(EVERY, getattr(progress, "line", str), announce):
+            for task in tasks:
+                if begin := getattr(progress, "cell", None):
+                    begin(task.cell.folder.name)
+                yield task.cell, run_task(task, progress)
+        return
+    workers: Workers[Task, Row] = Workers(run_task, jobs, _lost)
+    with said_every(EVERY, partial(_running, workers), announce):
+        for task, row in workers.results(tasks):
+            yield task.cell, row
+
+
+def _running(workers: "Workers[Task, Row]") -> str:
+    running = workers.stages().values()
+    return "running: " + "; ".join(f"{task.cell.folder.name}, {stage or 'starting'}" for task, stage in running)
+
+
+@frozen
+class Task:
+    """A cell to run, with what its process needs.
+
+    Args:
+        cell: the cell.
+        folder: of the bench.
+        device: as in `run_bench`.
+    """
+
+    cell: Cell
+    folder: Path
+    device: str | None
+
+
+def run_task(task: Task, progress: Any) -> Row:
+    """Run a cell; a function of the module, so that a process can import it."""
+    return _run(task.cell, task.folder, task.device, progress)
+
+
+def _lost(task: Task, why: str) -> Row:
+    return _identity(task.cell, task.folder) | {"error": why}
 
 
 def check_plan(plan: Plan) -> list[str]:
@@ -165,14 +254,9 @@ def _files(model: ModelSpec) -> list[Path]:
     return [weights, *weights.parent.glob("config.json")] if model.checkpoint is None else [weights]
 
 
-def _finished(cells: list[Cell], folder: Path) -> dict[str, Row]:
-    """Rows of an earlier call that are still valid, by the name of the cell's folder."""
-    path = folder / "results.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    try:
-        rows = {row["key"]: row for row in map(json.loads, lines) if row["error"] is None}
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: damaged; remove it and run the bench again (finished stages are kept)") from None
+def finished(cells: list[Cell], folder: Path) -> dict[str, Row]:
+    """Rows of an earlier call or of shards that are still valid, by the name of the cell's folder."""
+    rows = {row["key"]: row for row in plain_rows(folder) if row["error"] is None}
     return {
         cell.folder.name: rows[cell.key] | _identity(cell, folder)
         for cell in cells
@@ -230,6 +314,8 @@ def _stages(rows: list[Row]) -> str:
     return f"{len(reused)} stages in the cells that ran: {sum(reused)} reused, {len(reused) - sum(reused)} run"
 
 
-def _write(folder: Path, plan: Plan, rows: list[Row]) -> None:
-    write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_text(folder / "table.md", markdown(plan, rows))
+def write_results(folder: Path, plan: Plan, rows: list[Row], shard: tuple[int, int] | None = None) -> None:
+    """Write the rows, and for a whole bench the table."""
+    write_text(folder / file_of(shard), "".join(json.dumps(row) + "\n" for row in rows))
+    if shard is None:
+        write_text(folder / "table.md", markdown(plan, rows))

@@ -187,11 +187,13 @@ class RuntimeSpec(Checked):
             device computes it fast.
         device: ``auto`` uses an accelerator if there is one.
         threads: number of CPU threads while the recipe runs; without it, torch's current setting.
+        tracker: what the results are sent to when the run is finished; nothing by default.
     """
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = field(default=None, validator=validators.optional([validators.ge(1), validators.le(1024)]))
+    tracker: Any = component("tracker", default=None)
 
 
 def _is_shipped(_: Any, __: Any, value: str) -> None:

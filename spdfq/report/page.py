@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from spdfq.errors import DataError, writing
 from spdfq.report.curves import curves
+from spdfq.report.diagnosis import DIAGNOSIS_FILE, diagnosis_section
 from spdfq.report.exports import EXPORTS_FILE, exports_section, known_exports
 from spdfq.report.image_quality import MEASURES_FILE, quality_section
 from spdfq.report.pictures import SHOWN
@@ -40,8 +41,8 @@ def write_report(folder: Path) -> Path:
         content = _content(folder, run)
     except KeyError as error:
         raise DataError(
-            f"{folder}: run.json, sites.json, {EXPORTS_FILE} or {MEASURES_FILE} lacks {error}; run the recipe again "
-            "with --fresh"
+            f"{folder}: run.json, sites.json, {EXPORTS_FILE}, {MEASURES_FILE} or {DIAGNOSIS_FILE} lacks {error}; run "
+            "the recipe again with --fresh"
         ) from None
     path = folder / "report.html"
     with writing(path):
@@ -64,6 +65,7 @@ def _templates() -> Environment:
 def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """The values of the template's variables."""
     metrics, measures = run["metrics"], _read_json(folder / MEASURES_FILE)
+    diagnosis = _read_json(folder / DIAGNOSIS_FILE)
     stages = run.get("stages", {})
     return {
         "style": Markup(files(__package__).joinpath("style.css").read_text(encoding="utf-8")),
@@ -81,6 +83,7 @@ def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "images": _encoded(folder / "synthetic.png"),
         "images_caption": _images_caption(run["images"]["count"]),
         "measures": None if measures is None else quality_section(measures),
+        "diagnosis": None if diagnosis is None else diagnosis_section(diagnosis),
         "exports": exports_section(known_exports(folder)),
         "attention": _encoded(folder / "attention.png"),
         "losses": curves(folder / "losses.csv"),

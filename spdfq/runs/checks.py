@@ -63,6 +63,8 @@ def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
     attempt(lambda: warnings.extend(check_quantization(teacher, recipe.quantization)))
     attempt(lambda: evaluator_for(teacher).check(recipe.evaluation, teacher))
     attempt(lambda: warnings.extend(check_classes(recipe, teacher)))
+    if recipe.runtime.tracker is not None:
+        attempt(recipe.runtime.tracker.check)
     if problems:
         raise RecipeError(problems)
     return warnings

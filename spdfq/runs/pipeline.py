@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import asdict, define, field, frozen
 
-from spdfq.errors import SpdfqError, shown, writing
+from spdfq.errors import SpdfqError, first_line, shown, writing
 from spdfq.evaluation.accuracy import accuracy, another_order, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.evaluation.published import check_full_precision
@@ -18,6 +18,7 @@ from spdfq.quantized.place import place
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.recipe.files import listed
 from spdfq.report import write_pictures, write_report
+from spdfq.report.diagnosis import DIAGNOSIS_FILE, FRAGMENT_FILE
 from spdfq.report.exports import EXPORTS_FILE
 from spdfq.report.image_quality import MEASURES_FILE
 from spdfq.runs.checks import check_classes, check_fit, checked_teacher, placed, refuse_own_recipe
@@ -36,6 +37,7 @@ from spdfq.runs.stages import (
     stage_key,
 )
 from spdfq.runs.store import StageRecord, Store, lock_folder, store_beside
+from spdfq.runs.tracking import tracked
 from spdfq.runtime import Progress, make_runtime, own_threads, pick_progress
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
@@ -268,6 +270,7 @@ class _Run:
         controls = {name: self._control(name, source) for name, source in recipe.controls.items()}
         if controls:
             self._write_record(controls)
+        self._track()
         self.announce(f"report: {self.folder / 'report.html'}")
         measured = {name: control.results[EvaluateStage.name] for name, control in controls.items()}
         stages = {name: asdict(record) for name, record in self.records.items()}
@@ -305,6 +308,17 @@ class _Run:
             self._warn(f"{key}.dataset: {left_out(damaged)}")
         return work
 
+    def _track(self) -> None:
+        """Hand the results to the recipe's tracker; if it fails, they are in the run folder all the same."""
+        work, tracker = self.work, self.work.recipe.runtime.tracker
+        if tracker is None or not work.runtime.ranks.leads:
+            return
+        try:
+            images, record = work.results[ImagesStage.name], run_record(self.folder)
+            tracker.track(tracked(self.folder, work.recipe, images, record))
+        except Exception as error:  # whatever a service or its library raises
+            self.announce(f"warning: runtime.tracker: {first_line(error)}; the results are in the run folder")
+
     def _check_teacher(self) -> None:
         """Announce the accuracy in full precision, and compare it with the published one."""
         work, fp = self.work, self.work.results[TeacherStage.name]
@@ -331,7 +345,8 @@ class _Run:
         images.save(folder / "synthetic.safetensors")
         with writing(folder, "make its files writable, or choose another --out"):
             write_pictures(folder, images, work.teacher)
-            for stale in (MEASURES_FILE, EXPORTS_FILE):  # measured on the images and the model that were here before
+            # measured on the images and the model that were here before
+            for stale in (MEASURES_FILE, EXPORTS_FILE, DIAGNOSIS_FILE, FRAGMENT_FILE):
                 (folder / stale).unlink(missing_ok=True)
             shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
             shutil.copy(stored / "sites.json", folder / "sites.json")

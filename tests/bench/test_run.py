@@ -232,8 +232,8 @@ def test_all_recipes_are_checked_before_the_first_runs(write, ran, tmp_path):
     lines = [line.removeprefix("error: ") for line in result.stderr.splitlines()]
     assert [line.split(": ")[:2] for line in sorted(lines)] == [
         ["every cell", "evaluation.batc"],
-        ["noise-weights.bits=11-evaluation.batc=1-synthesis.iterations=2 and 1 more", "quantization.weights.bits"],
-        ["noise-weights.bits=3-evaluation.batc=1-synthesis.iterations=2 and 1 more", "synthesis.iterations"],
+        ["noise-weights.bits=11 and 1 more", "quantization.weights.bits"],
+        ["noise-weights.bits=3 and 1 more", "synthesis.iterations"],
     ]
 
 
