@@ -14,6 +14,7 @@ from api_page import api_block
 from integer_tables import integers_block
 from other_tools_table import other_tools_block
 from readme_table import readme_block
+from schema_page import schema_block
 from spdfq_cli.main import main as cli
 from time_page import time_block
 from uniform_tables import uniform_block
@@ -78,6 +79,7 @@ BLOCKS = {
     "uniform-backend.md": ("uniform", uniform_block),
     "export.md": ("integers", integers_block),
     "other-tools.md": ("other-tools", other_tools_block),
+    "results-schema.md": ("schema", schema_block),
     "../README.md": ("results", readme_block),
 }
 

@@ -7,9 +7,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import asdict, evolve, frozen
 
 from spdfq.bench.plan import Combination, Plan, read_plan
+from spdfq.bench.rows import Model, OldRowError, Row, read_rows, row_of_run, write_rows
 from spdfq.bench.table import markdown
 from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.recipe import ModelSpec, Recipe, digest, load_recipe
@@ -20,8 +21,6 @@ from spdfq.runtime import pick_device, pick_precision, silent
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
 from spdfq.teacher.architectures import local_weights
-
-Row = dict[str, Any]
 
 
 @frozen
@@ -48,7 +47,7 @@ class BenchResult:
     """The result of a bench.
 
     Args:
-        folder: contains ``results.jsonl``, ``table.md`` and the cells' run folders.
+        folder: contains ``results.jsonl``, ``table.md``, ``bench.json`` and the cells' run folders.
         plan: of the bench file.
         rows: one for each cell, as in ``results.jsonl``.
         reused: number of cells that were finished before.
@@ -95,7 +94,7 @@ def run_bench(
         announce("warning: controls are not run in a bench; name their images under [parents] to get rows of their own")
     lock = lock_folder(folder)
     try:
-        kept = _finished(cells, folder)
+        kept = _finished(cells, folder, announce)
         announce(f"{len(cells)} cells planned, {len(kept)} reused, {len(cells) - len(kept)} to run")
         rows: dict[str, Row] = dict(kept)
         for number, cell in enumerate(cells, 1):
@@ -108,7 +107,7 @@ def run_bench(
     finally:
         lock.release()
     found = [rows[cell.folder.name] for cell in cells]
-    return BenchResult(folder, plan, found, len(kept), sum(row["error"] is not None for row in found))
+    return BenchResult(folder, plan, found, len(kept), sum(row.error is not None for row in found))
 
 
 def check_plan(plan: Plan) -> list[str]:
@@ -165,71 +164,61 @@ def _files(model: ModelSpec) -> list[Path]:
     return [weights, *weights.parent.glob("config.json")] if model.checkpoint is None else [weights]
 
 
-def _finished(cells: list[Cell], folder: Path) -> dict[str, Row]:
+def _finished(cells: list[Cell], folder: Path, announce: Callable[[str], None]) -> dict[str, Row]:
     """Rows of an earlier call that are still valid, by the name of the cell's folder."""
     path = folder / "results.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
-        rows = {row["key"]: row for row in map(json.loads, lines) if row["error"] is None}
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: damaged; remove it and run the bench again (finished stages are kept)") from None
+        rows = {row.key: row for row in (read_rows(path) if path.exists() else ()) if row.error is None}
+    except OldRowError:
+        announce(f"warning: {path}: has rows of an older version; their cells are measured again")
+        return {}
+    except DataError as error:
+        raise DataError(f"{error}; or remove the file and run the bench again (finished stages are kept)") from None
     return {
-        cell.folder.name: rows[cell.key] | _identity(cell, folder)
+        cell.folder.name: evolve(rows[cell.key], **_identity(cell, folder), seed=cell.seed)
         for cell in cells
         if cell.key in rows and (cell.folder / "run.json").exists()
     }
 
 
-def _identity(cell: Cell, folder: Path) -> Row:
+def _identity(cell: Cell, folder: Path) -> dict[str, Any]:
     return {
         "axes": cell.combination.values,
-        "seed": cell.seed,
-        "key": cell.key,
         "folder": cell.folder.relative_to(folder).as_posix(),
-        "error": None,
+        "key": cell.key,
     }
 
 
 def _run(cell: Cell, folder: Path, device: str | None, progress: Any) -> Row:
-    row = _identity(cell, folder)
+    identity = _identity(cell, folder)
     try:
         store = store_beside(folder).root
         pipeline.run(cell.recipe, out=cell.folder, store=store, device=device, progress=progress)
-        return row | _measured(cell.folder)
+        return row_of_run(json.loads((cell.folder / "run.json").read_text(encoding="utf-8")), **identity)
     except SpdfqError as error:
-        return row | {"error": "; ".join(str(error).splitlines())}
+        said = "; ".join(str(error).splitlines())
     except Exception as error:
         cell.folder.mkdir(parents=True, exist_ok=True)
         write_text(cell.folder / "error.txt", traceback.format_exc())
-        return row | {"error": f"{type(error).__name__}: {error} (traceback in {row['folder']}/error.txt)"}
-
-
-def _measured(folder: Path) -> Row:
-    """The part of a run's record that goes into a row."""
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return {
-        "metrics": record["metrics"],
-        "stages": record["stages"],
-        "seconds": sum(stage["seconds"] for stage in record["stages"].values()),
-        "model": record["model"]["name"],
-        "backend": record["backend"],
-        **{key: record[key] for key in ("device", "device_name", "precision", "versions", "git_commit")},
-    }
+        said = f"{type(error).__name__}: {error} (traceback in {identity['folder']}/error.txt)"
+    return Row(**identity, seed=cell.seed, model=Model(name=cell.recipe.model.name), error=said)
 
 
 def _outcome(row: Row) -> str:
-    if row["error"]:
-        return f"failed: {row['error']}"
-    metrics, by = row["metrics"], row["metrics"].get("measure", "top-1")
-    return f"{by} {metrics['fp']['top1']:.2f} -> {metrics['quantized']['top1']:.2f} in {row['seconds']:.1f} s"
+    if row.error:
+        return f"failed: {row.error}"
+    metrics = row.measured
+    return f"{metrics.measure} {metrics.fp.top1:.2f} -> {metrics.quantized.top1:.2f} in {row.seconds:.1f} s"
 
 
 def _stages(rows: list[Row]) -> str:
     """A line on how many stages the cells of this call reused."""
-    reused = [stage["reused"] for row in rows if row["error"] is None for stage in row["stages"].values()]
+    reused = [stage["reused"] for row in rows for stage in (row.stages or {}).values()]
     return f"{len(reused)} stages in the cells that ran: {sum(reused)} reused, {len(reused) - sum(reused)} run"
 
 
 def _write(folder: Path, plan: Plan, rows: list[Row]) -> None:
-    write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "results.jsonl", rows)
+    compared = {key: value and asdict(value) for key, value in (("gap", plan.gap), ("baseline", plan.baseline))}
+    write_text(folder / "bench.json", json.dumps(compared, indent=1) + "\n")
     write_text(folder / "table.md", markdown(plan, rows))
