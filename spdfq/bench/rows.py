@@ -43,7 +43,7 @@ class Images:
 
     type: str | None = None
     count: int | None = field(default=None, validator=_COUNT)
-    damaged: tuple[str, ...] = ()
+    damaged: tuple[str, ...] | None = None
     digest: str | None = None
 
 
