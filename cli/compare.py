@@ -7,6 +7,7 @@ from spdfq_cli import options
 from spdfq_cli.bench import print_table
 
 _SIDE_BY_SIDE = 4
+_AT_MOST = 5
 
 
 @click.command()
@@ -37,7 +38,9 @@ def _print_keys(found: Any) -> None:
 
     labels = list(dict.fromkeys(label for each in found.keys for label in each.values))
     if found.recipes_missing:
-        click.echo(f"recipes    not there for {', '.join(found.recipes_missing)}; only their axes are known")
+        first, more = found.recipes_missing[:_AT_MOST], len(found.recipes_missing) - _AT_MOST
+        listed = ", ".join(first) + (f" and {more} more" if more > 0 else "")
+        click.echo(f"recipes    not there for {listed}; only their axes are known")
     if labels and len(labels) <= _SIDE_BY_SIDE:
         rows = [[each.key, *(each.values[label] for label in labels)] for each in found.keys]
         print_table(

@@ -5,7 +5,7 @@ import typing
 import attrs
 
 from spdfq.bench import rows
-from spdfq.recipe.describe import describe, plain
+from spdfq.recipe.describe import body, describe, plain
 from spdfq.registry import first_paragraph
 
 
@@ -34,14 +34,5 @@ def _section(path: str, cls: type) -> str:
         for doc in describe(cls)
     ]
     title = f"## `{path}`" if path else "## A row"
-    return "\n".join(
-        [
-            title,
-            "",
-            plain(first_paragraph(cls)),
-            "",
-            "| field | type | | meaning |",
-            "| --- | --- | --- | --- |",
-            *fields,
-        ]
-    )
+    table = "\n".join(["| field | type | | meaning |", "| --- | --- | --- | --- |", *fields])
+    return "\n\n".join(filter(None, [title, plain(first_paragraph(cls)), body(cls), table]))

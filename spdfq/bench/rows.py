@@ -152,6 +152,9 @@ class Metrics:
 class Row:
     """One measured model. What is not known is null.
 
+    Device, threads, versions and commit are those of the process that wrote the row. A stage that it reused from the
+    store may have been made with others; ``stages`` says which ones were reused.
+
     Args:
         schema: version of this format.
         axes: what distinguishes the row from others of its file, by name.
