@@ -41,7 +41,7 @@ def measured(model: str, backend: str, seed: int, folder: Path) -> list[Row]:
             **rows[0].to_dict(),
             "axes": {**axes, "runtime": found["runtime"]},
             "metrics": own,
-            "integers": {**integers, "size": entry["size"], "float_products": found["float_products"]},
+            "integer_file": {**integers, "size": entry["size"], "float_products": found["float_products"]},
             **{"seconds": None, "stages": None, "peak_memory": None},
         }
         rows.append(checked_row(data, f"{axes['model']}, {found['runtime']}"))

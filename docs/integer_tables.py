@@ -27,7 +27,7 @@ def integers_block() -> str:
 
 def _accuracy() -> str:
     rows = rows_of("integers")
-    runtimes = list(dict.fromkeys(row.axes["runtime"] for row in rows if row.integers))
+    runtimes = list(dict.fromkeys(row.axes["runtime"] for row in rows if row.integer_file))
     table = [
         f"| model | recipe | full precision | simulated | {' | '.join(runtimes)} | agreement | integer products |",
         f"| --- | --- | ---: | ---: |{' ---: |' * len(runtimes)} ---: | ---: |",
@@ -36,10 +36,10 @@ def _accuracy() -> str:
         group = [row for row in rows if (row.axes["model"], row.axes["backend"]) == (model, backend)]
         cells = [MODELS[model], f"`backends/{backend}`", f"{group[0].measured.fp.top1:.2f}"]
         cells += [_top1(group, runtime) for runtime in ("simulation", *runtimes)]
-        first = [row.integers for row in group if row.integers and row.integers.runtime == runtimes[0]]
+        first = [row.integer_file for row in group if row.integer_file and row.integer_file.runtime == runtimes[0]]
         cells += [spread([each.agreement for each in first]), f"{first[0].integer_products} of {first[0].products}"]
         table.append("| " + " | ".join(cells) + " |")
-    versions = {f"{row.integers.runtime} {row.integers.version}" for row in rows if row.integers}
+    versions = {f"{row.integer_file.runtime} {row.integer_file.version}" for row in rows if row.integer_file}
     note = (
         f"Top-1 in percent, measured in {' and '.join(sorted(versions))}: seeds 0 to 2, mean ± standard deviation "
         "(seed 0 where there is none), 32 images of `images/spdfq_plus`, 2,000 test images (500 for the real ViT). "

@@ -77,7 +77,7 @@ def _line(file: str, rows: list[Row]) -> dict[str, Any]:
         "agreement": _mean([row.measured.agreement for row in rows]),
         "tested": metrics.images,
         "seconds": _mean([row.seconds for row in rows]),
-        "how": f"measured in {first.integers.runtime}" if first.integers else "simulated",
+        "how": f"measured in {first.integer_file.runtime}" if first.integer_file else "simulated",
         "machine": machine_of(first) if first.device_name else "",
         "commit": (first.git_commit or "")[:7],
         "file": file,

@@ -3,6 +3,7 @@
 from statistics import mean, stdev
 
 from result_rows import machines, rows_of
+from spread import spread
 
 from spdfq.bench.rows import Row
 
@@ -24,9 +25,9 @@ def readme_block() -> str:
     table = ["| images | top-1, W3A3 | agreement | gap closed |", "| --- | ---: | ---: | ---: |"]
     for images, name in IMAGES.items():
         top1, agreement = _top1(found[images]), mean(row.measured.agreement or 0.0 for row in found[images])
-        spread = stdev(row.top1 for row in found[images])
+        deviation = stdev(row.top1 for row in found[images])
         gap = "" if top1 in (low, high) else f"{100 * (top1 - low) / (high - low):.0f} %"
-        table.append(f"| {name} | {top1:.2f} ± {spread:.2f} | {agreement:.2f} | {gap} |")
+        table.append(f"| {name} | {top1:.2f} ± {deviation:.2f} | {agreement:.2f} | {gap} |")
     return "\n".join([*table, "", _caption(rows)])
 
 
@@ -42,5 +43,15 @@ def _caption(rows: list[Row]) -> str:
         f"Full precision {metrics.fp.top1:.2f} %. Mean ± standard deviation of seeds {seeds[0]} to {seeds[-1]}, "
         f"{metrics.images:,} test images, simulated accuracy, back-end {steps}, placement `{backend.placement}`, first "
         f"and last layer 8 bits, 32 calibration images. One machine and one commit ({commit[:7]}): "
-        f"{machines(rows)}, one thread. Reproduce: `spdfq bench benchmarks/fmnist/quickstart.toml`."
+        f"{machines(rows)}, one thread. {_second_machine()} Reproduce: `spdfq bench benchmarks/fmnist/quickstart.toml`."
     )
+
+
+def _second_machine() -> str:
+    """What another machine gave for the ends of the gap, over the same seeds."""
+    rows = rows_of("fmnist_quickstart_second_machine")
+    found = [
+        f"{name} {spread([row.top1 for row in rows if row.axes['images'] == images])}"
+        for images, name in (("real_fmnist", "real images"), ("gaussian_noise", "Gaussian noise"))
+    ]
+    return f"A second machine ({machines(rows)}) gave {' and '.join(found)}."

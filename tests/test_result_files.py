@@ -62,8 +62,8 @@ def test_old_rows_of_every_kind_are_converted_and_what_they_do_not_know_is_null(
     cell, simulated, measured, trial = convert(path, CELL, INTEGERS, TRIAL)
     assert (cell.top1, cell.model.name, cell.seconds) == (25.8, "vit_small_patch14_dinov2", 259.849)
     assert (cell.model.fingerprint, cell.threads, cell.measured.test_images, cell.measured.correct) == (None,) * 4
-    assert (simulated.top1, simulated.measured.simulated, simulated.integers) == (91.2, True, None)
-    assert (measured.top1, measured.measured.simulated, measured.integers.agreement) == (91.3, False, 99.5)
+    assert (simulated.top1, simulated.measured.simulated, simulated.integer_file) == (91.2, True, None)
+    assert (measured.top1, measured.measured.simulated, measured.integer_file.agreement) == (91.3, False, 99.5)
     assert measured.measured.agreement is None  # with the float model: it was not recorded
     assert (trial.top1, trial.measured.divergence, trial.measured.fp.top1) == (87.4, 0.1, None)
 

@@ -68,7 +68,9 @@ def _of_integers(old: dict[str, Any]) -> list[dict[str, Any]]:
         metrics = {**counted, "images": found["images"], "quantized": {"top1": found["top1"]}, "simulated": False}
         integers = {key: found[key] for key in ("runtime", "version", "agreement", "products", "integer_products")}
         integers |= {"size": old["size"], "float_products": found["float_products"]}
-        rows.append({**shared, "axes": {**axes, "runtime": found["runtime"]}, "metrics": metrics, "integers": integers})
+        rows.append(
+            {**shared, "axes": {**axes, "runtime": found["runtime"]}, "metrics": metrics, "integer_file": integers}
+        )
     return rows
 
 

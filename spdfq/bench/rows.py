@@ -93,7 +93,7 @@ class Correct:
 
 
 @frozen(kw_only=True)
-class Integers:
+class IntegerFile:
     """A file that was measured in an integer runtime.
 
     Args:
@@ -166,7 +166,7 @@ class Row:
         images: that it was calibrated on.
         backend: that quantized it.
         metrics: what was measured; null only after an error.
-        integers: the file that was measured, if the model ran in an integer runtime.
+        integer_file: the file that was measured, if the model ran in an integer runtime.
         seconds: of the whole run; a reused stage counts with the time to load it.
         stages: seconds, key, and whether it was reused, of each stage.
         peak_memory: in bytes, while the run worked: of the process, or of what torch allocated on the accelerator.
@@ -189,7 +189,7 @@ class Row:
     images: Images = field(factory=Images)
     backend: Backend = field(factory=Backend)
     metrics: Metrics | None = None
-    integers: Integers | None = None
+    integer_file: IntegerFile | None = None
     seconds: float | None = field(default=None, validator=_COUNT)
     stages: dict | None = None
     peak_memory: int | None = field(default=None, validator=_COUNT)
