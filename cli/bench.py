@@ -79,15 +79,15 @@ def bench(
         announce=announce,
     )
     if as_json:
-        options.print_json({"folder": str(result.folder), "cells": result.rows})
+        options.print_json({"folder": str(result.folder), "cells": [row.to_dict() for row in result.rows]})
     elif shard:
         _print_shard(files[0], shard, result)
     else:
         _print_table(result)
     if quiet and not as_json:
         for row in result.rows:
-            if row["error"]:
-                click.echo(f"failed: {row['folder']}: {row['error']}", err=True)
+            if row.error:
+                click.echo(f"failed: {row.folder}: {row.error}", err=True)
     ctx.exit(1 if result.failed else 0)
 
 
@@ -110,7 +110,7 @@ def _merge(
         source, [Path(each) for each in folders], out=out, prefer_first=prefer_first, announce=announce
     )
     if as_json:
-        options.print_json({"folder": str(folder), "cells": rows})
+        options.print_json({"folder": str(folder), "cells": [row.to_dict() for row in rows]})
     else:
         _print_table(BenchResult(folder, plan, rows, len(rows), 0))
 
@@ -170,23 +170,32 @@ def _forecast(
 
 
 def _print_table(result: Any) -> None:
+    from spdfq.bench.table import BOLD, caption, table
+
+    shown = table(result.plan, result.rows)
+    text = " ".join([caption(result.plan, result.rows), *([BOLD] if any(shown.best) else []), *shown.notes])
+    console = print_table(shown, text)
+    console.print(f"table   {result.folder / 'table.md'}", soft_wrap=True)
+    console.print(f"lines   {result.folder / 'results.jsonl'}", soft_wrap=True)
+
+
+def print_table(shown: Any, caption: str) -> Any:
+    """Print a `spdfq.bench.table.Table` on standard output, and return the console."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from spdfq.bench.table import caption, headings, number_columns, table_rows
-
-    table = Table(box=SIMPLE, pad_edge=False, caption=caption(result.plan, result.rows), caption_justify="left")
-    for column in headings(result.plan):
-        if column in number_columns(result.plan):
-            table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
+    printed = Table(box=SIMPLE, pad_edge=False, caption=caption, caption_justify="left")
+    for column in shown.headings:
+        if column in shown.numbers:
+            printed.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
         else:
-            table.add_column(column, overflow="fold")
-    for cells in table_rows(result.plan, result.rows):
-        table.add_row(*cells)
+            printed.add_column(column, overflow="fold")
+    for cells, best in zip(shown.rows, shown.best, strict=True):
+        printed.add_row(*(Text(cell, style="bold" if best else "") for cell in cells))
     console = Console()
     if not console.is_terminal:
         console.width = _PIPED
-    console.print(table)
-    console.print(f"table   {result.folder / 'table.md'}", soft_wrap=True)
-    console.print(f"lines   {result.folder / 'results.jsonl'}", soft_wrap=True)
+    console.print(printed)
+    return console

@@ -7,6 +7,7 @@ import click
 from spdfq_cli.bench import bench
 from spdfq_cli.card import card
 from spdfq_cli.catalogue import init, list_, show
+from spdfq_cli.compare import compare
 from spdfq_cli.doctor import doctor
 from spdfq_cli.export import export
 from spdfq_cli.images import images
@@ -76,5 +77,6 @@ def main() -> None:
     """
 
 
-for command in (run, evaluate, check, list_, show, init, bench, measure, doctor, export, predict, images, card):
+_COMMANDS = (run, evaluate, check, list_, show, init, bench, compare, measure, doctor, export, predict, images, card)
+for command in _COMMANDS:
     main.add_command(command)

@@ -18,6 +18,7 @@ version = release = installed_version("spdfq")
 
 extensions = ["myst_parser"]
 exclude_patterns = ["_build"]
+html_extra_path = ["leaderboard.html"]
 smartquotes = False  # TOML needs straight quotes
 myst_heading_anchors = 3
 

@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 
 import click
+import leaderboard
+import plots
 from api_page import api_block
 from integer_tables import integers_block
 from other_tools_table import other_tools_block
 from readme_table import readme_block
+from results_page import results_block
+from schema_page import schema_block
 from spdfq_cli.main import main as cli
 from time_page import time_block
 from uniform_tables import uniform_block
@@ -79,14 +83,18 @@ BLOCKS = {
     "uniform-backend.md": ("uniform", uniform_block),
     "export.md": ("integers", integers_block),
     "other-tools.md": ("other-tools", other_tools_block),
+    "results.md": ("results", results_block),
+    "results-schema.md": ("schema", schema_block),
     "../README.md": ("results", readme_block),
 }
 
 
 def outdated() -> list[str]:
-    """The pages whose committed block differs from what the code gives now."""
+    """The pages whose committed block differs from what the code gives now, and plots whose rows have changed."""
     pages = {page: (DOCS / page).read_text(encoding="utf-8") for page in BLOCKS}
-    return [page for page, (name, write) in BLOCKS.items() if block(pages[page], name) != write()]
+    blocks = [page for page, (name, write) in BLOCKS.items() if block(pages[page], name) != write()]
+    whole = leaderboard.PAGE.exists() and leaderboard.PAGE.read_text(encoding="utf-8") == leaderboard.leaderboard_page()
+    return [*blocks, *([] if whole else [leaderboard.PAGE.name]), *plots.outdated()]
 
 
 def block(text: str, name: str) -> str:
@@ -163,3 +171,6 @@ if __name__ == "__main__":
         sys.exit(f"out of date: {', '.join(old)}; run: python docs/generate.py" if old else 0)
     for page, (name, write) in BLOCKS.items():
         refresh(DOCS / page, name, write())
+    leaderboard.PAGE.write_text(leaderboard.leaderboard_page(), encoding="utf-8")
+    if plots.outdated():
+        plots.write()

@@ -1,12 +1,12 @@
 """The tables of the page on export: accuracy, speed and size of integer files, from the rows of two benchmarks."""
 
 import json
-from pathlib import Path
-from typing import Any
 
+from result_rows import RESULTS, machines, rows_of
 from spread import spread
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+from spdfq.bench.rows import Row
+
 MODELS = {"vit_fmnist": "the bundled ViT", "swin_fmnist": "the bundled Swin", "model_112": "a real ViT-S, 112 pixels"}
 VARIANTS = {
     "float32": "float32",
@@ -26,40 +26,32 @@ def integers_block() -> str:
 
 
 def _accuracy() -> str:
-    lines = (RESULTS / "integers.jsonl").read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    runtimes = list(dict.fromkeys(each["runtime"] for row in rows for each in row["measured"]))
+    rows = rows_of("integers")
+    runtimes = list(dict.fromkeys(row.axes["runtime"] for row in rows if row.integer_file))
     table = [
         f"| model | recipe | full precision | simulated | {' | '.join(runtimes)} | agreement | integer products |",
         f"| --- | --- | ---: | ---: |{' ---: |' * len(runtimes)} ---: | ---: |",
     ]
-    groups = dict.fromkeys((row["model"], row["backend"]) for row in rows)
+    groups = dict.fromkeys((row.axes["model"], row.axes["backend"]) for row in rows)
     for model, backend in sorted(groups, key=lambda group: list(MODELS).index(group[0])):
-        group = [row for row in rows if (row["model"], row["backend"]) == (model, backend)]
-        cells = [MODELS[model], f"`backends/{backend}`", f"{group[0]['fp']:.2f}", _spread(group, "simulated")]
-        cells += [_spread([_of(row, runtime) for row in group], "top1") for runtime in runtimes]
-        first = [_of(row, runtimes[0]) for row in group]
-        cells += [_spread(first, "agreement"), f"{first[0]['integer_products']} of {first[0]['products']}"]
+        group = [row for row in rows if (row.axes["model"], row.axes["backend"]) == (model, backend)]
+        cells = [MODELS[model], f"`backends/{backend}`", f"{group[0].measured.fp.top1:.2f}"]
+        cells += [_top1(group, runtime) for runtime in ("simulation", *runtimes)]
+        first = [row.integer_file for row in group if row.integer_file and row.integer_file.runtime == runtimes[0]]
+        cells += [spread([each.agreement for each in first]), f"{first[0].integer_products} of {first[0].products}"]
         table.append("| " + " | ".join(cells) + " |")
-    versions = {f"{each['runtime']} {each['version']}" for row in rows for each in row["measured"]}
-    machines = {row["machine"]["device"] for row in rows}
+    versions = {f"{row.integer_file.runtime} {row.integer_file.version}" for row in rows if row.integer_file}
     note = (
         f"Top-1 in percent, measured in {' and '.join(sorted(versions))}: seeds 0 to 2, mean ± standard deviation "
         "(seed 0 where there is none), 32 images of `images/spdfq_plus`, 2,000 test images (500 for the real ViT). "
-        f"Agreement with the simulation and integer products are those of {runtimes[0]}. Machine: "
-        f"{', '.join(sorted(machines))}, one thread. Reproduce: `python benchmarks/integers.py`. "
-        "Rows: `benchmarks/results/integers.jsonl`."
+        f"Agreement with the simulation and integer products are those of {runtimes[0]}. Machine: {machines(rows)}. "
+        "Reproduce: `python benchmarks/integers.py`. Rows: `benchmarks/results/integers.jsonl`."
     )
     return "\n".join([*table, "", note])
 
 
-def _of(row: dict[str, Any], runtime: str) -> dict[str, Any]:
-    (found,) = [each for each in row["measured"] if each["runtime"] == runtime]
-    return dict(found)
-
-
-def _spread(rows: list[dict[str, Any]], key: str) -> str:
-    return spread([row[key] for row in rows])
+def _top1(rows: list[Row], runtime: str) -> str:
+    return spread([row.top1 for row in rows if row.axes["runtime"] == runtime])
 
 
 def _speed() -> str:

@@ -1,14 +1,13 @@
 """The tables of the page on the uniform back-end, from the rows of its benchmarks."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
+from result_rows import machines, rows_of
 from spread import spread
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+from spdfq.bench.rows import Row
+
 IMAGES = {
     "real_fmnist": "real training images",
     "spdfq_plus": "`spdfq_plus`",
@@ -49,10 +48,10 @@ def uniform_block() -> str:
 
 def _table(files: list[str]) -> str:
     """Images in rows and back-ends in columns; and how the numbers were made."""
-    rows = [json.loads(line) for name in files for line in (RESULTS / f"{name}.jsonl").read_text("utf-8").splitlines()]
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    rows = rows_of(*files)
+    cells: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        cells.setdefault((row["axes"]["images"], row["axes"]["backend"]), []).append(row)
+        cells.setdefault((row.axes["images"], row.axes["backend"]), []).append(row)
     images = [key for key in IMAGES if any(key == cell[0] for cell in cells)]
     backends = [key for key in BACKENDS if any(key == cell[1] for cell in cells)]
     lines = ["| " + " | ".join(["images", *(BACKENDS[key] for key in backends)]) + " |"]
@@ -63,24 +62,23 @@ def _table(files: list[str]) -> str:
     return "\n".join([*lines, "", _caption(rows, files)])
 
 
-def _cell(rows: list[dict[str, Any]] | None) -> str:
+def _cell(rows: list[Row] | None) -> str:
     """Top-1 of the seeds: mean and standard deviation."""
     if not rows:
         return ""
-    return spread([row["metrics"]["quantized"]["top1"] for row in rows], 1)
+    return spread([row.top1 for row in rows], 1)
 
 
-def _caption(rows: list[dict[str, Any]], files: list[str]) -> str:
-    devices = {f"{row['device_name']}, {row['precision']}" for row in rows}
-    seeds, (test,) = sorted({row["seed"] for row in rows}), {row["metrics"]["images"] for row in rows}
-    (full,) = {row["metrics"]["fp"]["top1"] for row in rows}
-    (placement,) = {row["backend"]["placement"] for row in rows}
+def _caption(rows: list[Row], files: list[str]) -> str:
+    seeds, (test,) = sorted({row.seed for row in rows}), {row.measured.images for row in rows}
+    (full,) = {row.measured.fp.top1 for row in rows}
+    (placement,) = {row.backend.placement for row in rows}
     kept = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation (one seed where there is none)"
     commands = ", ".join(COMMANDS[name] for name in files)
     sources = ", ".join(f"`benchmarks/results/{name}.jsonl`" for name in files)
     return (
         f"Top-1 in percent, simulated. Full precision {full:.1f} %, {test:,} test images, {kept}, 32 calibration "
-        f"images, placement `{placement}`, first and last layer 8 bits. Machine: {'; '.join(sorted(devices))}. "
+        f"images, placement `{placement}`, first and last layer 8 bits. Machine: {machines(rows)}. "
         f"Reproduce: {commands}. Rows: {sources}."
     )
 
@@ -99,21 +97,23 @@ def _tries() -> str:
     )
     return "\n\n".join(
         [
-            _tries_of("real_vit_112_strong_tries", real, lambda rows: f"{mean(row['top1'] for row in rows):.1f}"),
+            _tries_of("real_vit_112_strong_tries", real, lambda rows: f"{mean(row.top1 for row in rows):.1f}"),
             _tries_of("fmnist_vit_strong_tries", bundled, _divergence),
         ]
     )
 
 
-def _divergence(rows: list[dict[str, Any]]) -> str:
+def _divergence(rows: list[Row]) -> str:
     one = "" if len(rows) > 1 else "*"
-    return f"{mean(row['divergence'] for row in rows):.3f}, {mean(row['top1'] for row in rows):.1f}{one}"
+    return f"{mean(row.measured.divergence or 0.0 for row in rows):.3f}, {mean(row.top1 for row in rows):.1f}{one}"
 
 
-def _tries_of(name: str, note: str, shown: Callable[[list[dict[str, Any]]], str]) -> str:
-    rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text("utf-8").splitlines()]
+def _tries_of(name: str, note: str, shown: Callable[[list[Row]], str]) -> str:
+    rows = rows_of(name)
     table = ["| change | real images | `spdfq_plus` |", "| --- | ---: | ---: |"]
-    for idea in dict.fromkeys(row["idea"] for row in rows):
-        cells = [[row for row in rows if (row["idea"], row["images"]) == (idea, images)] for images in SOURCES]
+    for idea in dict.fromkeys(row.axes["idea"] for row in rows):
+        cells = [
+            [row for row in rows if (row.axes["idea"], row.axes["images"]) == (idea, images)] for images in SOURCES
+        ]
         table.append(f"| {idea} | " + " | ".join(shown(found) if found else "" for found in cells) + " |")
     return "\n".join([*table, "", f"{note} Rows: `benchmarks/results/{name}.jsonl`."])

@@ -7,6 +7,7 @@ import tomllib
 
 import attrs
 import pytest
+from attrs import evolve
 from spdfq_cli.main import main
 from support.docs import DOCS, ROOT, blocks, built_in, text
 
@@ -19,6 +20,10 @@ sys.path.insert(0, str(DOCS))
 
 import api_page
 import generate
+import leaderboard
+import plots
+import results_page
+from result_rows import rows_of
 
 COMPONENTS = generate.block(text(DOCS / "components.md"), "components")
 PAGES = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -159,6 +164,38 @@ def test_troubleshooting_quotes_messages_that_exist():
 def test_results_have_one_marked_place_in_the_readme_and_in_the_documentation():
     for page in (ROOT / "README.md", DOCS / "results.md"):
         assert generate.block(text(page), "results")
+
+
+def test_the_page_of_results_is_short_and_has_a_table_for_each_model_with_its_command():
+    page = text(DOCS / "results.md")
+    assert len(page.splitlines()) <= 150
+    sections = re.findall(r"^## (The bundled|A real).*?(?=^## )", page, re.DOTALL | re.MULTILINE)
+    assert len(sections) == 3
+    assert page.count("Reproduce: `spdfq bench benchmarks/") == 3
+    assert len(re.findall(r"^\d+\. ", page, re.MULTILINE)) == 10
+
+
+def test_a_machine_is_named_for_every_cell_of_a_table_with_several(monkeypatch):
+    machines = iter(["one", "two"] * 1000)
+    rows = [evolve(row, device_name=next(machines)) for row in rows_of("fmnist_swin_w3a3")]
+    monkeypatch.setattr(results_page, "rows_of", lambda name: rows)
+    (table,) = [table for table in results_page.TABLES if "Swin" in table.title]
+    written = results_page._model(table)
+    assert "| real images (reference) | 81.2 ± 1.4 (3) ab |" in written
+    assert "Machines: **a** one, float32 (commit not recorded); **b** two, float32" in written
+
+
+def test_the_leaderboard_has_every_row_and_loads_nothing():
+    page = text(leaderboard.PAGE)
+    assert page == leaderboard.leaderboard_page(), "run: python docs/generate.py"
+    assert not re.search(r"(?:src|href)=.?(?:https?:)?//|@import|url\(", page)
+    lines = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    files = (ROOT / "benchmarks/results").glob("*.jsonl")
+    assert sum(len(line["all"]) for line in lines) == sum(len(text(path).splitlines()) for path in files)
+
+
+def test_the_plots_show_the_rows_of_today():
+    assert plots.outdated() == [], "run: python docs/generate.py"
 
 
 def test_refreshing_a_block_changes_nothing_else(tmp_path):

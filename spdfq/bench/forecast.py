@@ -6,7 +6,7 @@ from pathlib import Path
 from attrs import frozen
 
 from spdfq.bench.estimate import seconds_of
-from spdfq.bench.row_files import plain_rows
+from spdfq.bench.row_files import rows_in
 from spdfq.bench.run import by_priority, finished, planned
 
 
@@ -46,6 +46,6 @@ def forecast_bench(
     Arguments and errors are those of `spdfq.bench.run.run_bench`.
     """
     plan, folder, cells = planned(source, out=out, device=device, shard=shard, announce=announce)
-    kept, rows = finished(cells, folder), plain_rows(folder)
+    kept, rows = finished(cells, folder, announce), rows_in(folder)
     waiting = [cell for cell in by_priority(plan, cells) if cell.folder.name not in kept]
     return Forecast(len(kept), {c.folder.name: seconds_of(c.combination.values, rows) for c in waiting}, jobs)

@@ -4,14 +4,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+from attrs import evolve
 
 from spdfq.bench.plan import Plan, read_plan
-from spdfq.bench.row_files import plain_rows
+from spdfq.bench.row_files import rows_in
+from spdfq.bench.rows import Metrics, Row
 from spdfq.bench.run import write_results
 from spdfq.errors import DataError, SpdfqError
-
-Row = dict[str, Any]
 
 
 def merge_bench(
@@ -44,15 +44,15 @@ def merge_bench(
     cells = [(combination.values, seed) for combination in plan.combinations for seed in plan.seeds]
     found: dict[int, list[Row]] = {}
     for each in given:
-        rows = plain_rows(each)
+        rows = rows_in(each)
         if not rows:
             raise DataError(f"{each}: has no rows of a bench; give the folder of a bench")
         strange = 0
         for row in rows:
-            cell = (row["axes"], row["seed"])
+            cell = (row.axes, row.seed)
             if cell in cells:
-                path = os.path.relpath(each / row["folder"], folder)
-                found.setdefault(cells.index(cell), []).append({**row, "folder": Path(path).as_posix()})
+                path = os.path.relpath(each / (row.folder or ""), folder)
+                found.setdefault(cells.index(cell), []).append(evolve(row, folder=Path(path).as_posix()))
             else:
                 strange += 1
         if strange:
@@ -63,7 +63,7 @@ def merge_bench(
     for line in problems:
         announce(f"warning: {line}; the first is kept")
     rows = [_best(found[index]) for index in sorted(found)]
-    announce(f"{len(cells)} cells, {len(rows)} with a row, {sum(row['error'] is not None for row in rows)} failed")
+    announce(f"{len(cells)} cells, {len(rows)} with a row, {sum(row.error is not None for row in rows)} failed")
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder, plan, rows)
     return plan, folder, rows
@@ -71,32 +71,31 @@ def merge_bench(
 
 def _best(rows: list[Row]) -> Row:
     """The first row that has not failed, or the first one."""
-    return next((row for row in rows if row["error"] is None), rows[0])
+    return next((row for row in rows if row.error is None), rows[0])
 
 
 def _disagreements(rows: list[Row]) -> list[str]:
     """A line for each later row of a cell that differs from the first one."""
-    done = [row for row in rows if row["error"] is None]
+    done = [row for row in rows if row.error is None]
     found = []
     for other in done[1:]:
-        if other["key"] != done[0]["key"]:
+        if other.key != done[0].key:
             found.append(f"{_cell(other)}: its rows depend on different code, data, weights or versions")
-        elif _result(other) != _result(done[0]):
+        elif _result(other.measured) != _result(done[0].measured):
             found.append(
-                f"{_cell(other)}: {_result(done[0])['quantized']} on {_machine(done[0])}, but "
-                f"{_result(other)['quantized']} on {_machine(other)}"
+                f"{_cell(other)}: top-1 {done[0].measured.quantized.top1} on {_machine(done[0])}, but "
+                f"{other.measured.quantized.top1} on {_machine(other)}"
             )
     return found
 
 
-def _result(row: Row) -> dict[str, Any]:
-    metrics = row["metrics"]
-    return {name: metrics.get(name) for name in ("fp", "quantized", "agreement", "images")}
+def _result(metrics: Metrics) -> tuple[object, ...]:
+    return metrics.fp, metrics.quantized, metrics.agreement, metrics.images
 
 
 def _machine(row: Row) -> str:
-    return f"{row.get('device_name', 'a machine')} ({row.get('precision')})"
+    return f"{row.device_name or 'a machine'} ({row.precision})"
 
 
 def _cell(row: Row) -> str:
-    return f"{json.dumps(row['axes'])}, seed {row['seed']}"
+    return f"{json.dumps(row.axes)}, seed {row.seed}"

@@ -36,6 +36,19 @@ class Gap:
 
 
 @frozen(kw_only=True)
+class Baseline:
+    """The value of an axis that the other ones are compared with.
+
+    Args:
+        axis: name of the axis, as in ``parents`` or ``keys``.
+        value: as the table shows it.
+    """
+
+    axis: str
+    value: str | int | float | bool
+
+
+@frozen(kw_only=True)
 class BenchFile:
     """The contents of a bench file.
 
@@ -47,6 +60,7 @@ class BenchFile:
         keys: axes over dotted recipe keys, assigned after the parents are merged. A key with one value is no axis.
         first: cells that run before the others, each as values of some axes or of ``seed``.
         gap: the two values between which the closed share of a gap is measured.
+        baseline: the value that the others are compared with, with an interval.
     """
 
     schema: int = field(default=SCHEMA, validator=validators.in_((SCHEMA,)))
@@ -56,6 +70,7 @@ class BenchFile:
     keys: dict = field(factory=dict)
     first: tuple[dict, ...] = ()
     gap: Gap | None = None
+    baseline: Baseline | None = None
 
 
 @frozen
@@ -118,6 +133,7 @@ class Plan:
         seeds: of every combination.
         combinations: the product of the axes.
         gap: as in `BenchFile`.
+        baseline: as in `BenchFile`.
         warnings: a line for each value of ``[base]`` that a part replaces.
         first: as in `BenchFile`.
     """
@@ -127,8 +143,15 @@ class Plan:
     seeds: tuple[int, ...]
     combinations: tuple[Combination, ...]
     gap: Gap | None
+    baseline: Baseline | None = None
     warnings: tuple[str, ...] = ()
     first: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def compared(self) -> str | None:
+        """The axis along which rows are compared: that of the baseline or gap, or the only one."""
+        named = self.baseline or self.gap
+        return named.axis if named else self.axes[0].name if len(self.axes) == 1 else None
 
 
 def read_plan(source: str) -> Plan:
@@ -150,7 +173,7 @@ def read_plan(source: str) -> Plan:
     base = _base(file, path.parent, problems)
     axes = _axes(file, path.parent, problems)
     _refuse(problems)
-    _check_gap(file.gap, axes, problems)
+    _check_values(file, axes, problems)
     labels = {axis.name: [choice.label for choice in axis.choices] for axis in axes if not axis.constant}
     check_first(file.first, labels, file.seeds, problems)
     _refuse(problems)
@@ -158,7 +181,8 @@ def read_plan(source: str) -> Plan:
     combinations = _combinations(file, axes, base, problems, warnings)
     _refuse(problems)
     varying = tuple(axis for axis in axes if not axis.constant)
-    return Plan(path.stem, varying, file.seeds, combinations, file.gap, tuple(dict.fromkeys(warnings)), file.first)
+    once = tuple(dict.fromkeys(warnings))
+    return Plan(path.stem, varying, file.seeds, combinations, file.gap, file.baseline, once, file.first)
 
 
 def _refuse(problems: list[str]) -> None:
@@ -228,21 +252,27 @@ def _distinct(path: str, values: Any, problems: list[str]) -> list[Any]:
     return list(values)
 
 
-def _check_gap(gap: Gap | None, axes: tuple[Axis, ...], problems: list[str]) -> None:
-    if gap is None:
+def _check_values(file: BenchFile, axes: tuple[Axis, ...], problems: list[str]) -> None:
+    """A problem for each value of the gap and of the baseline that is not on its axis."""
+    if file.gap:
+        _check_on_axis("gap", file.gap.axis, {"floor": file.gap.floor, "ceiling": file.gap.ceiling}, axes, problems)
+        if file.gap.floor == file.gap.ceiling:
+            problems.append("gap: floor and ceiling are the same value; give two different ones")
+    if file.baseline:
+        _check_on_axis("baseline", file.baseline.axis, {"value": file.baseline.value}, axes, problems)
+
+
+def _check_on_axis(table: str, axis: str, given: dict[str, Any], axes: tuple[Axis, ...], problems: list[str]) -> None:
+    labels = {each.name: [choice.label for choice in each.choices] for each in axes}
+    if axis not in labels:
+        problems.append(f"{table}.axis: this file has no axis {axis!r} (axes: {', '.join(labels) or 'none'})")
         return
-    labels = {axis.name: [choice.label for choice in axis.choices] for axis in axes}
-    if gap.axis not in labels:
-        problems.append(f"gap.axis: this file has no axis {gap.axis!r} (axes: {', '.join(labels) or 'none'})")
-        return
-    values = labels[gap.axis]
+    values = labels[axis]
     problems += [
-        f"gap.{end}: {value!r} is not a value of {gap.axis} (values: {', '.join(map(str, values))})"
-        for end, value in (("floor", gap.floor), ("ceiling", gap.ceiling))
+        f"{table}.{key}: {value!r} is not a value of {axis} (values: {', '.join(map(str, values))})"
+        for key, value in given.items()
         if value not in values
     ]
-    if gap.floor == gap.ceiling:
-        problems.append("gap: floor and ceiling are the same value; give two different ones")
 
 
 def _combinations(

@@ -1,10 +1,8 @@
 """The files of result rows of a bench: those of a whole bench, and those of its shards."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-from spdfq.errors import DataError
+from spdfq.bench.rows import Row, read_rows
 
 RESULTS = "results.jsonl"
 
@@ -20,17 +18,10 @@ def row_files(folder: Path) -> list[Path]:
     return [*([whole] if whole.is_file() else []), *sorted(folder.glob("results-*-of-*.jsonl"))]
 
 
-def plain_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of all files in the folder of a bench, as plain data.
+def rows_in(folder: Path) -> list[Row]:
+    """The rows of all files in the folder of a bench.
 
     Raises:
-        DataError: a file is damaged.
+        DataError: a file is damaged, or was written by an older version.
     """
-    found = []
-    for path in row_files(folder):
-        try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            found += [{**row, "axes": dict(row["axes"]), "seed": int(row["seed"])} for row in rows]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}: damaged; remove it and run the bench again (finished stages are kept)") from None
-    return found
+    return [row for path in row_files(folder) for row in read_rows(path)]

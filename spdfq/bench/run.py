@@ -8,12 +8,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import asdict, evolve, frozen
 
 from spdfq.bench.log import EVERY, said_every
 from spdfq.bench.plan import Combination, Plan, read_plan
 from spdfq.bench.priority import priority
-from spdfq.bench.row_files import file_of, plain_rows
+from spdfq.bench.row_files import file_of, rows_in
+from spdfq.bench.rows import Model, OldRowError, Row, row_of_run, write_rows
 from spdfq.bench.table import markdown
 from spdfq.bench.workers import Workers
 from spdfq.errors import DataError, RecipeError, SpdfqError
@@ -25,8 +26,6 @@ from spdfq.runtime import pick_device, pick_precision, silent
 from spdfq.runtime.files import write_text
 from spdfq.runtime.ranks import join
 from spdfq.teacher.architectures import local_weights
-
-Row = dict[str, Any]
 
 
 @frozen
@@ -53,7 +52,7 @@ class BenchResult:
     """The result of a bench.
 
     Args:
-        folder: contains ``results.jsonl``, ``table.md`` and the cells' run folders.
+        folder: contains ``results.jsonl``, ``table.md``, ``bench.json`` and the cells' run folders.
         plan: of the bench file.
         rows: one for each cell, as in ``results.jsonl``.
         reused: number of cells that were finished before.
@@ -97,7 +96,7 @@ def run_bench(
     plan, folder, cells = planned(source, out=out, device=device, shard=shard, announce=announce)
     lock = lock_folder(folder if shard is None else folder / "shards" / f"{shard[0]}-of-{shard[1]}")
     try:
-        kept = finished(cells, folder)
+        kept = finished(cells, folder, announce)
         announce(f"{len(cells)} cells planned, {len(kept)} reused, {len(cells) - len(kept)} to run")
         rows: dict[str, Row] = dict(kept)
         number = 0
@@ -111,7 +110,7 @@ def run_bench(
     finally:
         lock.release()
     found = [rows[cell.folder.name] for cell in cells]
-    return BenchResult(folder, plan, found, len(kept), sum(row["error"] is not None for row in found))
+    return BenchResult(folder, plan, found, len(kept), sum(row.error is not None for row in found))
 
 
 def planned(
@@ -197,7 +196,7 @@ def run_task(task: Task, progress: Any) -> Row:
 
 
 def _lost(task: Task, why: str) -> Row:
-    return _identity(task.cell, task.folder) | {"error": why}
+    return _failed(task.cell, task.folder, why)
 
 
 def check_plan(plan: Plan) -> list[str]:
@@ -254,68 +253,66 @@ def _files(model: ModelSpec) -> list[Path]:
     return [weights, *weights.parent.glob("config.json")] if model.checkpoint is None else [weights]
 
 
-def finished(cells: list[Cell], folder: Path) -> dict[str, Row]:
+def finished(cells: list[Cell], folder: Path, announce: Callable[[str], None]) -> dict[str, Row]:
     """Rows of an earlier call or of shards that are still valid, by the name of the cell's folder."""
-    rows = {row["key"]: row for row in plain_rows(folder) if row["error"] is None}
+    try:
+        rows = {row.key: row for row in rows_in(folder) if row.error is None}
+    except OldRowError:
+        announce(f"warning: {folder}: has rows of an older version; their cells are measured again")
+        return {}
+    except DataError as error:
+        raise DataError(f"{error}; or remove the file and run the bench again (finished stages are kept)") from None
     return {
-        cell.folder.name: rows[cell.key] | _identity(cell, folder)
+        cell.folder.name: evolve(rows[cell.key], **_identity(cell, folder), seed=cell.seed)
         for cell in cells
         if cell.key in rows and (cell.folder / "run.json").exists()
     }
 
 
-def _identity(cell: Cell, folder: Path) -> Row:
+def _identity(cell: Cell, folder: Path) -> dict[str, Any]:
     return {
         "axes": cell.combination.values,
-        "seed": cell.seed,
-        "key": cell.key,
         "folder": cell.folder.relative_to(folder).as_posix(),
-        "error": None,
+        "key": cell.key,
     }
 
 
 def _run(cell: Cell, folder: Path, device: str | None, progress: Any) -> Row:
-    row = _identity(cell, folder)
+    identity = _identity(cell, folder)
     try:
         store = store_beside(folder).root
         pipeline.run(cell.recipe, out=cell.folder, store=store, device=device, progress=progress)
-        return row | _measured(cell.folder)
+        return row_of_run(json.loads((cell.folder / "run.json").read_text(encoding="utf-8")), **identity)
     except SpdfqError as error:
-        return row | {"error": "; ".join(str(error).splitlines())}
+        said = "; ".join(str(error).splitlines())
     except Exception as error:
         cell.folder.mkdir(parents=True, exist_ok=True)
         write_text(cell.folder / "error.txt", traceback.format_exc())
-        return row | {"error": f"{type(error).__name__}: {error} (traceback in {row['folder']}/error.txt)"}
+        said = f"{type(error).__name__}: {error} (traceback in {identity['folder']}/error.txt)"
+    return _failed(cell, folder, said)
 
 
-def _measured(folder: Path) -> Row:
-    """The part of a run's record that goes into a row."""
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return {
-        "metrics": record["metrics"],
-        "stages": record["stages"],
-        "seconds": sum(stage["seconds"] for stage in record["stages"].values()),
-        "model": record["model"]["name"],
-        "backend": record["backend"],
-        **{key: record[key] for key in ("device", "device_name", "precision", "versions", "git_commit")},
-    }
+def _failed(cell: Cell, folder: Path, why: str) -> Row:
+    return Row(**_identity(cell, folder), seed=cell.seed, model=Model(name=cell.recipe.model.name), error=why)
 
 
 def _outcome(row: Row) -> str:
-    if row["error"]:
-        return f"failed: {row['error']}"
-    metrics, by = row["metrics"], row["metrics"].get("measure", "top-1")
-    return f"{by} {metrics['fp']['top1']:.2f} -> {metrics['quantized']['top1']:.2f} in {row['seconds']:.1f} s"
+    if row.error:
+        return f"failed: {row.error}"
+    metrics = row.measured
+    return f"{metrics.measure} {metrics.fp.top1:.2f} -> {metrics.quantized.top1:.2f} in {row.seconds:.1f} s"
 
 
 def _stages(rows: list[Row]) -> str:
     """A line on how many stages the cells of this call reused."""
-    reused = [stage["reused"] for row in rows if row["error"] is None for stage in row["stages"].values()]
+    reused = [stage["reused"] for row in rows for stage in (row.stages or {}).values()]
     return f"{len(reused)} stages in the cells that ran: {sum(reused)} reused, {len(reused) - sum(reused)} run"
 
 
 def write_results(folder: Path, plan: Plan, rows: list[Row], shard: tuple[int, int] | None = None) -> None:
     """Write the rows, and for a whole bench the table."""
-    write_text(folder / file_of(shard), "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / file_of(shard), rows)
+    compared = {key: value and asdict(value) for key, value in (("gap", plan.gap), ("baseline", plan.baseline))}
+    write_text(folder / "bench.json", json.dumps(compared, indent=1) + "\n")
     if shard is None:
         write_text(folder / "table.md", markdown(plan, rows))

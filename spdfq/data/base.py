@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spdfq.data.classes import Comparison, compared
 from spdfq.errors import DataError
+from spdfq.recipe import digest
 from spdfq.recipe.structure import Checked
 from spdfq.teacher import Teacher
 
@@ -83,6 +84,10 @@ class LabelledImages(Checked):
     def fingerprint(self) -> str:
         """A hash of the images and labels. Stored results are only reused for the same hash."""
         raise TypeError(f"{type(self).__name__} does not define fingerprint")
+
+    def contents(self) -> str:
+        """A hash of the images and labels that are used, in their order, the same on every machine if it can be."""
+        return digest(self.fingerprint(), self.limit, self.subset_seed, self.skip)
 
     def check_classes(self, teacher: Teacher) -> None:
         """Check that the labels can be positions in the teacher's list of classes.

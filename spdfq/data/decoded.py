@@ -76,7 +76,7 @@ class DecodedImages(LabelledImages):
         return Path
 
     def stamp(self, entry: Entry) -> tuple[int, ...]:
-        """Numbers that change if the stored image changes: size and modification time of its file."""
+        """Numbers that change if the stored image changes: size and modification time of its file, the time last."""
         return stamp(entry.location)
 
     def __len__(self) -> int:
@@ -112,6 +112,16 @@ class DecodedImages(LabelledImages):
         if missing:
             count = f"{len(missing):,} of {len(missing) + len(listing):,} images"
             raise DataError(f"{self.title}: {count} are missing, the first is {missing[0]}; check root and labels")
+        return hashlib.sha256(repr(listing).encode()).hexdigest()[:20]
+
+    def contents(self) -> str:
+        """A hash of the names and labels of the images used, and of the sizes of their files; see `stamp`."""
+        listing = []
+        for entry in self.used():
+            try:
+                listing.append((entry.name, *self.stamp(entry)[:-1], entry.label))
+            except FileNotFoundError:
+                listing.append((entry.name, entry.label))
         return hashlib.sha256(repr(listing).encode()).hexdigest()[:20]
 
     def identities(self) -> Iterator[str]:

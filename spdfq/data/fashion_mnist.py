@@ -11,6 +11,7 @@ from einops import repeat
 from torch import Tensor
 
 from spdfq.data.base import Batch, LabelledImages
+from spdfq.recipe import digest
 from spdfq.registry import datasets
 from spdfq.teacher import Teacher
 from spdfq.teacher.zoo import data_file
@@ -63,6 +64,10 @@ class FashionMnist(LabelledImages):
     def fingerprint(self) -> str:
         """A hash of the file."""
         return hashlib.sha256(self._path().read_bytes()).hexdigest()[:20]
+
+    def contents(self) -> str:
+        """A hash of the file and of the positions that are used."""
+        return digest(self.fingerprint(), self.chosen(len(self._load_all()[1])))
 
     def _path(self) -> Path:
         return data_file(f"fmnist_{self.split}.safetensors")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spdfq.data.classes import shortened
 from spdfq.errors import DataError, NonFiniteError, RecipeError
+from spdfq.evaluation.correctness import images_digest, packed
 from spdfq.evaluation.predictions import FinishedBatches, Predictions
 from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher, evaluation_mode
@@ -159,7 +160,8 @@ class LogitsEvaluator:
     ) -> dict[str, Any]:
         """Accuracy of a quantized model and of the teacher, in percent, on the images that can be read.
 
-        ``simulated`` is true because the quantized model computes in float.
+        ``simulated`` is true because the quantized model computes in float. ``correct`` has one bit for each image and
+        model (see `spdfq.evaluation.correctness`), and ``test_images`` is a hash of the images.
 
         Args:
             model: the quantized model.
@@ -176,11 +178,16 @@ class LogitsEvaluator:
         check_same_images(found.damaged, fp.damaged)
         return {
             "images": len(found.labels),
+            "test_images": images_digest(spec.dataset, found.labels, found.damaged),
             "damaged": list(found.damaged),
             "fp": accuracy(fp.logits, fp.labels),
             "quantized": accuracy(found.logits, found.labels),
             "agreement": agreement(found.logits, fp.logits),
             "simulated": True,
+            "correct": {
+                "fp": packed(fp.logits, fp.labels),
+                "quantized": packed(found.logits, found.labels),
+            },
         }
 
 

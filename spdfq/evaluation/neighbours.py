@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spdfq.errors import DataError, RecipeError
 from spdfq.evaluation.accuracy import accuracy, agreement, check_same_images, logits_over
+from spdfq.evaluation.correctness import images_digest, packed
 from spdfq.evaluation.predictions import REMEDY, Predictions
 from spdfq.runtime import Runtime
 from spdfq.runtime.files import read_tensors, write_tensors
@@ -119,7 +120,8 @@ class NeighboursEvaluator:
         """k-NN accuracy of a quantized model and of the teacher, in percent; each uses its own features of the bank.
 
         ``similarity`` is the mean cosine similarity of the quantized model's features to the teacher's. ``simulated``
-        is true because the quantized model computes in float.
+        is true because the quantized model computes in float. ``correct`` and ``test_images`` are as in
+        `LogitsEvaluator.measure`.
 
         Raises:
             DataError: the images that can be read have changed since the teacher was measured.
@@ -129,6 +131,7 @@ class NeighboursEvaluator:
         return {
             "measure": "k-NN top-1",
             "images": len(found.labels),
+            "test_images": images_digest(spec.dataset, found.labels, found.damaged),
             "damaged": list(found.damaged),
             "bank": len(spec.bank),
             "fp": {"top1": accuracy(fp.logits, fp.labels)["top1"]},
@@ -136,6 +139,10 @@ class NeighboursEvaluator:
             "agreement": agreement(found.logits, fp.logits),
             "similarity": similarity(found.features, fp.features),
             "simulated": True,
+            "correct": {
+                "fp": packed(fp.logits, fp.labels),
+                "quantized": packed(found.logits, found.labels),
+            },
         }
 
 

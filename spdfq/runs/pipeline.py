@@ -40,6 +40,7 @@ from spdfq.runs.store import StageRecord, Store, lock_folder, store_beside
 from spdfq.runs.tracking import tracked
 from spdfq.runtime import Progress, make_runtime, own_threads, pick_progress
 from spdfq.runtime.files import write_text
+from spdfq.runtime.peak_memory import peak_memory, restart_peak
 from spdfq.runtime.ranks import join
 from spdfq.synth import GaussianNoise, RealImages
 from spdfq.teacher import load_teacher
@@ -57,7 +58,8 @@ class RunResult:
         recipe: as it was run.
         metrics: ``fp`` and ``quantized`` top-1 and top-5 in percent, ``agreement`` with the teacher in percent, the
             number of ``images`` that could be read, and the ``damaged`` ones that could not, with reasons; for a model
-            without a head k-NN top-1, and ``similarity``, the mean cosine of its features to the teacher's.
+            without a head k-NN top-1, and ``similarity``, the mean cosine of its features to the teacher's. ``correct``
+            has one bit for each image and model, in Base64, and ``test_images`` is a hash of the images.
         controls: metrics of each control, by its name.
         stages: seconds, key, and whether it was reused, for each stage.
     """
@@ -238,11 +240,13 @@ class _Run:
     store: Store
     announce: Announce
     started: str = field(factory=now, init=False)
+    restarted: bool = field(init=False)  # whether the peak of memory is that of this run
     records: dict[str, StageRecord] = field(factory=dict, init=False)
     warnings: list[str] = field(factory=list, init=False)
     forecast: Forecast = field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.restarted = restart_peak(self.work.runtime.device)
         recipe = self.work.recipe
         controls = [f"{name}: {stage.name}" for name in recipe.controls for stage in _CONTROL_STAGES]
         quick = {name for name, source in recipe.controls.items() if isinstance(source, (GaussianNoise, RealImages))}
@@ -355,7 +359,8 @@ class _Run:
         """Write ``run.json`` and the report; other processes wait until they are there."""
         work, folder = self.work, self.folder
         if work.runtime.ranks.leads:
-            found = facts(work, folder, self.started, self.records, self.warnings, controls)
+            peak = peak_memory(work.runtime.device) if self.restarted else None
+            found = facts(work, folder, self.started, self.records, self.warnings, controls, peak)
             write_text(folder / "run.json", json.dumps(found, indent=1) + "\n")
             write_report(folder)
         work.runtime.ranks.wait()

@@ -19,6 +19,7 @@ import torch
 from spdfq.backends.quantized_student import student_section
 from spdfq.recipe import Recipe
 
+BUILT_FROM = "commit.txt"
 # these modules register names, read recipes and write files; no number depends on them
 _RECIPE = ("recipe", *(f"recipe.{name}" for name in ("files", "schema", "structure", "toml")))
 _INFRASTRUCTURE = frozenset({"spdfq"} | {f"spdfq.{name}" for name in ("errors", "registry", "runtime.files", *_RECIPE)})
@@ -54,8 +55,11 @@ def device_name(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this library runs from; ``None`` if it is installed elsewhere."""
+    """The commit of the checkout that this library runs from, or that it was installed from; ``None`` if unknown."""
     checkout = Path(__file__).resolve().parents[2]
+    installed = checkout / "spdfq" / BUILT_FROM
+    if installed.exists():  # only setup.py writes it, into a package that it builds
+        return installed.read_text(encoding="utf-8").strip()
     try:
         asked = subprocess.run(
             ["git", "rev-parse", "--show-toplevel", "HEAD"], cwd=checkout, capture_output=True, text=True, timeout=10

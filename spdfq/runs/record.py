@@ -31,6 +31,7 @@ def facts(
     stages: dict[str, StageRecord],
     warnings: list[str],
     controls: dict[str, Work],
+    peak_memory: int | None,
 ) -> dict[str, Any]:
     """The contents of ``run.json``.
 
@@ -41,6 +42,7 @@ def facts(
         stages: how each stage came about, by name.
         warnings: that were shown.
         controls: that have finished, by name.
+        peak_memory: bytes; see `spdfq.runtime.peak_memory`.
     """
     recipe, teacher, runtime = work.recipe, work.teacher, work.runtime
     metrics = work.results[EvaluateStage.name]
@@ -52,6 +54,7 @@ def facts(
         "device_name": device_name(runtime.device),
         "precision": runtime.precision,
         "threads": torch.get_num_threads(),
+        "peak_memory": peak_memory,
         "git_commit": git_commit(),
         "seed": recipe.seed,
         "recipe_digest": digest(recipe.to_dict()),
@@ -84,7 +87,12 @@ def facts(
 
 def _images(work: Work) -> dict[str, Any]:
     source, images = unstructure(work.recipe.synthesis, "source")["type"], work.results[ImagesStage.name]
-    return {"type": source, "count": len(images.images), "damaged": list(images.damaged)}
+    return {
+        "type": source,
+        "count": len(images.images),
+        "damaged": list(images.damaged),
+        "digest": digest(unstructure(work.recipe.synthesis, "source")),
+    }
 
 
 def _backend(work: Work) -> dict[str, Any]:
@@ -92,6 +100,7 @@ def _backend(work: Work) -> dict[str, Any]:
     sites = json.loads((work.results[QuantizeStage.name] / "sites.json").read_text(encoding="utf-8"))
     return {
         "label": work.recipe.quantization.label,
+        "digest": digest(spec),
         "percent_in_float": sites["multiplications"]["percent_in_float"],
         "placement": spec["placement"]["type"],
         "steps": [step["type"] for step in spec["steps"]],

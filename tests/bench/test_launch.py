@@ -36,7 +36,7 @@ def test_a_killed_shard_of_the_local_executor_is_run_again_and_merged(small, tmp
     jobs[0].result()
     assert "[1/1] noise-weights.bits=3-s0: top-1" in jobs[0].stderr()
     _, _, rows = merge_bench(small, out=folder)
-    assert [row["axes"]["quantization.weights.bits"] for row in rows] == [3]
+    assert [row.axes["quantization.weights.bits"] for row in rows] == [3]
     again = run_bench(small, out=out, device="cpu", jobs=2)  # the cell that is missing, in a process of its own
     assert (again.reused, again.failed) == (1, 0)
     lines = (out / "results.jsonl").read_text().splitlines()

@@ -11,6 +11,7 @@ from support.benches import BENCH, bench_files
 from support.recipes import NO_IMAGES
 
 from spdfq.bench import run as bench
+from spdfq.bench.rows import read_rows
 from spdfq.bench.run import run_bench
 from spdfq.errors import DataError, SpdfqError
 from spdfq.recipe import load_recipe
@@ -41,8 +42,13 @@ def record(recipe):
             "images": {"seconds": 1.5, "reused": False, "key": "a"},
             "quantize": {"seconds": 2.5, "reused": False, "key": "b"},
         },
-        "model": {"name": recipe.model.name},
-        "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate"]},
+        "seed": recipe.seed,
+        "recipe_digest": "r",
+        "model": {"name": recipe.model.name, "fingerprint": "f"},
+        "images": {"type": "optimize", "count": 4, "damaged": [], "digest": "i"},
+        "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate"], "digest": "b"},
+        "peak_memory": 1000,
+        "threads": 1,
         "device": "cpu",
         "device_name": "a processor",
         "precision": "float32",
@@ -86,7 +92,7 @@ def test_every_cell_is_run_with_one_store_and_its_own_seed(write, ran, tmp_path)
 def test_results_are_one_line_of_json_for_each_cell(write, ran, tmp_path):
     result = run_bench(write(), out=tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
-    assert rows == result.rows
+    assert read_rows(tmp_path / "out/results.jsonl") == result.rows
     assert rows[4]["axes"] == {"images": "noise", "quantization.weights.bits": 4}
     assert (rows[4]["seed"], rows[4]["error"], rows[4]["seconds"]) == (1, None, 4.0)
     assert rows[4]["metrics"]["quantized"]["top1"] == 80 + 4 + 1
@@ -105,7 +111,13 @@ def test_the_table_gives_mean_and_sample_deviation_over_the_seeds(write, ran, tm
         "| optimized | 4 | 99.00 | 95.00 ± 1.00 (3) | 75.00 | 4.0 |",
     ]
     assert statistics.stdev([83, 84, 85]) == 1.0
-    for said in ("simulated", "bundled:vit_fmnist", "matmul_inputs", "cpu (a processor, float32)", "50 images"):
+    for said in (
+        "simulated",
+        "bundled:vit_fmnist",
+        "matmul_inputs",
+        "cpu (a processor, float32, 1 thread)",
+        "50 images",
+    ):
         assert said in caption
 
 
@@ -163,8 +175,24 @@ def test_a_row_of_another_precision_is_not_kept(write, ran, tmp_path, monkeypatc
 def test_damaged_results_are_one_clear_error(write, ran, tmp_path):
     run_bench(write(), out=tmp_path / "out")
     (tmp_path / "out/results.jsonl").write_text('{"axes": ')
-    with pytest.raises(DataError, match=r"results.jsonl: damaged; remove it"):
+    with pytest.raises(DataError, match=r"results.jsonl, line 1: not JSON; .* or remove the file"):
         run_bench(write(), out=tmp_path / "out")
+
+
+def test_rows_of_an_older_version_are_measured_again_and_that_is_said(write, ran, tmp_path):
+    run_bench(write(), out=tmp_path / "out")
+    path, said = tmp_path / "out/results.jsonl", []
+    old = [{key: value for key, value in json.loads(line).items() if key != "schema"} for line in path.open()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert run_bench(write(), out=tmp_path / "out", announce=said.append).reused == 0
+    assert said[0] == f"warning: {path.parent}: has rows of an older version; their cells are measured again"
+
+
+def test_a_bench_folder_says_what_its_rows_are_compared_with(write, ran, tmp_path):
+    text = BENCH.replace("[0, 1, 2]", "[0]") + '[baseline]\naxis = "images"\nvalue = "noise"\n'
+    run_bench(write(text), out=tmp_path / "out")
+    found = json.loads((tmp_path / "out/bench.json").read_text())
+    assert found == {"gap": None, "baseline": {"axis": "images", "value": "noise"}}
 
 
 def test_a_checkpoint_that_is_not_there_is_one_clear_error(write, ran, tmp_path):
@@ -203,8 +231,8 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(write, ran, tmp_path):
     ran.fail = {0: SpdfqError("loss: is not finite\ntry less"), 1: ZeroDivisionError("by zero")}
     result = run_bench(write(), out=tmp_path / "out")
     assert (len(ran), result.failed) == (12, 8)
-    assert result.rows[0]["error"] == "loss: is not finite; try less"
-    assert result.rows[1]["error"].startswith("ZeroDivisionError: by zero (traceback in cells/noise-weights.bits=3-s1/")
+    assert result.rows[0].error == "loss: is not finite; try less"
+    assert result.rows[1].error.startswith("ZeroDivisionError: by zero (traceback in cells/noise-weights.bits=3-s1/")
     assert "in fake_run" in (tmp_path / "out/cells/noise-weights.bits=3-s1/error.txt").read_text()
     text = (tmp_path / "out/table.md").read_text()
     assert "| noise | 3 | 99.00 | 85.00 (1) | 75.00 | 4.0 |" in text
@@ -284,8 +312,8 @@ def test_a_bench_really_runs_and_its_cells_share_their_stages(write, tmp_path):
     text = text.replace('extends = ["base.toml"]', few)
     said = []
     result = run_bench(write(text), out=tmp_path / "runs/bits", device="cpu", announce=said.append)
-    assert [row["error"] for row in result.rows] == [None, None]
-    reused = [[name for name, stage in row["stages"].items() if stage["reused"]] for row in result.rows]
+    assert [row.error for row in result.rows] == [None, None]
+    reused = [[name for name, stage in row.stages.items() if stage["reused"]] for row in result.rows]
     assert reused == [[], ["teacher", "images"]]
     assert said[-1] == "8 stages in the cells that ran: 2 reused, 6 run"
     assert run_bench(write(text), out=tmp_path / "runs/bits").rows == result.rows

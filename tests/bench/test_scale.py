@@ -4,7 +4,8 @@ import json
 import threading
 
 import pytest
-from support.benches import BENCH, bench_files
+from attrs import evolve
+from support.benches import BENCH, bench_files, bench_row
 from support.commands import spdfq
 
 from spdfq.bench import run as bench
@@ -45,8 +46,13 @@ def ran(monkeypatch):
         record = {
             "metrics": metrics | {"simulated": True},
             "stages": stages,
-            "model": {"name": recipe.model.name},
-            "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate"]},
+            "seed": recipe.seed,
+            "recipe_digest": "r",
+            "model": {"name": recipe.model.name, "fingerprint": "f"},
+            "images": {"type": "noise", "count": 4, "damaged": [], "digest": "i"},
+            "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate"], "digest": "b"},
+            "peak_memory": 1000,
+            "threads": 1,
             "device": "cpu",
             "device_name": seen.machine,
             "precision": "float32",
@@ -72,7 +78,7 @@ def test_shards_have_each_cell_once_and_a_file_of_their_own(write, ran, tmp_path
     assert not (out / "results.jsonl").exists()
     assert not (out / "table.md").exists()
     _, _, rows = merge_bench(write(), out=out)
-    assert [row["folder"] for row in rows] == [row["folder"] for row in run_bench(write(), out=out).rows]
+    assert [row.folder for row in rows] == [row.folder for row in run_bench(write(), out=out).rows]
     assert ran == []  # the whole bench keeps what the shards have run
     assert "| noise | 3 | 99.00 | 81.00 ± 1.00 (3)" in (out / "table.md").read_text()
 
@@ -114,7 +120,7 @@ def test_rows_that_agree_are_merged_and_lead_to_their_runs(write, ran, tmp_path)
     source, folders = two_machines(write, ran, tmp_path, 0.0)
     _, folder, rows = merge_bench(source, folders, out=tmp_path / "merged")
     assert len(rows) == 12
-    assert (folder / rows[0]["folder"] / "run.json").resolve().is_file()
+    assert (folder / rows[0].folder / "run.json").resolve().is_file()
 
 
 def test_rows_of_a_cell_that_disagree_are_refused_and_named_with_both_machines(write, ran, tmp_path):
@@ -123,7 +129,7 @@ def test_rows_of_a_cell_that_disagree_are_refused_and_named_with_both_machines(w
         merge_bench(source, folders, out=tmp_path / "merged")
     lines = str(raised.value).splitlines()
     assert len(lines) == 12 + 1
-    assert "{'top1': 80.0} on a processor (float32), but {'top1': 80.5} on another processor (float32)" in lines[0]
+    assert "top-1 80.0 on a processor (float32), but 80.5 on another processor (float32)" in lines[0]
     assert not (tmp_path / "merged").exists()
     done = spdfq("bench", "merge", source, *folders, "--out", tmp_path / "merged", "--prefer-first")
     assert done.exit_code == 0, done.output
@@ -153,7 +159,7 @@ def test_the_cells_named_first_run_first(write, ran, tmp_path):
     result = run_bench(write(text), out=tmp_path / "out")
     assert ran[:2] == ["optimized-weights.bits=3-s2", "optimized-weights.bits=4-s2"]
     assert {name[-2:] for name in ran[2:6]} == {"s1"}
-    assert result.rows[0]["folder"] == "cells/noise-weights.bits=3-s0"  # the order of the table does not change
+    assert result.rows[0].folder == "cells/noise-weights.bits=3-s0"  # the order of the table does not change
 
 
 def test_a_pattern_that_no_cell_can_match_is_an_error(write):
@@ -186,10 +192,10 @@ def test_a_dry_run_writes_nothing_and_estimates_from_the_rows_that_are_there(wri
 
 def test_a_reused_stage_counts_with_the_seconds_of_the_rows_that_computed_it():
     def row(bits, seconds, reused):
-        return {"axes": {"bits": bits}, "error": None, "stages": {"images": {"seconds": seconds, "reused": reused}}}
+        return evolve(bench_row({"bits": bits}, 0, 80.0), stages={"images": {"seconds": seconds, "reused": reused}})
 
     assert seconds_of({"bits": 3}, [row(3, 0.1, True), row(4, 60.0, False)]) == 60.0
-    assert seconds_of({"bits": 3}, [{"axes": {"bits": 3}, "error": "no"}]) is None
+    assert seconds_of({"bits": 3}, [evolve(row(3, 1.0, False), error="no", metrics=None)]) is None
 
 
 def test_the_log_names_the_running_cell_and_its_stage():

@@ -73,10 +73,13 @@ def test_run_json_says_what_was_run_and_what_came_of_it(finished, recipe):
         **{"mean": [0.286], "std": [0.353], "fingerprint": load_teacher(finished.recipe.model).fingerprint()},
         "class_names": [str(label) for label in range(10)],  # those of the folders
     }
-    assert record["images"] == {"type": "optimize", "count": IMAGES, "damaged": []}
-    steps = ["calibrate", "blockwise"]
-    expected = {"label": "W4A4", "percent_in_float": 0.0, "placement": "matmul_inputs", "steps": steps}
+    parts = load_recipe(recipe).to_dict()
+    own = {"digest": digest(parts["synthesis"])}
+    assert record["images"] == {"type": "optimize", "count": IMAGES, "damaged": [], **own}
+    steps, own = ["calibrate", "blockwise"], {"digest": digest(parts["quantization"])}
+    expected = {"label": "W4A4", "percent_in_float": 0.0, "placement": "matmul_inputs", "steps": steps, **own}
     assert record["backend"] == expected
+    assert record["peak_memory"] > 1e8
     assert (record["device"], record["threads"], record["seed"]) == ("cpu", 1, 0)
     assert record["precision"] == pick_precision("auto", torch.device("cpu"))
     assert record["versions"]["torch"] == torch.__version__

@@ -14,6 +14,7 @@ from attrs import define
 from spdfq.recipe import load_recipe
 from spdfq.runs import provenance
 from spdfq.runs.provenance import (
+    BUILT_FROM,
     code_digests,
     components_in,
     data_fingerprints,
@@ -233,6 +234,9 @@ def test_the_commit_is_the_checkouts_own(tmp_path, monkeypatch):
         monkeypatch.setattr(provenance, "__file__", str(tmp_path / parent / "spdfq/runs/provenance.py"))
         found[parent] = git_commit()
     assert found == {".": git("rev-parse", "HEAD").stdout.strip(), "venv/site-packages": None}
+    (tmp_path / "venv/site-packages/spdfq" / BUILT_FROM).write_text("abc\n")  # as setup.py writes it
+    assert git_commit() == "abc"
+    (tmp_path / "venv/site-packages/spdfq" / BUILT_FROM).unlink()
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None
 

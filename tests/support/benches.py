@@ -1,5 +1,9 @@
-"""A bench file and its parents."""
+"""A bench file and its parents, and result rows."""
 
+import torch
+
+from spdfq.bench.rows import checked_row
+from spdfq.evaluation.correctness import packed
 from support.recipes import NO_IMAGES
 
 NOISE = '[synthesis]\ntype = "gaussian_noise"\nimages = 4\n'
@@ -34,3 +38,26 @@ def bench_files(folder):
         return str(folder / name)
 
     return write
+
+
+def bench_row(axes, seed, top1, hits=None, **metrics):
+    """A result row; with ``hits``, bool ``[n]``, its accuracy is theirs."""
+    slug = "-".join(map(str, axes.values()))
+    if hits is not None:
+        logits = torch.zeros(len(hits), 2, device="cpu")
+        logits[:, 1] = torch.from_numpy(hits).float()
+        bits = packed(logits, torch.ones(len(hits), dtype=torch.int64, device="cpu"))
+        top1 = 100 * float(hits.mean())
+        metrics = {"images": len(hits), "test_images": "t", "correct": {"quantized": bits}, **metrics}
+    accuracies = {"fp": {"top1": 90.0}, "quantized": {"top1": top1}, "agreement": 70.0}
+    data = {
+        "axes": axes,
+        "seed": seed,
+        "folder": f"cells/{slug}-s{seed}",
+        "metrics": {"images": 50, **accuracies, "simulated": True, **metrics},
+        "seconds": 1.0,
+        "model": {"name": "bundled:vit_fmnist", "fingerprint": "m"},
+        "backend": {"placement": "matmul_inputs"},
+        **{"device": "cpu", "device_name": "a processor", "precision": "float32"},
+    }
+    return checked_row(data, "row")
