@@ -12,7 +12,7 @@ from spdfq.synth.group_state import BALANCE_ITERATIONS
 from spdfq.teacher import Teacher
 
 # bare forward and backward passes take 278
-BARS = {"mimiq": 900, "psaq_vit": 900, "spdfq_plus": 1000}
+BARS = {"spdfq": 600, "mimiq": 900, "psaq_vit": 900, "spdfq_plus": 1000}
 
 
 @pytest.fixture(scope="module")
