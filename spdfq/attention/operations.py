@@ -53,11 +53,15 @@ def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention output ``[..., q, d]``: explicit products for few tokens on a CPU, the fused kernel otherwise."""
-    limit = _EXPLICIT_LIMIT_CPU_BFLOAT16 if query.dtype == torch.bfloat16 else _EXPLICIT_LIMIT_CPU
-    few = query.shape[-2] * key.shape[-2] <= limit
-    if query.device.type == "cpu" and few:
+    if explicit_is_faster(query, key):
         return explicit_attention(query, key, value, mask, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def explicit_is_faster(query: Tensor, key: Tensor) -> bool:
+    """Whether explicit products are as fast as the fused kernel, forward and backward: for few tokens on a CPU."""
+    limit = _EXPLICIT_LIMIT_CPU_BFLOAT16 if query.dtype == torch.bfloat16 else _EXPLICIT_LIMIT_CPU
+    return query.device.type == "cpu" and query.shape[-2] * key.shape[-2] <= limit
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

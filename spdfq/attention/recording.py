@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from spdfq.attention.interception import (
     module_names,
 )
 from spdfq.attention.module_checks import uncompiled_module
-from spdfq.attention.operations import attend, attention_probabilities
+from spdfq.attention.operations import attend, attention_probabilities, explicit_is_faster
 from spdfq.attention.record import (
     ATTENTION_OUTPUTS,
     CANNOT_RECORD,
@@ -151,7 +152,9 @@ class _Recorder(AttentionMode):
         # first, so that the error names the block at fault and not the token layout of a later block
         self._refuse_unmatched()
         self._record_operands(query, key)
-        probabilities = self._record_class_row(query, key, mask, scale)
+        # where all probabilities are computed anyway, a product for the class token's row alone would be a waste
+        free = explicit_is_faster(query, key) and query.dtype == torch.float32
+        probabilities = self._record_class_row(query, key, mask, scale, free)
         if probabilities is None:
             output = attend(query, key, value, mask, scale)
         else:
@@ -200,18 +203,28 @@ class _Recorder(AttentionMode):
             self.record.queries.append(query[rows])
             self.record.keys.append(key[rows])
 
-    def _record_class_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
-        """Record the class attention if it is needed; return all probabilities if they had to be computed for it."""
+    def _record_class_row(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, free: bool = False
+    ) -> Tensor | None:
+        """Record the class attention if it is needed; return all probabilities if they had to be computed for it.
+
+        ``free`` computes all of them for a class token too.
+        """
         if CLASS_ATTENTION not in self.needs:
             return None
         rows = self._recorded_rows(query)
-        if self.has_class:
+        if self.has_class and not free:
             first = attention_probabilities(query[rows, :, :1], key[rows], _first_query(mask, query, rows), scale)
             self.record.class_attention.append(first[:, :, 0, self.patch_tokens])
             return None
         probabilities = attention_probabilities(query, key, mask, scale)
-        self.record.class_attention.append(probabilities[rows, :, self.patch_tokens, self.patch_tokens].mean(-2))
+        self._record_patches(probabilities[rows, ..., self.patch_tokens])
         return probabilities
+
+    def _record_patches(self, patches: Tensor) -> None:
+        """Record the class token's row, or the mean row, of probabilities ``[B, heads, q, h*w]`` over patches."""
+        row = patches[:, :, 0] if self.has_class else patches[:, :, self.patch_tokens].mean(-2)
+        self.record.class_attention.append(row)
 
     # attention that a model computes itself
 
@@ -250,9 +263,7 @@ class _Recorder(AttentionMode):
         self.record.grids.append(grid)
         self.record.names.append(name)
         if CLASS_ATTENTION in self.needs:
-            patches = probabilities[rows, ..., self.patch_tokens].float()
-            row = patches[:, :, 0] if self.has_class else patches[:, :, self.patch_tokens].mean(-2)
-            self.record.class_attention.append(row)
+            self._record_patches(probabilities[rows, ..., self.patch_tokens].float())
         if ATTENTION_OUTPUTS in self.needs:
             self.record.attention_outputs.append(output[rows])
 

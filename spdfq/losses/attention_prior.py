@@ -1,5 +1,7 @@
 """Attention priors alignment (APA): pull each head's attention towards its own random map."""
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -90,18 +92,21 @@ def attention_prior_loss(attention: list[Tensor], prior: list[Tensor], start: in
         raise SpdfqError(f"{len(attention)} blocks of attention but {len(prior)} of priors; give one prior for each")
     if type(start) is not int or not 0 <= start < len(attention):
         raise SpdfqError(f"start must be a block index of 0 to {len(attention) - 1}, got {start!r}")
-    terms = []
     for block in range(start, len(attention)):
-        row, maps = attention[block], prior[block]
-        check_alike(f"attention of block {block}", row, "its prior", maps, "B, heads, K")
-        distance = (row - _scaled(maps, row, scale)).square().mean((0, 2)).sum()
-        terms.append((block + 1) / len(attention) * distance)
-    return torch.stack(terms).sum()
+        check_alike(f"attention of block {block}", attention[block], "its prior", prior[block], "B, heads, K")
+    terms = []
+    for _, alike in groupby(range(start, len(attention)), lambda block: attention[block].shape):
+        blocks = list(alike)
+        rows, maps = (torch.stack([tensors[block] for block in blocks]) for tensors in (attention, prior))
+        distances = (rows - _scaled(maps, rows, scale)).square().mean((1, 3)).sum(1)
+        depths = torch.arange(blocks[0] + 1, blocks[-1] + 2, dtype=rows.dtype, device=rows.device) / len(attention)
+        terms.append(depths * distances)
+    return torch.cat(terms).sum()
 
 
-def _scaled(maps: Tensor, row: Tensor, scale: Scale) -> Tensor:
+def _scaled(maps: Tensor, rows: Tensor, scale: Scale) -> Tensor:
     if scale == "mass":
-        return maps * row.detach().sum(-1, keepdim=True)
+        return maps * rows.detach().sum(-1, keepdim=True)
     return maps if scale == "sum" else maps / maps.amax(-1, keepdim=True)
 
 
@@ -138,8 +143,8 @@ class AttentionPriorLoss(Loss):
         self.given(inputs, "draws")
         attention = self.recorded(inputs).class_attention
         start = self.start(len(attention))
-        maps = [self.maps(inputs, block) if block >= start else row for block, row in enumerate(attention)]
-        return attention_prior_loss(attention, maps, start, self.scale)
+        maps = self._maps(inputs, range(start, len(attention)))
+        return attention_prior_loss(attention, [*attention[:start], *maps], start, self.scale)
 
     def start(self, blocks: int) -> int:
         """Index of the first block used."""
@@ -147,7 +152,17 @@ class AttentionPriorLoss(Loss):
 
     def maps(self, inputs: LossInputs, block: int) -> Tensor:
         """Prior maps ``[B, heads, K]`` of a block, each summing to 1, moved along with this iteration's images."""
-        row, grid = inputs.attention.class_attention[block], inputs.attention.grids[block]
+        return self._maps(inputs, [block])[0]
+
+    def _maps(self, inputs: LossInputs, blocks: Sequence[int]) -> list[Tensor]:
+        maps = [self._drawn(inputs, block) for block in blocks]
+        windowed = any(len(inputs.attention.class_attention[block]) != len(inputs.images) for block in blocks)
+        if not windowed and self.follow:
+            maps = _followed(inputs, maps, [inputs.attention.grids[block] for block in blocks])
+        return maps if inputs.tokens is None else [_at_tokens(each, inputs.tokens) for each in maps]
+
+    def _drawn(self, inputs: LossInputs, block: int) -> Tensor:
+        row = inputs.attention.class_attention[block]
         draws: Draws = self.given(inputs, "draws")
         maps: Tensor = draws.keep(("prior", block), lambda: _drawn(inputs.attention, self.prior, draws, block))
         if maps.shape[:2] != row.shape[:2]:
@@ -155,22 +170,28 @@ class AttentionPriorLoss(Loss):
                 f"attention_prior: these draws are those of {maps.shape[0]} images or windows and {maps.shape[1]} "
                 f"heads, not of {row.shape[0]} and {row.shape[1]}; give another group of images its own Draws"
             )
-        windowed = len(row) != len(inputs.images)
-        if not windowed and self.follow:
-            moved = inputs.follow(rearrange(maps, "b heads (h w) -> b heads h w", h=grid[0]))
-            maps = rearrange(moved, "b heads h w -> b heads (h w)")
-        return maps if inputs.tokens is None else _at_tokens(maps, inputs.tokens)
+        return maps
 
     def pictures(self, inputs: LossInputs) -> MapPictures:
         """The prior maps of the blocks used, and the attention that was reached there."""
         rows, grids = inputs.attention.class_attention, inputs.attention.grids
         first = self.start(len(rows))
-        priors = [self.maps(inputs, block) for block in range(first, len(rows))]
+        priors = self._maps(inputs, range(first, len(rows)))
         return MapPictures(
             prior=map_pictures(priors, grids[first:], inputs.images),
             reached=map_pictures(rows[first:], grids[first:], inputs.images),
             first_block=first,
         )
+
+
+def _followed(inputs: LossInputs, maps: list[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
+    """The maps, moved along with this iteration's images; those of one grid together."""
+    followed: list[Tensor] = []
+    for grid, alike in groupby(zip(grids, maps, strict=True), lambda pair: pair[0]):
+        blocks = [block for _, block in alike]
+        moved = inputs.follow(rearrange(torch.cat(blocks, 1), "b heads (h w) -> b heads h w", h=grid[0]))
+        followed += rearrange(moved, "b heads h w -> b heads (h w)").split([block.shape[1] for block in blocks], 1)
+    return followed
 
 
 def _at_tokens(maps: Tensor, tokens: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Sizes of the chunks in which losses go through token pairs, so that temporary tensors stay small."""
 
-from collections.abc import Iterator
-
 import torch
 
 # 1 MiB of float32 fits into the cache of a core (benchmarks/losses.py); an accelerator is faster with large kernels
@@ -18,15 +16,3 @@ def chunk_length(elements: int, device: torch.device) -> int:
     """
     limit = _ELEMENTS_CPU if device.type == "cpu" else _ELEMENTS
     return max(1, limit // max(1, elements))
-
-
-def row_chunks(rows: int, elements: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover all rows, in chunks of `chunk_length`.
-
-    Args:
-        rows: number of rows.
-        elements: number of elements in a row.
-        device: where the rows are.
-    """
-    step = chunk_length(elements, device)
-    yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))

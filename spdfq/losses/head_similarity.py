@@ -1,5 +1,7 @@
 """Inter-head attention similarity: how similar the attention maps of the heads of a block are (MimiQ)."""
 
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -69,9 +71,15 @@ def head_similarity(scores: Tensor) -> Tensor:
     heads = scores.shape[1]
     if heads < 2:
         raise SpdfqError(f"head similarity needs at least 2 heads, got {heads}")
+    return _of_queries(scores).mean()
+
+
+def _of_queries(scores: Tensor) -> Tensor:
+    """``[B, q]``: the mean over pairs alone."""
+    heads = scores.shape[1]
     squared = head_ssim(scores).square()
     others = squared.sum((-2, -1)) - squared.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return others.mean() / (heads * (heads - 1))
+    return others / (heads * (heads - 1))
 
 
 def recorded_head_similarity(record: AttentionRecord) -> Tensor:
@@ -90,7 +98,8 @@ def recorded_head_similarity(record: AttentionRecord) -> Tensor:
         for query, key in zip(record.queries, record.keys, strict=True)
         if query.shape[1] > 1
     ]
-    return torch.stack([_over_chunks(query, key) for query, key in pairs])
+    alike = groupby(pairs, lambda pair: (pair[0].shape, pair[1].shape))
+    return torch.cat([values for _, blocks in alike for values in _of_blocks(list(blocks))])
 
 
 def _refuse_one_head(record: AttentionRecord) -> None:
@@ -100,39 +109,47 @@ def _refuse_one_head(record: AttentionRecord) -> None:
         )
 
 
-def _over_chunks(query: Tensor, key: Tensor) -> Tensor:
+def _of_blocks(blocks: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """The similarities of blocks with equal shapes, in order; small blocks are computed together."""
+    query, key = blocks[0]
     windows, heads, queries, _ = query.shape
     row = heads * key.shape[-2]
-    together, rows = chunk_length(row * queries, query.device), chunk_length(row, query.device)
-    # split instead of slices: its gradient is one concatenation, while that of each slice is as large as the whole
-    parts = [
-        _Recomputed.apply(some, keys)
-        for image, keys in zip(query.split(together), key.split(together), strict=True)
-        for some in image.split(rows, dim=-2)
-    ]
-    return torch.stack(parts).sum() / (windows * queries)
+    several, together, rows = (
+        chunk_length(elements, query.device) for elements in (row * queries * windows, row * queries, row)
+    )
+    for start in range(0, len(blocks), several):
+        some = blocks[start : start + several]
+        query, key = (torch.cat(tensors) for tensors in zip(*some, strict=True)) if len(some) > 1 else some[0]
+        # split instead of slices: its gradient is one concatenation, while that of each slice is as large as the whole
+        parts = [
+            _Recomputed.apply(part, keys, len(some))
+            for images, keys in zip(query.split(together), key.split(together), strict=True)
+            for part in images.split(rows, dim=-2)
+        ]
+        yield torch.stack(parts).sum(0) / (windows * queries)
 
 
-def _summed(query: Tensor, key: Tensor) -> Tensor:
-    """The similarity, summed over queries and images instead of averaged."""
+def _summed(query: Tensor, key: Tensor, blocks: int) -> Tensor:
+    """The similarities ``[blocks]``, summed over queries and images instead of averaged."""
     scores = at_least_float32(query) @ at_least_float32(key).mT
-    return head_similarity(scores) * (len(query) * query.shape[-2])
+    return _of_queries(scores).view(blocks, -1).sum(1)
 
 
 class _Recomputed(torch.autograd.Function):
     """`_summed`, computed again for the gradient (torch's checkpoint would load its compiler, which takes seconds)."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, blocks: int) -> Tensor:
+        ctx.blocks = blocks
         ctx.save_for_backward(query, key)
-        return _summed(query, key)
+        return _summed(query, key, blocks)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        operands = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
         with torch.enable_grad():
-            value = _summed(*operands)
-        return torch.autograd.grad(value, operands, gradient)
+            value = _summed(query, key, ctx.blocks)
+        return *torch.autograd.grad(value, (query, key), gradient), None
 
 
 @losses.register("head_similarity", paper="arXiv:2407.20021")

@@ -1,18 +1,19 @@
 """Patch similarity entropy (PSE): the diversity of the similarities between tokens (PSAQ-ViT)."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from attrs import define
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 from spdfq.attention import ATTENTION_OUTPUTS
 from spdfq.errors import SpdfqError
 from spdfq.losses.base import Loss, LossInputs, at_least_float32
-from spdfq.losses.chunks import row_chunks
+from spdfq.losses.chunks import chunk_length
 from spdfq.registry import losses
 from spdfq.runtime.arguments import check_tensor
 
@@ -45,12 +46,22 @@ def patch_similarity_entropy(features: Tensor, images: int | None = None) -> Ten
     images = len(features) if images is None else images
     if images < 1 or len(features) % images:
         raise SpdfqError(f"{len(features)} windows cannot belong to {images} images; fold windows into the batch")
-    unit = F.normalize(at_least_float32(features), dim=-1)
-    return _PairEntropy.apply(unit, images)
+    return _entropies(features.unsqueeze(0), images).sum()
+
+
+def _entropies(features: Tensor, images: int) -> Tensor:
+    """`patch_similarity_entropy` of several blocks of the same shape at once, ``[l]``.
+
+    Args:
+        features: ``[l, B*windows, n, d]``.
+        images: B.
+    """
+    entropies: Tensor = _PairEntropy.apply(F.normalize(at_least_float32(features), dim=-1), images)
+    return entropies
 
 
 class _PairEntropy(torch.autograd.Function):
-    """Entropy of the products of all pairs of unit vectors, a few query rows at a time."""
+    """Entropies of the products of all pairs of unit vectors, one for each block; a few windows or rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, unit: Tensor, images: int) -> Tensor:
@@ -58,66 +69,68 @@ class _PairEntropy(torch.autograd.Function):
         points = similarities.points()
         density = similarities.density(points) + _FLOOR
         widths = points.diff() / 2
-        trapezoid = F.pad(widths, (0, 1)) + F.pad(widths, (1, 0))
-        ctx.save_for_backward(unit, points, -(density.log() + 1) * trapezoid / images)
-        return -(density * density.log() * trapezoid).sum() / images
+        trapezoid = (F.pad(widths, (0, 1)) + F.pad(widths, (1, 0))).unsqueeze(1) / images
+        ctx.save_for_backward(unit, points, -(density.log() + 1) * trapezoid)
+        return -(density * density.log() * trapezoid).sum((1, 2))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         unit, points, by_density = ctx.saved_tensors
-        return _Similarities(unit, len(by_density)).gradient(points, by_density * gradient), None
+        by_density = by_density * gradient.view(-1, 1, 1)
+        return _Similarities(unit, by_density.shape[1]).gradient(points, by_density), None
 
 
 class _Similarities:
-    """Cosine similarities of all token pairs within each window, computed in chunks of query rows.
+    """Cosine similarities of all token pairs within each window, computed in chunks of windows or of query rows.
 
     Args:
-        unit: ``[B*windows, n, d]`` vectors of length 1.
+        unit: ``[l, B*windows, n, d]`` vectors of length 1; the similarities of a block share a range.
         images: B.
     """
 
     def __init__(self, unit: Tensor, images: int) -> None:
-        self.unit, self.images = unit, images
-        windows, self.tokens, _ = unit.shape
-        self.windows = windows // images
-        self.chunks = list(row_chunks(self.tokens, windows * self.tokens, unit.device))
-        pairs = windows * self.tokens**2 / images
-        self.height = 1 / (_BANDWIDTH * math.sqrt(2 * math.pi) * pairs)
+        self.blocks, windows, self.tokens, _ = unit.shape
+        self.unit, self.images, self.windows = unit.flatten(0, 1), images, windows // images
+        row = self.tokens * _POINTS
+        self.together = chunk_length(self.tokens * row, unit.device)
+        self.rows = min(self.tokens, chunk_length(row, unit.device))
+        self.height = 1 / (_BANDWIDTH * math.sqrt(2 * math.pi) * self.windows * self.tokens**2)
 
-    def of(self, rows: slice) -> Tensor:
-        """``[B, pairs]``: the similarities of some query rows."""
-        products = self.unit[:, rows] @ self.unit.mT
-        return rearrange(products, "(b windows) q k -> b (windows q k)", b=self.images)
+    def chunks(self, *of_windows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Similarities ``[windows, 1, pairs]``, keys ``[windows, n, d]``, and the entries of the same windows."""
+        for keys, *entries in zip(*(x.split(self.together) for x in (self.unit, *of_windows)), strict=True):
+            for queries in keys.split(self.rows, dim=1):
+                yield (queries @ keys.mT).flatten(1).unsqueeze(1), keys, *entries
 
     def points(self) -> Tensor:
-        """``[points]`` at which the density is evaluated."""
-        ends = torch.stack([torch.stack(self.of(rows).aminmax()) for rows in self.chunks])
-        low, high = ends[:, 0].min(), ends[:, 1].max()
-        return torch.linspace(0, 1, _POINTS, device=ends.device, dtype=ends.dtype) * (high - low) + low
+        """``[l, points]`` at which the densities of a block are evaluated."""
+        ends = torch.cat([torch.cat(similarity.aminmax(dim=-1), 1) for similarity, _ in self.chunks()])
+        low, high = ends.view(self.blocks, -1, 2).unbind(-1)
+        low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+        return torch.linspace(0, 1, _POINTS, device=low.device, dtype=low.dtype) * (high - low) + low
 
     def density(self, points: Tensor) -> Tensor:
-        """``[B, points]`` density of the similarities of each image."""
-        density = self.unit.new_zeros(self.images, len(points))
-        for rows in self.chunks:
-            similarity = self.of(rows)
-            for index, point in enumerate(points):
-                density[:, index] += _kernel(similarity - point).sum(-1)
-        return density * self.height
+        """``[l, B, points]`` density of the similarities of each image."""
+        chunks = self.chunks(self._at(points))
+        kernels = torch.cat([_kernel(similarity - at).sum(-1) for similarity, _, at in chunks])
+        kernels = rearrange(kernels, "(l b pairs) points -> l b pairs points", l=self.blocks, b=self.images)
+        return kernels.sum(2) * self.height
 
     def gradient(self, points: Tensor, by_density: Tensor) -> Tensor:
-        """The gradient with respect to the unit vectors, from that with respect to the density ``[B, points]``."""
-        gradient = torch.empty_like(self.unit)
-        by_kernel = by_density * (-self.height / _BANDWIDTH**2)
-        for rows in self.chunks:
-            similarity = self.of(rows)
-            by_pair = torch.zeros_like(similarity)
-            for index, point in enumerate(points):
-                distance = similarity - point
-                by_pair.addcmul_(_kernel(distance.clone()).mul_(distance), by_kernel[:, index, None])
-            by_pair = rearrange(by_pair, "b (windows q k) -> (b windows) q k", windows=self.windows, k=self.tokens)
-            # a token takes part in a pair as a query and as a key, with the same gradient
-            gradient[:, rows] = 2 * by_pair @ self.unit
-        return gradient
+        """The gradient with respect to the unit vectors, from that with respect to the density ``[l, B, points]``."""
+        # a token takes part in a pair as a query and as a key, with the same gradient
+        factors = by_density * (-2 * self.height / _BANDWIDTH**2)
+        factors = repeat(factors, "l b points -> (l b windows) 1 points", windows=self.windows)
+        parts = []
+        for similarity, keys, at, factor in self.chunks(self._at(points), factors):
+            distance = similarity - at
+            by_pair = factor @ _kernel(distance.clone()).mul_(distance)
+            parts.append((by_pair.view(len(keys), -1, self.tokens) @ keys).flatten(0, 1))
+        return rearrange(torch.cat(parts), "(l windows n) d -> l windows n d", l=self.blocks, n=self.tokens)
+
+    def _at(self, points: Tensor) -> Tensor:
+        """``[l*B*windows, points, 1]``: the points of each window's block."""
+        return repeat(points, "l points -> (l windows) points 1", windows=self.images * self.windows)
 
 
 def _kernel(distance: Tensor) -> Tensor:
@@ -146,5 +159,8 @@ class PatchSimilarityEntropyLoss(Loss):
         """The loss of a group."""
         record = self.recorded(inputs)
         dropped = max(record.prefix, int(self.faithful))
-        merged = [outputs.float().mean(1)[:, dropped:] for outputs in record.attention_outputs]
-        return -torch.stack([patch_similarity_entropy(features, len(inputs.images)) for features in merged]).sum()
+        alike: dict[torch.Size, list[Tensor]] = {}
+        for outputs in record.attention_outputs:
+            alike.setdefault(outputs.shape, []).append(outputs.mean(1, dtype=torch.float32))
+        stacked = (torch.stack(blocks)[:, :, dropped:] for blocks in alike.values())
+        return -torch.cat([_entropies(features, len(inputs.images)) for features in stacked]).sum()

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 PRODUCTS_WITH_WEIGHT = {
     *(F.linear, F.conv1d, F.conv2d, F.conv3d),
@@ -28,3 +28,14 @@ MOVES = {
 NORMS = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm}
 SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 SUMS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
+
+_MULTIPLY_BY_WEIGHT = {nn.Linear.forward, nn.Conv2d.forward}
+_MULTIPLY_NOTHING = {nn.LayerNorm.forward, nn.GELU.forward, nn.Dropout.forward, nn.Identity.forward}
+
+
+def is_known_by_weight(module: nn.Module) -> bool:
+    """Whether the only product of a module is that with its own parameter, so that no site is named after its call."""
+    changed = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    forward = type(module).forward
+    multiplies = forward in _MULTIPLY_BY_WEIGHT and module._parameters.get("weight") is not None
+    return not changed and (multiplies or forward in _MULTIPLY_NOTHING)

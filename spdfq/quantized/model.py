@@ -100,10 +100,12 @@ class QuantizedModel(nn.Module):
         with visit_sites(self.network, self.quantized, points=self.points):
             yield
 
-    def quantized(self, name: str, _: str, tensor: Tensor) -> Tensor:
+    def quantized(self, name: str, kind: str, tensor: Tensor) -> Tensor:
         """The quantized tensor of a site, or the tensor itself if the site has no quantizer; a `Visit`."""
         quantizer = self.quantizers.get(name)
-        return tensor if quantizer is None else quantizer(tensor)
+        if quantizer is None:
+            return tensor
+        return quantizer.of_weight(tensor) if kind == WEIGHT else quantizer(tensor)
 
     def check_calibrated(self) -> None:
         """Raises SpdfqError if a site was not calibrated."""

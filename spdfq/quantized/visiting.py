@@ -5,7 +5,6 @@ before the softmax, logits. Nothing in the network is replaced or wrapped: one `
 the functions that the network calls.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -33,6 +32,7 @@ from spdfq.quantized.functions import (
     PRODUCTS_WITH_WEIGHT,
     SUMS,
     SUMS_IN_PLACE,
+    is_known_by_weight,
 )
 from spdfq.quantized.multiplications import MultiplicationCounter, Multiplications, eager_flex_attention
 from spdfq.quantized.sites import (
@@ -103,7 +103,7 @@ class _ModuleCall:
     name: str
     products: int = 0
     leftovers: int = 0
-    points: Counter[str] = field(factory=Counter)
+    points: dict[str, int] = field(factory=dict)
     skips: dict[int, Tensor] = field(factory=dict)
 
 
@@ -154,6 +154,8 @@ def visit_sites(
 
     hooks: list[Hook] = []
     for name, module in network.named_modules():
+        if not points and not counter and is_known_by_weight(module):
+            continue  # hooks take time
         begin = partial(module.register_forward_pre_hook, with_kwargs=True)
         hooks.append((begin, lambda _, args, kwargs, name=name: enter(name, args, kwargs)))
         hooks.append((partial(module.register_forward_hook, always_call=True), leave))
@@ -317,8 +319,8 @@ class _VisitingMode(AttentionMode):
 
     def _visit_point(self, kind: str, tensor: Tensor) -> Tensor:
         call = self._call
-        count = call.points[kind]
-        call.points[kind] += 1
+        count = call.points.get(kind, 0)
+        call.points[kind] = count + 1
         return self.visit(site_name(call.name, f"{kind}{count or ''}"), kind, tensor)
 
     def _product_with_weight(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,6 +7,7 @@ from attrs import define
 from torch import Tensor
 
 from spdfq.quantizers.base import Parameters, Quantizer, bounded, straight_through
+from spdfq.quantizers.remembered import Remembered, is_traced
 
 _FLOAT = torch.finfo(torch.float32)
 # beyond it a code times the scale could overflow
@@ -33,6 +34,10 @@ class AffineQuantizer(Quantizer):
     stores: ClassVar[dict[str, torch.dtype]] = {"scale": torch.float32, "zero_point": torch.uint8}
     integers: ClassVar[str] = "yes"
 
+    def __attrs_pre_init__(self) -> None:
+        super().__attrs_pre_init__()
+        self._remembered_ends: Remembered[tuple[float, float]] = Remembered()
+
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of a stored tensor; a zero point has that of codes."""
         return self.code_dtype if name == "zero_point" else super().dtype_of(name)
@@ -56,8 +61,21 @@ class AffineQuantizer(Quantizer):
     def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
         """``reconstruct(encode(x))``, bit for bit, in fewer passes over memory."""
         step = self.step(parameters)
+        learned = torch.is_grad_enabled() and (x.requires_grad or step["scale"].requires_grad)
+        if not learned and (ends := self._ends(step["zero_point"])):
+            # adding zero turns -0 into 0, the value of its code
+            return (x / step["scale"]).round_().add_(0.0).clamp_(*ends).mul_(step["scale"])
         result: Tensor = _FakeQuantizeAffine.apply(x, step["scale"], step["zero_point"], self.levels)
         return result
+
+    def _ends(self, zero_point: Tensor) -> tuple[float, float] | None:
+        """The first and the last code without the zero point, if it is one frozen number that may be read."""
+        if zero_point is not self._buffers["zero_point"] or zero_point.dim() or is_traced():
+            return None
+        return self._remembered_ends.of([zero_point], lambda: self._read_ends(float(zero_point)))
+
+    def _read_ends(self, zero_point: float) -> tuple[float, float]:
+        return 0.0 - zero_point, self.levels - 1 - zero_point
 
 
 class _FakeQuantizeAffine(torch.autograd.Function):

@@ -14,6 +14,7 @@ from spdfq.quantizers.cpu_tables import two_byte_results, two_byte_table_pays
 from spdfq.quantizers.observers import MinMaxObserver, Observer
 from spdfq.quantizers.option_checks import BYTE, check_bits
 from spdfq.quantizers.product import Product
+from spdfq.quantizers.remembered import Remembered
 from spdfq.quantizers.statistics import Statistics
 from spdfq.recipe.structure import Checked
 from spdfq.runtime.arguments import check_tensor
@@ -59,6 +60,7 @@ class Quantizer(nn.Module, Checked, ABC):
         super().__init__()
         self._statistics: Statistics | None = None
         self._product: Product | None = None
+        self._of_weight: Remembered[Tensor] = Remembered()
         for name in self.stores:
             self.register_buffer(name, None)
 
@@ -183,11 +185,29 @@ class Quantizer(nn.Module, Checked, ABC):
         """
         check_tensor("x", x, "...")
         parameters = self._broadcast(x, self.tensors())
-        learned = any(parameter.requires_grad for parameter in (*parameters.values(), *self.parameters()))
-        if two_byte_table_pays(x) and not learned and not any(parameter.dim() for parameter in parameters.values()):
+        if (
+            two_byte_table_pays(x)
+            and not self.learned
+            and not any(parameter.dim() for parameter in parameters.values())
+        ):
             return two_byte_results(lambda every: self.dequantized(every, parameters), x)
         dequantized = self.dequantized(x.float(), parameters)
         return dequantized.to(x.dtype) if x.is_floating_point() else dequantized
+
+    def of_weight(self, weight: Tensor) -> Tensor:
+        """The dequantized weight; computed once as long as neither the weight nor this quantizer changes.
+
+        Raises:
+            SpdfqError: the quantizer is not frozen.
+        """
+        if torch.is_grad_enabled() and (weight.requires_grad or self.learned):
+            return self(weight)
+        return self._of_weight.of([weight, *self.tensors().values(), *self.parameters()], lambda: self(weight))
+
+    @property
+    def learned(self) -> bool:
+        """Whether something of it collects gradients."""
+        return any(tensor.requires_grad for tensor in (*self.tensors().values(), *self.parameters()))
 
     def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
         """``reconstruct(encode(x))`` with its gradient; a child may compute the same in fewer passes over memory."""
@@ -271,7 +291,7 @@ class Quantizer(nn.Module, Checked, ABC):
 
     def _along_axis(self, parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
         if axis is None:
-            return parameter.reshape(())
+            return parameter.reshape(()) if parameter.dim() else parameter
         axis = self._axis(x, axis)
         if x.shape[axis] != len(parameter):
             raise DataError(f"{self} was frozen for {len(parameter)} channels, not for shape {tuple(x.shape)}")

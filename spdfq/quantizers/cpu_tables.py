@@ -19,6 +19,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from spdfq.quantizers.remembered import is_traced
+
 _TWO_BYTES = 2**16
 _BITS = torch.int32  # a float32 number seen as an integer
 _INFINITY_BITS = 0x7F800000
@@ -34,7 +36,7 @@ def table_pays(x: Tensor) -> bool:
     """Whether a lookup is faster than the formula: for large tensors on a CPU, unless the code is being exported."""
     on_cpu = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
     # the number last: while code is exported, asking for it would fix the number of images
-    return on_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and x.numel() >= _LARGE
+    return on_cpu and not is_traced() and x.numel() >= _LARGE
 
 
 def two_byte_table_pays(x: Tensor) -> bool:
@@ -135,7 +137,7 @@ class StepTable:
         self._values = torch.cat([values[:1], values[1:][differs]])
         self._edge_bits = self._edges.unique().view(_BITS)
 
-    @property
+    @cached_property
     def usable(self) -> bool:
         """Whether the table gives the right values: no edge is negative, and no entry holds two edges."""
         entries = self._edge_bits >> 16

@@ -1,10 +1,13 @@
 """The values of a logarithmic quantizer, and the codes of numbers between them."""
 
+from functools import cached_property
+
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from spdfq.quantizers.cpu_tables import StepTable, table_pays
+from spdfq.quantizers.remembered import Remembered
 
 # keeps every value a normal float32 number, which no device flushes to zero
 OCTAVES = 63
@@ -23,7 +26,7 @@ def power_of_two(numerator: Tensor, fractions: Tensor) -> Tensor:
     return octaves * fractions.take(numerator % parts)
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)
 class LogGrid:
     """The values of all codes of a range that ends at 1, from the largest down to zero, and the edges between them.
 
@@ -39,13 +42,15 @@ class LogGrid:
     edges: Tensor
     step: Tensor
     shift: Tensor | float = 0.0
+    _values_for: Remembered[Tensor] = field(factory=Remembered, init=False)
+    _table_for: Remembered[StepTable] = field(factory=Remembered, init=False)
 
-    @property
+    @cached_property
     def top(self) -> Tensor:
         """Logarithm of the upper end of the range."""
         return torch.log2(torch.ones_like(self.step) + self.shift)
 
-    @property
+    @cached_property
     def smallest_edge(self) -> Tensor:
         """Every ratio up to this edge is zero."""
         return torch.where(self.edges > 0, self.edges, torch.inf).min()
@@ -55,16 +60,32 @@ class LogGrid:
         # The logarithm may be off by one unit in the last place, so rounding it could give a neighbouring code on
         # another device. Rounded down, it gives the code or the one before it; comparing with the edge is exact.
         last, nan_code = len(self.values) - 1, len(self.values)
-        steps_below_top = (ratio + self.shift).clamp_(min=TINY).log2_().sub_(self.top).div_(-self.step)
+        shifted = isinstance(self.shift, Tensor) or self.shift != 0
+        logarithm = (ratio + self.shift if shifted else ratio).clamp(min=TINY).log2_()
+        steps_below_top = (logarithm.sub_(self.top) if shifted else logarithm).div_(self._minus_step)
         guess = steps_below_top.floor_().clamp_(0, last).nan_to_num_(nan=nan_code).int()
-        no_edge = self.edges.new_full([2], torch.nan)  # after the last code and after that of NaN: never reached
-        return guess.add_(ratio <= _entries(torch.cat([self.edges, no_edge]), guess))
+        return guess.add_(ratio <= _entries(self._all_edges, guess))
+
+    @cached_property
+    def _minus_step(self) -> Tensor:
+        return -self.step
+
+    @cached_property
+    def _all_edges(self) -> Tensor:
+        """The edges, and NaN after the last code and after that of NaN: never reached."""
+        return torch.cat([self.edges, self.edges.new_full([2], torch.nan)])
 
     def dequantized(self, x: Tensor, scale: Tensor) -> Tensor:
         """The values of float32 ``x`` of any shape for a scale ``[]``."""
-        if table_pays(x) and (table := StepTable(self._scaled_edges(scale), self.values * scale)).usable:
-            return table.at(x)
-        return self.decoded(self.codes(x / scale), scale)
+        if table_pays(x):
+            table = self._table_for.of([scale], lambda: StepTable(self._scaled_edges(scale), self.values * scale))
+            if table.usable:
+                return table.at(x)
+        return _entries(self._values_for.of([scale], lambda: self._values_and_nan(scale)), self.codes(x / scale))
+
+    def _values_and_nan(self, scale: Tensor) -> Tensor:
+        values = self.values * scale
+        return torch.cat([values, values.new_full([1], torch.nan)])
 
     def _scaled_edges(self, scale: Tensor) -> Tensor:
         """For each edge the largest x whose float32 ratio ``x / scale`` does not exceed it."""
@@ -79,8 +100,7 @@ class LogGrid:
 
     def decoded(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The values of whole ``codes`` for a scale; NaN for code n."""
-        values = self.values * scale
-        return _entries(torch.cat([values, values.new_full([1], torch.nan)]), codes)
+        return _entries(self._values_and_nan(scale), codes)
 
 
 def _entries(table: Tensor, index: Tensor) -> Tensor:

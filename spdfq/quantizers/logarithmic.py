@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spdfq.quantizers.base import Parameters, Quantizer, straight_through
 from spdfq.quantizers.log_grid import OCTAVES, TINY, LogGrid
+from spdfq.quantizers.remembered import Remembered
 
 _SMALLEST_SCALE = 2.0**-OCTAVES
 
@@ -23,6 +24,10 @@ class LogarithmicQuantizer(Quantizer):
     Args:
         bits: width of a code in bits, 2 to 8.
     """
+
+    def __attrs_pre_init__(self) -> None:
+        super().__attrs_pre_init__()
+        self._grid: Remembered[LogGrid] = Remembered()
 
     @property
     def signed(self) -> bool:
@@ -74,7 +79,8 @@ class LogarithmicQuantizer(Quantizer):
         if parameters["scale"].requires_grad:
             return super().dequantized(x, parameters)
         shifted = x + self.input_shift if self.input_shift else x
-        return self._shifted_back(_FakeQuantizeLog.apply(shifted, parameters["scale"], self.grid(parameters)))
+        grid = self._grid.of(list(parameters.values()), lambda: self.grid(parameters))
+        return self._shifted_back(_FakeQuantizeLog.apply(shifted, parameters["scale"], grid))
 
     def _shifted_back(self, values: Tensor) -> Tensor:
         return values - self.input_shift if self.input_shift else values

@@ -271,17 +271,16 @@ def test_every_image_block_and_head_has_a_map_of_its_own():
 
 
 def test_maps_are_drawn_once_and_drawn_alike_after_a_resume():
-    loss, inputs, resumed = AttentionPriorLoss(), prior_inputs(), prior_inputs()
+    loss, inputs, resumed = AttentionPriorLoss(follow=False), prior_inputs(), prior_inputs()
     assert loss.maps(inputs, 1).data_ptr() == loss.maps(inputs, 1).data_ptr()
     assert torch.equal(loss.maps(inputs, 1), loss.maps(resumed, 1))
 
 
 def test_two_attention_prior_losses_draw_maps_of_their_own():
-    inputs = prior_inputs()
-    first = AttentionPriorLoss().maps(inputs.scoped("near"), 0)
-    second = AttentionPriorLoss().maps(inputs.scoped("far"), 0)
+    loss, inputs = AttentionPriorLoss(follow=False), prior_inputs()
+    first, second = (loss.maps(inputs.scoped(name), 0) for name in ("near", "far"))
     assert (first - second).abs().amax(-1).min() > 0.01
-    assert AttentionPriorLoss().maps(inputs.scoped("near"), 0).data_ptr() == first.data_ptr()
+    assert loss.maps(inputs.scoped("near"), 0).data_ptr() == first.data_ptr()
 
 
 @pytest.mark.parametrize("scale", ["mass", "sum", "max"])

@@ -227,7 +227,7 @@ def test_scores_are_seen_before_masks():
 def test_points_work_when_a_block_is_called_alone():
     chosen = teacher("swin")
     steps = "quantization.steps=['calibrate', {type='blockwise', iterations=2}]"
-    model = quantize(chosen, images(), back_end(PSAQ, steps), RUNTIME)
+    model = copy.deepcopy(quantize(chosen, images(), back_end(PSAQ, steps), RUNTIME))  # has no quantized weights yet
     block, used = model.network.layers[1].blocks[0], set()
     for site, quantizer in model.quantizers.items():
         quantizer.register_forward_hook(lambda *_, site=site: used.add(site))
