@@ -35,6 +35,7 @@ TABLES = [
         [
             "real_vit_112_strong",
             "real_vit_112_strong_w4a8",
+            "real_vit_112_plus_report",
         ],
     ),
     ("The bundled ViT", ["fmnist_vit_strong", "fmnist_vit_strong_others"]),
@@ -53,6 +54,7 @@ SOURCES = ("real_fmnist", "spdfq_plus")
 COMMANDS = {
     "real_vit_112_strong": "`spdfq bench benchmarks/real_vit/strong.toml`",
     "real_vit_112_strong_w4a8": "`spdfq bench benchmarks/real_vit/strong_w4a8.toml`",
+    "real_vit_112_plus_report": "`spdfq bench benchmarks/real_vit/plus_report.toml`",
     "fmnist_vit_strong": "`spdfq bench benchmarks/fmnist/vit_strong.toml`",
     "fmnist_vit_strong_others": "`spdfq bench benchmarks/fmnist/vit_strong_others.toml`",
 }
