@@ -12,6 +12,7 @@ IMAGES = {
     "real_fmnist": "real training images",
     "spdfq_plus": "`spdfq_plus`",
     "spdfq_spectral": "SPDFQ in natural coordinates",
+    "plus_msr": "SPDFQ in natural coordinates",
     "spdfq": "SPDFQ",
     "psaq_vit": "PSAQ-ViT",
     "mimiq": "MimiQ",
@@ -35,6 +36,7 @@ TABLES = [
             "real_vit_112_strong",
             "real_vit_112_strong_w4a8",
             "real_vit_112_plus_report",
+            "real_vit_112_strong_sources",
         ],
     ),
     ("The bundled ViT", ["fmnist_vit_strong", "fmnist_vit_strong_others"]),
@@ -54,6 +56,7 @@ COMMANDS = {
     "real_vit_112_strong": "`spdfq bench benchmarks/real_vit/strong.toml`",
     "real_vit_112_strong_w4a8": "`spdfq bench benchmarks/real_vit/strong_w4a8.toml`",
     "real_vit_112_plus_report": "`spdfq bench benchmarks/real_vit/plus_report.toml`",
+    "real_vit_112_strong_sources": "`spdfq bench benchmarks/real_vit/strong_sources.toml`",
     "fmnist_vit_strong": "`spdfq bench benchmarks/fmnist/vit_strong.toml`",
     "fmnist_vit_strong_others": "`spdfq bench benchmarks/fmnist/vit_strong_others.toml`",
 }
