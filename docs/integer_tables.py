@@ -1,7 +1,9 @@
 """The tables of the page on export: accuracy, speed and size of integer files, from the rows of two benchmarks."""
 
 import json
+from collections.abc import Collection
 from statistics import mean
+from typing import Any
 
 from result_rows import RESULTS, machines, rows_of
 from spread import spread
@@ -19,11 +21,26 @@ VARIANTS = {
     "w8a8_openvino": "W8A8 in OpenVINO",
     "w4a8_openvino": "W4A8 in OpenVINO",
 }
+# kinds of work, and the operators of onnxruntime that do it
+WORK = {
+    "products": ("MatMul", "FusedMatMul", "Gemm", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "Conv"),
+    "GELU": ("BiasGelu", "Gelu"),
+    "QuantizeLinear, DequantizeLinear": ("QuantizeLinear", "DequantizeLinear"),
+    "sums": ("Add", "Sub"),
+    "moves": ("Transpose", "Split", "Reshape", "Slice", "Squeeze", "Concat", "Flatten", "ReorderOutput", "Gather"),
+    "softmax": ("Softmax", "QLinearSoftmax"),
+    "norms": ("LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization"),
+}
 
 
 def integers_block() -> str:
     """Accuracy of the files, how the recipes were chosen, then their speed and size."""
-    parts = {"Accuracy": _accuracy(), "How the recipes were chosen": _choices(), "Speed and size": _speed()}
+    parts = {
+        "Accuracy": _accuracy(),
+        "How the recipes were chosen": _choices(),
+        "Speed and size": _speed(),
+        "Where the time goes": _profile(),
+    }
     return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items())
 
 
@@ -95,3 +112,34 @@ def _speed() -> str:
         "`benchmarks/results/deploy.json`."
     )
     return "\n\n".join([*parts, note])
+
+
+def _profile() -> str:
+    """Milliseconds of each kind of work in onnxruntime."""
+    found = json.loads((RESULTS / "onnx_profile.json").read_text("utf-8"))
+    profiles = [(batch, variant, data) for batch, each in found["profiles"].items() for variant, data in each.items()]
+    heads = [f"{variant.replace('w8a8', 'W8A8')}, batch {batch}" for batch, variant, _ in profiles]
+    table = [f"| vit_small_patch16_224, ms | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(profiles)}"]
+    known = {operator for operators in WORK.values() for operator in operators}
+    for kind, operators in WORK.items():
+        table.append(_row(kind, [_milliseconds(data, set(operators)) for _, _, data in profiles]))
+    others = [_milliseconds(data, data["operators"].keys() - known) for _, _, data in profiles]
+    table += [_row("others", others), _row("all", [data["ms"] for _, _, data in profiles])]
+    kernels = " ".join(
+        f"{name}: {', '.join(f'{kind} {ms:.2f}' for kind, ms in each.items())}."
+        for name, each in found["kernels"].items()
+    )
+    note = (
+        "The least time of each node over all runs, summed over the nodes. Single products of the same shapes, by the "
+        f"types of their factors (u8: uint8, s8: int8), in ms: {kernels} Machine: {found['device']}, one thread. Reproduce: "
+        "`python benchmarks/onnx_profile.py`. Data: `benchmarks/results/onnx_profile.json`."
+    )
+    return "\n".join([*table, "", note])
+
+
+def _milliseconds(data: dict[str, Any], operators: Collection[str]) -> float:
+    return sum(each["ms"] for kind, each in data["operators"].items() if kind in operators)
+
+
+def _row(name: str, values: list[float]) -> str:
+    return f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |"
