@@ -131,8 +131,8 @@ def _profile() -> str:
     )
     note = (
         "The least time of each node over all runs, summed over the nodes. Single products of the same shapes, by the "
-        f"types of their factors (u8: uint8, s8: int8), in ms: {kernels} Machine: {found['device']}, one thread. Reproduce: "
-        "`python benchmarks/onnx_profile.py`. Data: `benchmarks/results/onnx_profile.json`."
+        f"types of their factors (u8: uint8, s8: int8), in ms: {kernels} Machine: {found['device']}, one thread. "
+        "Reproduce: `python benchmarks/onnx_profile.py`. Data: `benchmarks/results/onnx_profile.json`."
     )
     return "\n".join([*table, "", note])
 
