@@ -56,7 +56,9 @@ def bench(
     cell that disagree.
     """
     folder, announce = Path(out) if out else None, options.announce(quiet)
-    if files[0] == "merge" and len(files) > 1:
+    if files == ("merge",):
+        raise click.UsageError("merge needs the bench file: spdfq bench merge FILE.toml [FOLDER...]")
+    if files[0] == "merge":
         _merge(files[1], files[2:], folder, prefer_first, announce, as_json)
         return
     if len(files) > 1:

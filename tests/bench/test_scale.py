@@ -217,6 +217,12 @@ def test_the_log_names_the_running_cell_and_its_stage():
     assert said[0].startswith("noise-s0, stage 2 of 4, images: making images 3/10, 0:0")
 
 
+def test_merge_without_a_file_says_what_is_missing():
+    done = spdfq("bench", "merge")
+    assert done.exit_code == 2
+    assert "merge needs the bench file" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
