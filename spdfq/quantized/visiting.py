@@ -142,7 +142,7 @@ def visit_sites(
     """
     calls: list[_ModuleCall] = []
 
-    def enter(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter(name: str, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)] if points else []
         calls.append(_ModuleCall(name, skips={id(tensor): tensor for tensor in given}))
 
@@ -156,8 +156,7 @@ def visit_sites(
     for name, module in network.named_modules():
         if not points and not counter and is_known_by_weight(module):
             continue  # hooks take time
-        begin = partial(module.register_forward_pre_hook, with_kwargs=True)
-        hooks.append((begin, lambda _, args, kwargs, name=name: enter(name, args, kwargs)))
+        hooks.append((partial(module.register_forward_pre_hook, with_kwargs=True), partial(enter, name)))
         hooks.append((partial(module.register_forward_hook, always_call=True), leave))
     mode = _VisitingMode(network, calls, visit, on_leftover, points, on_product, counter)
     if counter:
@@ -319,8 +318,7 @@ class _VisitingMode(AttentionMode):
 
     def _visit_point(self, kind: str, tensor: Tensor) -> Tensor:
         call = self._call
-        count = call.points.get(kind, 0)
-        call.points[kind] = count + 1
+        call.points[kind] = (count := call.points.get(kind, 0)) + 1
         return self.visit(site_name(call.name, f"{kind}{count or ''}"), kind, tensor)
 
     def _product_with_weight(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:

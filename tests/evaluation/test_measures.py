@@ -340,7 +340,7 @@ def test_no_measures_stay_whose_report_cannot_be_written(noisy):
 
 def test_damaged_measures_are_one_clear_error(noisy):
     (noisy / "measures.json").write_text("{}")
-    with pytest.raises(SpdfqError, match=r"measures\.json lacks 'semantic_alignment'"):
+    with pytest.raises(SpdfqError, match=r"measures\.json or diagnosis\.json lacks 'semantic_alignment'"):
         write_report(noisy)
 
 
