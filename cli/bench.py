@@ -7,8 +7,6 @@ from typing import Any
 import click
 from spdfq_cli import options
 
-_PIPED = 160
-
 
 def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
@@ -184,7 +182,6 @@ def _print_table(result: Any) -> None:
 def print_table(shown: Any, caption: str) -> Any:
     """Print a `spdfq.bench.table.Table` on standard output, and return the console."""
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -196,8 +193,6 @@ def print_table(shown: Any, caption: str) -> Any:
             printed.add_column(column, overflow="fold")
     for cells, best in zip(shown.rows, shown.best, strict=True):
         printed.add_row(*(Text(cell, style="bold" if best else "") for cell in cells))
-    console = Console()
-    if not console.is_terminal:
-        console.width = _PIPED
+    console = options.console()
     console.print(printed)
     return console

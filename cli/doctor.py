@@ -6,8 +6,6 @@ from typing import Any
 import click
 from spdfq_cli import options
 
-_PIPED = 160
-
 
 @click.command()
 @click.argument("folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -55,14 +53,11 @@ def doctor(
 
 def _print(found: dict[str, Any]) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     from spdfq.report.diagnosis import BLOCKS, COLUMNS, block_rows, facts, predicted, site_rows
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPED
+    console = options.console(highlight=False)
     for name, value in facts(found).items():
         console.print(f"{name.lower():<24} {value}", soft_wrap=True)
     for columns, rows in ((COLUMNS, site_rows(found)), (BLOCKS, block_rows(found))):

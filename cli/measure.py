@@ -6,8 +6,6 @@ from typing import Any
 import click
 from spdfq_cli import options
 
-_PIPED = 160
-
 
 @click.command()
 @click.argument(
@@ -47,7 +45,6 @@ def measure(
 
 def _print_table(rows: list[dict[str, Any]], sheet: Path | None) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     from spdfq.report.image_quality import COLUMNS, two_decimals
@@ -63,9 +60,7 @@ def _print_table(rows: list[dict[str, Any]], sheet: Path | None) -> None:
     for row in rows:
         cells = [two_decimals(row[key]) or "-" for _, key, _ in COLUMNS]
         table.add_row(row["name"], row["source"], f"{row['quantized_top1']:.2f}", *cells)
-    console = Console()
-    if not console.is_terminal:
-        console.width = _PIPED
+    console = options.console()
     console.print(table)
     for line in dict.fromkeys(f"{row['name']}: {note}" for row in rows for note in row["notes"]):
         options.note(line)

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+_PIPED = 160
+
 overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a dotted recipe key; the value is TOML."
 )
@@ -42,6 +44,16 @@ def announce(quiet: bool) -> Callable[[str], None]:
 def note(line: str) -> None:
     """Print one line on standard error."""
     click.echo(line, err=True)
+
+
+def console(highlight: bool = True) -> Any:
+    """A console on standard output; wide where it is no terminal, so that tables keep their lines."""
+    from rich.console import Console
+
+    found = Console(highlight=highlight)
+    if not found.is_terminal:
+        found.width = _PIPED
+    return found
 
 
 def print_json(result: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from spdfq.doctor.channels import ChannelRanges, Outlier, as_channels
 from spdfq.doctor.pair import Images, Pair, dequantized, dequantized_codes
 from spdfq.quantizers import GridMseObserver, PercentileMseObserver, Quantizer
+from spdfq.quantizers.option_checks import BYTE
 from spdfq.runtime import Runtime
 
 _MOST, _LEAST = 100.0, 1e-30
@@ -104,9 +105,12 @@ class _Reach:
     def of(cls, quantizer: Quantizer, shape: tuple[int, ...], device: torch.device) -> "_Reach":
         axes = {axis % len(shape) for name in quantizer.stores if (axis := quantizer.axis_of(name)) is not None}
         sizes = [size if axis in axes else 1 for axis, size in enumerate(shape)]
+        last = quantizer.levels - 1
+        # values of more than 8 bits are evenly spaced, so the ends are enough
+        codes = range(last + 1) if quantizer.bits <= BYTE else (0, 1, last - 1, last)
         every = [
-            dequantized_codes(quantizer, torch.full(sizes, code, dtype=torch.uint8, device=device))
-            for code in range(quantizer.levels)
+            dequantized_codes(quantizer, torch.full(sizes, code, dtype=quantizer.code_dtype, device=device))
+            for code in codes
         ]
         values = torch.stack(every).sort(dim=0).values
         return cls(values[0], values[-1], (values[1] - values[0]) / 2, (values[-1] - values[-2]) / 2)

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from spdfq_cli.main import main
-from support.benches import BENCH, bench_files
+from support.benches import BENCH, bench_files, run_record
 from support.recipes import NO_IMAGES
 
 from spdfq.bench import run as bench
@@ -29,32 +29,7 @@ def write(tmp_path):
 def record(recipe):
     """A result whose top-1 is 80 for noise and 90 for optimised images, plus the bits, plus the seed."""
     images = 90 if type(recipe.synthesis).__name__ == "OptimizedImages" else 80
-    top1 = images + recipe.quantization.weights.bits + recipe.seed
-    return {
-        "metrics": {
-            "images": 50,
-            "fp": {"top1": 99.0},
-            "quantized": {"top1": top1},
-            "agreement": 75.0,
-            "simulated": True,
-        },
-        "stages": {
-            "images": {"seconds": 1.5, "reused": False, "key": "a"},
-            "quantize": {"seconds": 2.5, "reused": False, "key": "b"},
-        },
-        "seed": recipe.seed,
-        "recipe_digest": "r",
-        "model": {"name": recipe.model.name, "fingerprint": "f"},
-        "images": {"type": "optimize", "count": 4, "damaged": [], "digest": "i"},
-        "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate"], "digest": "b"},
-        "peak_memory": 1000,
-        "threads": 1,
-        "device": "cpu",
-        "device_name": "a processor",
-        "precision": "float32",
-        "versions": {"torch": "2"},
-        "git_commit": None,
-    }
+    return run_record(recipe, images + recipe.quantization.weights.bits + recipe.seed)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from attrs import evolve
-from support.benches import BENCH, bench_files, bench_row
+from support.benches import BENCH, bench_files, bench_row, run_record
 from support.commands import spdfq
 
 from spdfq.bench import run as bench
@@ -39,26 +39,8 @@ def ran(monkeypatch):
     def fake_run(recipe, *, out, **options):
         seen.append(out.name)
         out.mkdir(parents=True, exist_ok=True)
-        top1 = 80 + recipe.seed + seen.drift
-        metrics = {"images": 50, "fp": {"top1": 99.0}, "quantized": {"top1": top1}, "agreement": 75.0}
-        stages = {"images": {"seconds": 8.0, "reused": False, "key": "a"}}
-        stages["quantize"] = {"seconds": 2.0 * recipe.quantization.weights.bits, "reused": False, "key": "b"}
-        record = {
-            "metrics": metrics | {"simulated": True},
-            "stages": stages,
-            "seed": recipe.seed,
-            "recipe_digest": "r",
-            "model": {"name": recipe.model.name, "fingerprint": "f"},
-            "images": {"type": "noise", "count": 4, "damaged": [], "digest": "i"},
-            "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate"], "digest": "b"},
-            "peak_memory": 1000,
-            "threads": 1,
-            "device": "cpu",
-            "device_name": seen.machine,
-            "precision": "float32",
-            "versions": {"torch": "2"},
-            "git_commit": None,
-        }
+        seconds = (8.0, 2.0 * recipe.quantization.weights.bits)
+        record = run_record(recipe, 80 + recipe.seed + seen.drift, seconds, seen.machine)
         (out / "run.json").write_text(json.dumps(record))
 
     monkeypatch.delenv("SPDFQ_STORE", raising=False)

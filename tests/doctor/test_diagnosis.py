@@ -29,6 +29,18 @@ def kl(output, target):
     return float(divergence(output, target).mean())
 
 
+def test_activations_of_16_bits_have_all_their_levels_and_need_no_more_bits():
+    wide = "quantization.overrides=[{sites=['" + SITE + "'], bits=16}]"
+    uniform = "quantization.activations={type='uniform', bits=4}"
+    chosen = teacher("vit")
+    found = diagnosis(quantized(chosen, uniform, wide), chosen, uniform, wide)
+    values = at(found, SITE)
+    assert (values.bits, values.levels) == (16, 65536)
+    assert values.used > 256
+    assert (values.range_low, values.range_high) == pytest.approx((values.low, values.high), rel=0.1)
+    assert not found.suggestion or SITE not in found.suggestion.bits
+
+
 @torch.no_grad()
 def test_all_sites_quantized_is_the_model_and_a_site_in_float_is_the_model_without_its_quantizer():
     pair, ours = paired(teacher("vit"))

@@ -40,6 +40,28 @@ def bench_files(folder):
     return write
 
 
+def run_record(recipe, top1, seconds=(1.5, 2.5), machine="a processor"):
+    """The ``run.json`` of a run, with the seconds of its images and of its quantization."""
+    accuracies = {"fp": {"top1": 99.0}, "quantized": {"top1": top1}, "agreement": 75.0}
+    stages = zip(("images", "quantize"), seconds, ("a", "b"), strict=True)
+    return {
+        "metrics": {"images": 50, **accuracies, "simulated": True},
+        "stages": {name: {"seconds": each, "reused": False, "key": key} for name, each, key in stages},
+        "seed": recipe.seed,
+        "recipe_digest": "r",
+        "model": {"name": recipe.model.name, "fingerprint": "f"},
+        "images": {"type": "optimize", "count": 4, "damaged": [], "digest": "i"},
+        "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate"], "digest": "b"},
+        "peak_memory": 1000,
+        "threads": 1,
+        "device": "cpu",
+        "device_name": machine,
+        "precision": "float32",
+        "versions": {"torch": "2"},
+        "git_commit": None,
+    }
+
+
 def bench_row(axes, seed, top1, hits=None, **metrics):
     """A result row; with ``hits``, bool ``[n]``, its accuracy is theirs."""
     slug = "-".join(map(str, axes.values()))
