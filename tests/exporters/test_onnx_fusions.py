@@ -104,3 +104,13 @@ def test_any_number_of_images_gives_the_same_logits(smoothed):
     _, _, file, _ = smoothed
     images, run = tiny.images(5), opened(file)
     assert torch.allclose(torch.cat([run(image[None]) for image in images]), run(images), atol=1e-4)
+
+
+def test_no_two_weights_share_their_zero_points(smoothed):
+    """onnxruntime refuses such a file where it turns them into uint8, on processors without VNNI."""
+    graph = onnx.load(smoothed[2].path).graph
+    stored = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+    dequantized = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored]
+    used = Counter(name for node in dequantized for name in node.input if name in stored)
+    assert len(dequantized) > 5
+    assert set(used.values()) == {1}

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
 
-from spdfq.exporters.onnx_graph.values import only_user, stored, stored_weight
+from spdfq.exporters.onnx_graph.values import only_user, producer, stored, stored_weight
 
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum")
 """Operators of ONNX that multiply matrices."""
@@ -49,6 +49,7 @@ def stripped(model: ir.Model) -> None:
     graph = model.graph
     RemoveUnusedNodesPass()(model)
     DeduplicateInitializersPass(size_limit=_LARGEST_SHARED)(model)
+    _own_parameters(graph)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         graph.initializers.pop(name)
     model.metadata_props.clear()
@@ -61,3 +62,21 @@ def stripped(model: ir.Model) -> None:
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
     graph.sort()
+
+
+def _own_parameters(graph: ir.Graph) -> None:
+    """Gives each weight of 8 bits codes and zero points of its own.
+
+    onnxruntime turns them into uint8 where the sums of int8 products would saturate (see `spdfq.inference.session`),
+    and refuses a file where two weights share them.
+    """
+    taken: set[ir.Value] = set()
+    for node in graph:
+        if node.op_type != "DequantizeLinear" or producer(node.inputs[0], "QuantizeLinear"):
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is None or value.const_value is None or value.dtype != ir.DataType.INT8:
+                continue
+            if value in taken:
+                node.replace_input_with(index, stored(graph, f"{node.name}_{index}", value.const_value.numpy()))
+            taken.add(value)
