@@ -36,7 +36,8 @@ WORK = {
 def integers_block() -> str:
     """Accuracy of the files, how the recipes were chosen, then their speed and size."""
     parts = {
-        "Accuracy": _accuracy(),
+        "Accuracy": _accuracy("integers"),
+        "Without VNNI": _accuracy("integers_no_vnni"),
         "How the recipes were chosen": _choices(),
         "Speed and size": _speed(),
         "Where the time goes": _profile(),
@@ -44,8 +45,8 @@ def integers_block() -> str:
     return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items())
 
 
-def _accuracy() -> str:
-    rows = rows_of("integers")
+def _accuracy(name: str) -> str:
+    rows = rows_of(name)
     runtimes = list(dict.fromkeys(row.axes["runtime"] for row in rows if row.integer_file))
     table = [
         f"| model | recipe | full precision | simulated | {' | '.join(runtimes)} | agreement | integer products |",
@@ -64,7 +65,7 @@ def _accuracy() -> str:
         f"Top-1 in percent, measured in {' and '.join(sorted(versions))}: seeds 0 to 2, mean ± standard deviation "
         "(seed 0 where there is none), 32 images of `images/spdfq_plus`, 2,000 test images (500 for the real ViT). "
         f"Agreement with the simulation and integer products are those of {runtimes[0]}. Machine: {machines(rows)}. "
-        "Reproduce: `python benchmarks/integers.py`. Rows: `benchmarks/results/integers.jsonl`."
+        f"Reproduce: `python benchmarks/integers.py`. Rows: `benchmarks/results/{name}.jsonl`."
     )
     return "\n".join([*table, "", note])
 

@@ -118,9 +118,14 @@ class Group:
             state.optimizer.state.clear()
         for parameters in state.optimizer.param_groups:
             parameters["lr"] = self.spec.optimizer.lr * self.spec.schedule.factor(iteration, self.spec.iterations)
+        pruner = self.passes.pruner
+        finished = pruner.finished(state.images) if pruner else None
+        before = state.images.detach().clone() if finished is not None else None
         state.optimizer.step()
         with torch.no_grad():
             state.images.clamp_(self.low, self.high)
+            if finished is not None:
+                state.images.copy_(torch.where(finished, before, state.images))
         if self.trainer and self.trainer.due(iteration):
             self._train_student(self.trainer, iteration)
 

@@ -4,12 +4,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from attrs import define, field, frozen, validators
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional
 
 from spdfq.attention import AttentionRecord, prefix_tokens, record_attention
 from spdfq.errors import DataError, SpdfqError
@@ -29,19 +30,25 @@ def _ascending(_: Any, __: Any, value: tuple[int, ...]) -> None:
 
 @frozen(kw_only=True)
 class TokenPruning(Checked):
-    """Leave out the patches that the class token attends to least (Sparse Model Inversion, arXiv 2510.27186).
+    """Leave out the patches that the class token attends to least, or most.
 
     The teacher's blocks no longer see these patches, so an iteration costs less and no loss of the model reaches their
     pixels any more. Each image loses its own patches. Crops keep all patches. The model must have a class token and add
     its position embeddings before the blocks.
 
+    Leaving out the least important patches is Sparse Model Inversion (arXiv 2510.27186). Leaving out the most important
+    ones, whose pixels are then finished and do not change any more, is Patch Rebirth Inversion (arXiv 2509.23235, our
+    reading of its abstract).
+
     Args:
         at: iterations before which some of the remaining patches are left out.
         share: share of the remaining patches that is left out each time, rounded down to whole patches.
+        leave_out: which of the remaining patches.
     """
 
     at: tuple[int, ...] = field(default=(50, 100, 200, 300), validator=_ascending)
     share: float = field(default=0.3, validator=[validators.gt(0.0), validators.lt(1.0)])
+    leave_out: Literal["least_attended", "most_attended"] = "least_attended"
 
     def left(self, patches: int, iteration: int) -> int:
         """How many patches of an image remain in an iteration."""
@@ -69,15 +76,15 @@ class Pruner:
         return iteration in self.spec.at
 
     def prune(self, scores: Tensor, iteration: int) -> None:
-        """Leave out the patches with the lowest scores.
+        """Leave out the patches with the lowest scores, or the highest.
 
         Args:
             scores: ``[B, K]``, one for each patch that remained until now, in order.
             iteration: decides how many remain.
         """
         remaining = self.spec.left(self.alive.shape[1], iteration)
-        best = scores.topk(remaining).indices
-        positions = _positions(self.alive, scores.shape[1]).gather(1, best)
+        kept = scores.topk(remaining, largest=self.spec.leave_out == "least_attended").indices
+        positions = _positions(self.alive, scores.shape[1]).gather(1, kept)
         self.alive.zero_().scatter_(1, positions, True)
 
     def tokens(self, iteration: int, changes: tuple[Change, ...], size: tuple[int, int]) -> Tensor | None:
@@ -88,6 +95,17 @@ class Pruner:
         maps = rearrange(self.alive.float(), "b (h w) -> b 1 h w", h=self.layout.grid[0])
         moved = follow_all(changes, maps, size, nearest=True)
         return _positions(rearrange(moved, "b 1 h w -> b (h w)"), remaining)
+
+    def finished(self, images: Tensor) -> Tensor | None:
+        """``[B, 1, H, W]`` boolean: the pixels that must not change any more; ``None`` if all may.
+
+        Args:
+            images: ``[B, C, H, W]``, before augmentation.
+        """
+        if self.spec.leave_out == "least_attended":
+            return None
+        finished = rearrange(~self.alive, "b (h w) -> b 1 h w", h=self.layout.grid[0])
+        return functional.interpolate(finished.float(), images.shape[-2:], mode="nearest-exact").bool()
 
     def tensors(self) -> dict[str, Tensor]:
         """What must be stored."""

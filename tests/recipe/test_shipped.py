@@ -17,7 +17,7 @@ BASELINES = ["clamp_vit", "fdd", "maskaq", "mimiq", "psaq_vit", "psaq_vit_v2", "
 PAPER = ["deit_b", "deit_s", "deit_t", "swin_b", "swin_s", "vit_b", "vit_s"]
 WHOLE = [*BASELINES, "gaussian_noise", "headless", "quickstart", "real", "spdfq_plus"]
 IMAGES = [*BASELINES, "cross_entropy", "gaussian_noise", "real", "real_fmnist", "real_imagenet"]
-IMAGES += ["spdfq_plus", "spdfq_swin"]
+IMAGES += ["patch_rebirth", "spdfq_plus", "spdfq_swin"]
 SHORT = [*BASELINES, "apa", "apa_sl", "cross_entropy", "msr_sl", "spdfq_spectral"]
 OTHERS = [
     "backends/adalog",
@@ -42,7 +42,7 @@ OTHERS = [
     "models/vit_fmnist",
 ]
 MODELS = ["vit_fmnist", "swin_fmnist"]
-NEEDS_A_CLASS_TOKEN = {"smi"}
+NEEDS_A_CLASS_TOKEN = {"smi", "patch_rebirth"}
 NEEDS_A_FOLDER = {"images/real", "images/real_imagenet"}
 MAKES_IMAGES = [name for name in shipped() if "synthesis" in resolve(name) and name not in NEEDS_A_FOLDER]
 RUNTIME = Runtime(seed=0)

@@ -10,7 +10,7 @@ from spdfq.attention import record_attention
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
 from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss
 from spdfq.runs.pipeline import check
-from spdfq.synth import Augmentation, Flip, Move, SyntheticImages, WholeImageSampler
+from spdfq.synth import Adam, Augmentation, Flip, Move, SpectralAdam, SyntheticImages, WholeImageSampler
 from spdfq.synth.group import Group
 from spdfq.synth.pruning import TokenPruning, find_token_layout
 from spdfq.teacher import Teacher
@@ -73,6 +73,33 @@ def test_patches_with_the_lowest_class_attention_in_the_last_block_are_left_out(
         group.passes.prune(group.state.images, 4)
     assert group.passes.pruner.alive.sum(1).tolist() == [9, 9]
     assert (before | group.passes.pruner.alive).equal(before)  # none comes back
+
+
+def test_patches_with_the_highest_class_attention_can_be_left_out_instead():
+    teacher = tiny_teacher()
+    with teacher.frozen() as module:
+        group = Group(pruned(pruning=evolve(PRUNING, leave_out="most_attended")), teacher, RUNTIME, 0, 2)
+        with record_attention(module) as record:
+            module(group.state.images)
+        order = record.class_attention[-1].mean(1).argsort(1)
+        group.passes.prune(group.state.images, 2)
+    left = [row.nonzero().flatten().tolist() for row in group.passes.pruner.alive]
+    assert left == order[:, :12].sort().values.tolist()
+
+
+@pytest.mark.parametrize("optimizer", [Adam(), SpectralAdam()], ids=["pixels", "frequencies"])
+def test_the_most_attended_patches_are_finished_when_they_are_left_out(optimizer):
+    """Neither momentum nor coordinates that are shared with other patches change them any more."""
+    teacher = tiny_teacher()
+    spec = pruned(pruning=evolve(PRUNING, leave_out="most_attended"), optimizer=optimizer)
+    with teacher.frozen():
+        group = Group(spec, teacher, RUNTIME, 0, 2)
+        for iteration in range(2):
+            group.step(iteration)
+        before = group.state.images.detach().clone()
+        group.step(2)
+    changed = (before != group.state.images).any(1).unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
+    assert changed.any(-1).any(-1).flatten(1).equal(group.passes.pruner.alive)
 
 
 def test_each_image_loses_its_own_patches():
