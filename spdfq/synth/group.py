@@ -120,7 +120,7 @@ class Group:
             parameters["lr"] = self.spec.optimizer.lr * self.spec.schedule.factor(iteration, self.spec.iterations)
         pruner = self.passes.pruner
         finished = pruner.finished(state.images) if pruner else None
-        before = state.images.detach().clone() if finished is not None else None
+        before = state.images if finished is None else state.images.detach().clone()
         state.optimizer.step()
         with torch.no_grad():
             state.images.clamp_(self.low, self.high)
