@@ -9,7 +9,7 @@ from spdfq.exporters.onnx_graph.convolutions import convolutions_as_products
 from spdfq.exporters.onnx_graph.gemms import products_with_biases
 from spdfq.exporters.onnx_graph.norms import fused_norms
 from spdfq.exporters.onnx_graph.operands import quantized_parts
-from spdfq.exporters.onnx_graph.storage import four_bit_weights, named_products, stripped
+from spdfq.exporters.onnx_graph.storage import four_bit_weights, named_products, registered_constants, stripped
 from spdfq.exporters.onnx_graph.weights import integer_gemms, moved_codes
 
 
@@ -20,6 +20,7 @@ def arranged(model: ir.Model) -> list[str]:
         The names of products that do not depend on the images; they are computed, and no longer in the graph.
     """
     graph = model.graph
+    registered_constants(graph)
     named_products(graph)
     constant = computed_constants(model)
     fused_norms(graph)

@@ -23,9 +23,18 @@ def named_products(graph: ir.Graph) -> None:
             counts[module] = counts.get(module, 0) + 1
             number = f"_{counts[module]}" if counts[module] > 1 else ""
             node.name = f"{module or 'network'}{number}"
-            bias = only_user(node.outputs[0])
+            bias = only_user(node.outputs[0]) if len(node.inputs) < 3 else None  # a third input is the bias
             if bias is not None and bias.op_type == "Add":
                 bias.name = f"{node.name}_bias"  # runtimes call the product so after they have merged both
+
+
+def registered_constants(graph: ir.Graph) -> None:
+    """Registers constants that the exporter's optimizer made, but did not register: the ends of some Clip."""
+    for node in graph:
+        for index, value in enumerate(node.inputs):
+            if value is None or value.const_value is None or value.producer() or value.is_initializer():
+                continue
+            node.replace_input_with(index, stored(graph, str(value.name), value.const_value.numpy()))
 
 
 def four_bit_weights(graph: ir.Graph) -> None:
