@@ -16,7 +16,8 @@ author = "The spdfq authors"
 copyright = "The spdfq authors, Apache-2.0"
 version = release = installed_version("spdfq")
 
-extensions = ["myst_parser"]
+extensions = ["myst_nb"]
+nb_execution_mode = "off"  # `python docs/run_notebooks.py` stores the outputs
 exclude_patterns = ["_build"]
 html_extra_path = ["leaderboard.html"]
 smartquotes = False  # TOML needs straight quotes
@@ -30,7 +31,7 @@ def contents(index: str) -> str:
     """Hidden tables of contents: one for each section of the index page, with the pages it links to, in order."""
     trees = []
     for section in re.split(r"^## ", index, flags=re.MULTILINE)[1:]:
-        pages = re.findall(r"^\* \[.*?\]\(([\w-]+)\.md\)", section, re.MULTILINE)
+        pages = re.findall(r"^\* \[.*?\]\(([\w/-]+)\.(?:md|ipynb)\)", section, re.MULTILINE)
         lines = [":hidden:", f":caption: {section.splitlines()[0]}", "", *pages]
         trees += ["```{toctree}", *lines, "```", ""] if pages else []
     return "\n".join(trees)
@@ -43,7 +44,8 @@ def read(app: Any, page: str, source: list[str]) -> None:
     if page in OUTSIDE:
         source[0] = (ROOT / OUTSIDE[page]).read_text(encoding="utf-8").replace("](docs/", "](")
     # files outside this folder, such as the README, are no part of the built documentation
-    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", source[0])
+    if "/" not in page:
+        source[0] = re.sub(r"\[([^\]]+)\]\((?:\.\.|examples)/[^)]*\)", r"\1", source[0])
 
 
 def setup(app: Any) -> None:

@@ -12,11 +12,14 @@ import jinja2
 from result_rows import RESULTS
 from results_page import IMAGES, machine_of
 
+from spdfq.bench.groups import Group, difference
+from spdfq.bench.intervals import Difference
 from spdfq.bench.rows import Row, read_rows
 
 HERE = Path(__file__).parent
 PAGE = HERE / "leaderboard.html"
 TEMPLATE = HERE / "leaderboard.template.html"
+NOISE = "gaussian_noise"
 # heading, key of the data, whether it is a number
 COLUMNS = (
     ("model", "model", False),
@@ -27,6 +30,7 @@ COLUMNS = (
     ("±", "spread", True),
     ("seeds", "seeds", True),
     ("drop", "drop", True),
+    ("over noise", "over", True),
     ("agreement", "agreement", True),
     ("test images", "tested", True),
     ("seconds", "seconds", True),
@@ -53,12 +57,25 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in read_rows(path):
         if row.error is None:
-            axes = json.dumps(row.axes, sort_keys=True)
-            groups.setdefault((axes, row.device_name, row.precision, row.git_commit), []).append(row)
-    return [_line(path.stem, rows) for rows in groups.values()]
+            groups.setdefault(_key(row, row.axes), []).append(row)
+    return [_line(path.stem, rows, _over_noise(rows, groups)) for rows in groups.values()]
 
 
-def _line(file: str, rows: list[Row]) -> dict[str, Any]:
+def _key(row: Row, axes: dict[str, Any]) -> tuple[Any, ...]:
+    return json.dumps(axes, sort_keys=True), row.device_name, row.precision, row.git_commit
+
+
+def _over_noise(rows: list[Row], groups: dict[tuple[Any, ...], list[Row]]) -> Difference | None:
+    """The difference to Gaussian noise with all else equal, also the machine and the commit."""
+    first = rows[0]
+    noise = groups.get(_key(first, {**first.axes, "images": NOISE}))
+    if noise is None or first.axes.get("images") == NOISE:
+        return None
+    one, two = (Group("", each[0].axes, {row.seed: row for row in each}) for each in (rows, noise))
+    return difference(one, two)
+
+
+def _line(file: str, rows: list[Row], over: Difference | None) -> dict[str, Any]:
     first, top1 = rows[0], [row.top1 for row in rows]
     axes, metrics = first.axes, first.measured
     images = str(axes.get("images", ""))
@@ -74,6 +91,8 @@ def _line(file: str, rows: list[Row]) -> dict[str, Any]:
         "spread": round(stdev(top1), 2) if len(top1) > 1 else None,
         "seeds": len(top1),
         "drop": None if full is None else round(full - mean(top1), 2),
+        "over": None if over is None else round(over.mean, 2),
+        "interval": "" if over is None else f"[{over.low:.1f}, {over.high:.1f}]{'' if over.images else '*'}",
         "agreement": _mean([row.measured.agreement for row in rows]),
         "tested": metrics.images,
         "seconds": _mean([row.seconds for row in rows]),

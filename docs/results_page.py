@@ -8,6 +8,7 @@ from attrs import frozen
 from result_rows import RESULTS, rows_of
 from spread import spread
 
+from spdfq.bench.groups import Group, difference
 from spdfq.bench.rows import Row, read_rows
 
 IMAGES = {
@@ -26,6 +27,7 @@ IMAGES = {
     "smi": "SMI",
     "fdd": "FDD",
     "clamp_vit": "CLAMP-ViT",
+    "d4c": "D4C's contrast (example plugin)",
     "cross_entropy": "cross-entropy + TV",
     "spdfq_start": "natural noise",
     "gaussian_noise": "Gaussian noise",
@@ -64,12 +66,14 @@ class ModelTable:
         columns: one for each back-end.
         note: what holds for all rows.
         commands: that make the rows.
+        intervals: file whose sources are compared with PSAQ-ViT.
     """
 
     title: str
     columns: tuple[Column, ...]
     note: str
     commands: tuple[str, ...]
+    intervals: str | None = None
 
 
 def _of(file: str, *backends: str) -> tuple[Column, ...]:
@@ -82,11 +86,13 @@ TABLES = (
         (
             Column("`ridge`, six seeds", "fmnist_quickstart"),
             Column("the same, second machine", "fmnist_quickstart_second_machine"),
+            Column("100 iterations", "fmnist_d4c"),
             Column("symmetric", "fmnist_quickstart_symmetric"),
             *_of("fmnist_vit_w3a3_matrix", "minmax", "repq", "adalog", "adaround", "blockwise", "ridge", "plus_adalog"),
         ),
-        "Only the first two columns have the asymmetric weights that the back-ends have now; they have one thread.",
-        ("benchmarks/fmnist/quickstart.toml", "benchmarks/fmnist/vit_w3a3_matrix.toml"),
+        "Only the first three columns have the asymmetric weights that the back-ends have now; they have one thread.",
+        ("benchmarks/fmnist/quickstart.toml", "benchmarks/fmnist/vit_w3a3_matrix.toml", "examples/d4c/bench.toml"),
+        intervals="fmnist_d4c",
     ),
     ModelTable(
         "The bundled Swin, W3A3",
@@ -130,7 +136,17 @@ def _model(of: ModelTable) -> str:
         + "\n".join(table)
         + f"\n\nFull precision {full:.2f} %, {tested:,} test images, 32 calibration images, placement `{placement}`, "
         f"first and last layer 8 bits. {of.note} {marks.legend()} Reproduce: {commands}."
-    )
+    ) + (f"\n\n{_intervals(of.intervals)}" if of.intervals else "")
+
+
+def _intervals(file: str) -> str:
+    """What the sources of a file have over PSAQ-ViT."""
+    groups: dict[str, Group] = {}
+    for row in rows_of(file):
+        groups.setdefault(row.axes["images"], Group("", row.axes, {})).rows[row.seed] = row
+    psaq = groups.pop("psaq_vit")
+    parts = [f"{IMAGES[images]} {difference(group, psaq)}" for images, group in groups.items()]
+    return f"100 iterations, over PSAQ-ViT (95 % over seeds and test images): {'; '.join(parts)}."
 
 
 class Marks:

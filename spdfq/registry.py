@@ -41,6 +41,13 @@ class Registration(Generic[T]):
     line: int
 
 
+def _again(first: type, second: type) -> bool:
+    """Whether a cell of a notebook, or a line of an interpreter, defines its class once more."""
+    interactive = not hasattr(sys.modules["__main__"], "__file__")
+    same = first.__qualname__ == second.__qualname__
+    return interactive and same and first.__module__ == second.__module__ == "__main__"
+
+
 class Registry(Generic[T]):
     """The components of one kind, by name.
 
@@ -61,8 +68,8 @@ class Registry(Generic[T]):
         line = sys._getframe(1).f_lineno  # of the decorator; much faster than reading the class's source
 
         def add(component: Component) -> Component:
-            if name in self._entries:
-                owner = self._entries[name]
+            owner = self._entries.get(name)
+            if owner and not _again(owner.component, component):
                 raise SpdfqError(
                     f"{self.kind} {name!r} is already registered by {owner.module}:{owner.line}; choose another name"
                 )

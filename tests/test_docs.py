@@ -23,7 +23,7 @@ import generate
 import leaderboard
 import plots
 import results_page
-from result_rows import rows_of
+from result_rows import RESULTS, rows_of
 
 COMPONENTS = generate.block(text(DOCS / "components.md"), "components")
 PAGES = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -192,6 +192,16 @@ def test_the_leaderboard_has_every_row_and_loads_nothing():
     lines = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
     files = (ROOT / "benchmarks/results").glob("*.jsonl")
     assert sum(len(line["all"]) for line in lines) == sum(len(text(path).splitlines()) for path in files)
+
+
+def test_the_leaderboard_compares_with_noise_of_the_same_file_back_end_machine_and_commit():
+    (line,) = (line for line in leaderboard._lines(RESULTS / "fmnist_d4c.jsonl") if line["images"].startswith("D4C"))
+    (noise,) = (line for line in leaderboard._lines(RESULTS / "fmnist_d4c.jsonl") if line["images"] == "Gaussian noise")
+    assert line["over"] == pytest.approx(line["top1"] - noise["top1"], abs=0.01)
+    assert re.fullmatch(r"\[\d+\.\d, \d+\.\d\]", line["interval"])  # with per-image results, so without a star
+    assert (noise["over"], noise["interval"]) == (None, "")
+    old = leaderboard._lines(RESULTS / "fmnist_swin_w3a3.jsonl")
+    assert {line["interval"][-1:] for line in old} == {"", "*"}
 
 
 def test_the_plots_show_the_rows_of_today():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from types import ModuleType
 
 import attrs
 import pytest
@@ -120,6 +121,23 @@ def test_a_duplicate_name_is_refused_with_the_owner(things):
     owner = things.entry("first")
     with pytest.raises(SpdfqError, match=f"thing 'first' is already registered by {owner.module}:{owner.line}"):
         add(things, "first")
+
+
+def test_a_notebooks_cell_that_is_run_again_defines_its_component_anew(things, monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+
+    def cell(name, module="__main__"):
+        return things.register("mine")(type(name, (), {"__module__": module, "__doc__": "A thing."}))
+
+    cell("Mine")
+    latest = cell("Mine")
+    assert things.get("mine") is latest
+    for other in (("Other",), ("Mine", "elsewhere")):
+        with pytest.raises(SpdfqError, match="thing 'mine' is already registered by __main__"):
+            cell(*other)
+    sys.modules["__main__"].__file__ = "script.py"  # a script defines nothing twice
+    with pytest.raises(SpdfqError, match="already registered"):
+        cell("Mine")
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest(things):

@@ -1,5 +1,6 @@
 """Run a recipe from end to end: teacher, images, quantized model, evaluation, controls, run folder."""
 
+import html
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -51,7 +52,7 @@ _CONTROL_STAGES = tuple(stage for stage in STAGES if not isinstance(stage, Teach
 
 @frozen
 class RunResult:
-    """The result of a run.
+    """The result of a run. A notebook shows it as the run's report.
 
     Args:
         folder: the run folder.
@@ -69,6 +70,16 @@ class RunResult:
     metrics: dict[str, Any]
     controls: dict[str, dict[str, Any]]
     stages: dict[str, dict[str, Any]]
+
+    def _repr_html_(self) -> str | None:
+        """The report in a frame; ``None`` if it is gone, so that a notebook shows plain text."""
+        try:
+            page = (self.folder / "report.html").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        title = html.escape(f"Report of {self.folder.name}")
+        style = "width: 100%; height: 40rem; border: 0"
+        return f'<iframe srcdoc="{html.escape(page)}" title="{title}" style="{style}"></iframe>'
 
 
 @own_threads()

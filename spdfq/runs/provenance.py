@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import uuid
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,6 +105,8 @@ def source_digest(spec: Any, *modules: str) -> str:
     state = hashlib.sha256()
     for module in sorted(found - _INFRASTRUCTURE):
         state.update(f"{module}\n{_normalised(module)}\n".encode())
+    if "__main__" in found:
+        state.update("\n".join(_cells()).encode())
     return state.hexdigest()[:20]
 
 
@@ -165,6 +168,36 @@ def _normalised(module: str) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     is_package = hasattr(sys.modules.get(module), "__path__")  # one without an __init__.py has no source
     return "" if is_package else uuid.uuid4().hex
+
+
+def _cells() -> list[str]:
+    """What the cells of a notebook have defined so far: functions, classes and constants, the latest one last.
+
+    The module of a notebook has no file, so `_normalised` gives it a random string for the session. This tells the
+    versions within a session apart.
+    """
+    defined: dict[str, None] = {}
+    for cell in getattr(sys.modules["__main__"], "In", ()):
+        with suppress(SyntaxError):  # a cell with a mistake defines nothing
+            for statement in _WithoutDocstrings().visit(ast.parse(cell)).body:
+                if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or _is_constant(
+                    statement
+                ):
+                    found = ast.dump(statement)
+                    defined.pop(found, None)
+                    defined[found] = None
+    return list(defined)
+
+
+def _is_constant(statement: ast.stmt) -> bool:
+    """Whether a statement gives names to values that are written out."""
+    if not isinstance(statement, (ast.Assign, ast.AnnAssign)) or statement.value is None:
+        return False
+    try:
+        ast.literal_eval(statement.value)
+    except ValueError:
+        return False
+    return True
 
 
 @cache

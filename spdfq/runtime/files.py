@@ -16,7 +16,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         DataError: the folder cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # shards of a bench write the same file
     with writing(path):
         try:
             write(temporary)

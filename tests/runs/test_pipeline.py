@@ -1,14 +1,17 @@
 """A recipe from end to end: what a run leaves in its folder, what it says, and its stages as functions."""
 
 import csv
+import html
 import json
 import os
+import re
 import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from attrs import evolve
 from support.runs import IMAGES, ITERATIONS, STAGES, again, images_of, reused
 from support.teachers import tiny_teacher
 
@@ -31,6 +34,16 @@ def test_a_run_leaves_these_files_and_no_others(finished):
         *("synthetic.safetensors", "synthetic.png", "attention.png"),
         *("quantized/model.safetensors", "quantized/config.json"),
     }
+
+
+def test_a_notebook_shows_a_result_as_its_report(finished):
+    shown = finished._repr_html_()
+    (page,) = re.findall(r'^<iframe srcdoc="([^"<>]+)" title="Report of [^"]+" style="[^"]+"></iframe>$', shown)
+    assert html.unescape(page) == (finished.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_notebook_shows_plain_text_if_the_report_is_gone(finished):
+    assert evolve(finished, folder=finished.folder / "gone")._repr_html_() is None
 
 
 def test_measures_of_the_images_that_were_there_before_are_gone_after_a_run(finished, recipe):

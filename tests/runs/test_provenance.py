@@ -190,6 +190,31 @@ def test_components_of_a_script_and_of_an_interpreter_have_a_digest(tmp_path, mo
     assert digest_in(interpreter) != typed
 
 
+def test_a_cell_of_a_notebook_that_defines_something_else_changes_the_digest(monkeypatch):
+    @define
+    class Mine:
+        factor: float = 1.0
+
+    Mine.__module__ = "__main__"
+    notebook = ModuleType("__main__")
+    notebook.In = [""]
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    forget()
+
+    def after(cell):
+        notebook.In.append(cell)
+        return source_digest(Mine())
+
+    first = after("factor = 1.0\ndef halve(x):\n    return x / 2")
+    assert after("print(halve(factor))\nfor seed in range(3):\n    seed") == first
+    assert after("factor = (") == first
+    assert after("# again\ndef halve(x):\n    'Docstring.'\n    return x / 2") == first
+    second = after("def halve(x):\n    return x / 3")
+    assert second != first
+    assert after("factor = 2.0") not in (first, second)
+    assert after("factor = 1.0") not in (first, second)  # the order of what was defined last counts
+
+
 def test_components_are_found_at_any_depth():
     recipe = load_recipe("quickstart")
     found = {type(component).__name__ for component in components_in(recipe)}

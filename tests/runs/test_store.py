@@ -236,3 +236,17 @@ def test_a_folder_without_the_right_to_write_is_refused_by_name(tmp_path, monkey
     (tmp_path / "a").write_text("")
     with pytest.raises(DataError, match=r"/a: cannot be written \(it is a file\); make it writable, or choose another"):
         lock_folder(tmp_path / "a")
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+
+    def write(temporary):
+        temporary.write_text("first")
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: -1)
+            write_text(path, "second")
+
+    replace_file(path, write)
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
