@@ -15,7 +15,7 @@ from spdfq.quantized.sites import WEIGHT
 from spdfq.quantizers import Quantizer
 from spdfq.runtime import Runtime
 
-IMAGES = 32
+IMAGES = 16
 """At most so many images are looked at, in one forward pass."""
 BINS = 64
 _MARGIN = 0.25
@@ -28,7 +28,7 @@ def site_noise(model: QuantizedModel, images: Tensor, runtime: Runtime) -> dict[
 
     Args:
         model: calibrated, on the runtime's device.
-        images: normalised ``[n, C, H, W]``; the first 32 are used.
+        images: normalised ``[n, C, H, W]``; the first 16 are used.
         runtime: device and modes.
 
     Returns:
