@@ -22,7 +22,7 @@ TERMS = {
     # exported files
     "runtime": "The software that ran the file.",
     "integer products": "Matrix products of quantized tensors that the runtime computes with integers.",
-    "ms/image": "Milliseconds for one image at a time: the median of repeated calls, after warm-up.",
+    "ms/image": "Milliseconds for one image at a time: the fastest of repeated calls, after warm-up.",
     "FP ms/image": "The same for the full-precision model in torch, with the same number of threads.",
     "format": "The kind of file.",
     "MB": "Size of the file in megabytes.",
