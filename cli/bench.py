@@ -177,6 +177,7 @@ def _print_table(result: Any) -> None:
     console = print_table(shown, text)
     console.print(f"table   {result.folder / 'table.md'}", soft_wrap=True)
     console.print(f"lines   {result.folder / 'results.jsonl'}", soft_wrap=True)
+    console.print(f"report  {result.folder / 'report.html'}", soft_wrap=True)
 
 
 def print_table(shown: Any, caption: str) -> Any:

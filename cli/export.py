@@ -62,6 +62,10 @@ def _measured(row: dict[str, Any]) -> list[str]:
     ]
     if row["integer_products"] is not None:
         found.append(f"integers   {products(row)} (quantized products that are integer kernels)")
+    found.append(
+        f"speed      {row['milliseconds']:.2f} ms for one image, {row['float_milliseconds']:.2f} ms in full precision "
+        f"in torch (threads: {row['threads']})"
+    )
     if row["float_products"]:
         found.append(f"in float   {float_products(row)}")
     return found

@@ -119,8 +119,8 @@ def _pruned_accuracy() -> str:
     return (
         "What it costs: `spdfq_plus` on the bundled ViT at W3A3, half of the remaining patches left out each time.\n"
         "Top-1, simulated, seeds 0 to 2, 1,000 test images. Leaving out the most attended patches and finishing their\n"
-        "pixels is the idea of Patch Rebirth Inversion (`images/patch_rebirth`). Here it is no better than leaving out\n"
-        "the least attended ones, and both lose accuracy.\n\n"
+        "pixels is the idea of Patch Rebirth Inversion (`images/patch_rebirth`). Here it is no better than leaving\n"
+        "out the least attended ones, and both lose accuracy.\n\n"
         + _table(["patches left out", *(f"`{name}`" for name in backends)], table)
         + f"\n\nMachine: {machines(rows)}. Reproduce: `spdfq bench benchmarks/fmnist/pruning.toml`."
     )

@@ -1,6 +1,6 @@
 """Rows of one combination with several seeds, and which of them can be compared."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -152,6 +152,17 @@ def over(groups: list[Group], baseline: Baseline, group: Group) -> Difference | 
         return None
     other = partner(groups, group, baseline.axis, baseline.value)
     return difference(group, other) if other is not None and other.rows and group.rows else None
+
+
+def deciding(groups: list[Group], of: Callable[[Group], Any]) -> list[str]:
+    """The axes that decide a property of groups: those that alone change it somewhere."""
+    found: dict[str, None] = {}
+    for index, one in enumerate(groups):
+        for two in groups[:index]:
+            differing = [axis for axis in one.axes if one.axes[axis] != two.axes.get(axis)]
+            if len(differing) == 1 and of(one) != of(two):
+                found[differing[0]] = None
+    return list(found)
 
 
 def without_hits(groups: list[Group]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from attrs import evolve
 
+from spdfq.bench.page import write_page
 from spdfq.bench.plan import Plan, read_plan
 from spdfq.bench.row_files import rows_in
 from spdfq.bench.rows import Metrics, Row
@@ -22,12 +23,13 @@ def merge_bench(
     prefer_first: bool = False,
     announce: Callable[[str], None] = lambda line: None,
 ) -> tuple[Plan, Path, list[Row]]:
-    """Merge the rows of a bench that ran in shards or on several machines, and write its table.
+    """Merge the rows of a bench that ran in shards or on several machines, and write its table and its page.
 
     Args:
         source: path of the bench file.
         folders: of the bench, from each machine; by default ``out`` alone, with the files of its shards.
-        out: where ``results.jsonl`` and ``table.md`` are written; by default ``runs/`` and the file's name.
+        out: where ``results.jsonl``, ``table.md`` and ``report.html`` are written; by default ``runs/`` and the file's
+            name.
         prefer_first: where rows of one cell disagree, keep that of the first folder and say so, instead of refusing.
         announce: called with a line for each disagreement and for the cells that are missing.
 
@@ -66,6 +68,7 @@ def merge_bench(
     announce(f"{len(cells)} cells, {len(rows)} with a row, {sum(row.error is not None for row in rows)} failed")
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder, plan, rows)
+    write_page(folder, plan, rows)
     return plan, folder, rows
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from attrs import asdict, evolve, frozen
 
 from spdfq.bench.log import EVERY, said_every
+from spdfq.bench.page import write_page
 from spdfq.bench.plan import Combination, Plan, read_plan
 from spdfq.bench.priority import priority
 from spdfq.bench.row_files import file_of, rows_in
@@ -52,7 +53,7 @@ class BenchResult:
     """The result of a bench.
 
     Args:
-        folder: contains ``results.jsonl``, ``table.md``, ``bench.json`` and the cells' run folders.
+        folder: contains ``results.jsonl``, ``table.md``, ``report.html``, ``bench.json`` and the cells' run folders.
         plan: of the bench file.
         rows: one for each cell, as in ``results.jsonl``.
         reused: number of cells that were finished before.
@@ -107,6 +108,8 @@ def run_bench(
             done = [rows[other.folder.name] for other in cells if other.folder.name in rows]
             write_results(folder, plan, done, shard)
         announce(_stages([row for name, row in rows.items() if name not in kept]))
+        if shard is None:
+            write_page(folder, plan, [rows[cell.folder.name] for cell in cells])
     finally:
         lock.release()
     found = [rows[cell.folder.name] for cell in cells]

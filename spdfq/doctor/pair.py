@@ -10,30 +10,14 @@ from torch import Tensor, nn
 
 from spdfq.backends.divergence import divergence
 from spdfq.errors import NonFiniteError
+from spdfq.quantized.dequantized import dequantized, folded_shift
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT
 from spdfq.quantized.visiting import Visit
-from spdfq.quantizers import Quantizer
 
 # twice as far from the float weight as zero is: another basis, or a weight that was learned anew
 _ANOTHER_WEIGHT = 1.0
 Change = Callable[[Tensor], Tensor]
-
-
-def dequantized(quantizer: Quantizer, tensor: Tensor) -> Tensor:
-    """The quantized tensor in the units of the float one, also where a bias contains the quantizer's shift."""
-    found: Tensor = quantizer(tensor)
-    return found - folded_shift(quantizer)
-
-
-def dequantized_codes(quantizer: Quantizer, codes: Tensor) -> Tensor:
-    """The values of codes, in the units of the float tensor."""
-    return quantizer.decode(codes) - folded_shift(quantizer)
-
-
-def folded_shift(quantizer: Quantizer) -> float:
-    """What the step ``adalog`` moved from this quantizer into the bias of the layer that follows."""
-    return float(getattr(quantizer, "shift", 0.0)) if getattr(quantizer, "folded", False) else 0.0
 
 
 @define(eq=False)

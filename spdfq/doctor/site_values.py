@@ -9,12 +9,11 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from spdfq.doctor.channels import ChannelRanges, Outlier, as_channels
-from spdfq.doctor.pair import Images, Pair, dequantized, dequantized_codes
+from spdfq.doctor.pair import Images, Pair
+from spdfq.quantized.dequantized import decibels, dequantized, energy, level_values
 from spdfq.quantizers import GridMseObserver, PercentileMseObserver, Quantizer
 from spdfq.quantizers.option_checks import BYTE
 from spdfq.runtime import Runtime
-
-_MOST, _LEAST = 100.0, 1e-30
 
 
 @frozen
@@ -103,16 +102,10 @@ class _Reach:
 
     @classmethod
     def of(cls, quantizer: Quantizer, shape: tuple[int, ...], device: torch.device) -> "_Reach":
-        axes = {axis % len(shape) for name in quantizer.stores if (axis := quantizer.axis_of(name)) is not None}
-        sizes = [size if axis in axes else 1 for axis, size in enumerate(shape)]
         last = quantizer.levels - 1
         # values of more than 8 bits are evenly spaced, so the ends are enough
-        codes = range(last + 1) if quantizer.bits <= BYTE else (0, 1, last - 1, last)
-        every = [
-            dequantized_codes(quantizer, torch.full(sizes, code, dtype=quantizer.code_dtype, device=device))
-            for code in codes
-        ]
-        values = torch.stack(every).sort(dim=0).values
+        codes = None if quantizer.bits <= BYTE else (0, 1, last - 1, last)
+        values = level_values(quantizer, shape, device, codes)
         return cls(values[0], values[-1], (values[1] - values[0]) / 2, (values[-1] - values[-2]) / 2)
 
     def beyond(self, x: Tensor) -> Tensor:
@@ -174,8 +167,8 @@ class _Observed:
         self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
         self.values += x.numel()
         self.clipped += int(self.reach.beyond(x).sum())
-        self.signal += _energy(x)
-        self.noise += _energy(x - q)
+        self.signal += energy(x)
+        self.noise += energy(x - q)
         codes = self.quantizer.codes(q if self.is_weight else x)
         self.counts += torch.bincount(codes.flatten().int(), minlength=len(self.counts))
         self.again.observe(x)
@@ -188,12 +181,12 @@ class _Observed:
         if not self.again.frozen:
             self.again.freeze(GridMseObserver() if self.is_weight else PercentileMseObserver())
         x = tensor.detach().float()
-        self.best_noise += _energy(x - dequantized(self.again, x))
+        self.best_noise += energy(x - dequantized(self.again, x))
 
     def result(self, learned: bool) -> SiteValues:
         """What was found."""
         low, high = self.reach.ends
-        snr = _decibels(self.signal, self.noise)
+        snr = decibels(self.signal, self.noise)
         found = SiteValues(
             site=self.name,
             kind=self.pair.model.sites[self.name].kind,
@@ -206,7 +199,7 @@ class _Observed:
             levels=self.quantizer.levels,
             used=int((self.counts > 0).sum()),
             snr=snr,
-            best_snr=snr if learned and self.is_weight else max(snr, _decibels(self.signal, self.best_noise)),
+            best_snr=snr if learned and self.is_weight else max(snr, decibels(self.signal, self.best_noise)),
         )
         if not self.plain.channels:
             return found
@@ -219,11 +212,3 @@ class _Observed:
             outlier_channels=() if self.is_weight else self.plain.outlier_channels(),
             outlier_tokens=() if self.is_weight else self.plain.outlier_tokens(),
         )
-
-
-def _energy(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum())
-
-
-def _decibels(signal: float, noise: float) -> float:
-    return min(_MOST, 10 * math.log10(max(signal, _LEAST) / max(noise, _LEAST)))

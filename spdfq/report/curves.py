@@ -5,7 +5,7 @@ The SVG is formatted here and not in a template, because nearly all of it is com
 
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ Array = np.ndarray[Any, Any]
 
 _POINTS = 160
 _LOG_ABOVE = 20.0
-_WIDTH, _HEIGHT = 270, 170
-_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 13, 26, 38
+_WIDTH, _HEIGHT = 270, 154
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 13, 10, 38
 
 
-def curves(path: Path) -> Markup:
+def curves(path: Path, named: Callable[[str], Markup] = escape) -> Markup:
     """A panel for each column of a ``losses.csv``, and a legend; empty without the file or without values.
+
+    Args:
+        path: of the file.
+        named: marks up the name of a column.
 
     Raises:
         DataError: the file is damaged.
@@ -37,8 +41,9 @@ def curves(path: Path) -> Markup:
     groups, iterations = values.shape[:2]
     if not values.size:
         return Markup()
-    panels = [_panel(name, values[..., index]) for index, name in enumerate(names)]
-    return Markup(f'<div class="panels">{"".join(panels)}</div>{_legend(groups, iterations)}')  # _panel escapes names
+    panels = [_panel(name, named(name), values[..., index]) for index, name in enumerate(names)]
+    # the names are escaped
+    return Markup(f'<div class="panels">{"".join(panels)}</div>{_legend(groups, iterations)}')
 
 
 def _read(path: Path) -> tuple[list[str], Array]:
@@ -54,7 +59,7 @@ def _read(path: Path) -> tuple[list[str], Array]:
     return names, values.reshape(groups, len(lines) // groups, len(names))
 
 
-def _panel(name: str, values: Array) -> str:
+def _panel(name: str, shown: Markup, values: Array) -> str:
     """One column ``[groups, iterations]``: a line for the mean over groups, a band from the lowest to the highest."""
     iterations = values.shape[1]
     edges = np.linspace(0, iterations, min(iterations, _POINTS) + 1).astype(int)[:-1]
@@ -70,11 +75,11 @@ def _panel(name: str, values: Array) -> str:
         *(_mark(tick, iterations) for tick in _marks(iterations)),
         f'<polygon class="band" points="{_points(band)}"/>',
         f'<polyline class="line" points="{_points(zip(x, axis.place(mean), strict=True))}"/>',
-        f'<text class="name" x="0" y="12">{escape(name)}{" (log scale)" if axis.log else ""}</text>',
         f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 3}" text-anchor="end">iteration</text>',
     ]
     told = f"{name}: {mean[0]:.3g} at the start, {mean[-1]:.3g} at the end of {iterations} iterations"
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(told)}">{"".join(drawn)}</svg>'
+    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(told)}">{"".join(drawn)}</svg>'
+    return f'<div><p class="name">{shown}{" (log scale)" if axis.log else ""}</p>{svg}</div>'
 
 
 class _Axis:

@@ -7,8 +7,11 @@ from typing import Any
 from spdfq.errors import DataError
 
 EXPORTS_FILE = "exports.json"
-COLUMNS = ("file", "format", "MB", "runtime", "images", "top-1", "simulated", "agreement", "integer products")
-NUMERIC = ("MB", "images", "top-1", "simulated", "agreement", "integer products")
+COLUMNS = (
+    *("file", "format", "MB", "runtime", "test images", "top-1", "simulated", "agreement", "ms/image", "FP ms/image"),
+    "integer products",
+)
+NUMERIC = (*COLUMNS[4:], "MB")
 
 
 def known_exports(folder: Path) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def exports_section(found: dict[str, Any]) -> dict[str, Any] | None:
 def _rows(name: str, entry: dict[str, Any]) -> list[tuple[Any, ...]]:
     start = name, entry["format"], f"{entry['size'] / 1e6:.2f}"
     if not entry["measured"]:
-        return [(*start, "not measured", "", "", "", "", "")]
+        return [(*start, "not measured", *[""] * (len(COLUMNS) - 4))]
     return [
         (
             *start,
@@ -58,10 +61,32 @@ def _rows(name: str, entry: dict[str, Any]) -> list[tuple[Any, ...]]:
             f"{row['top1']:.2f} %",
             f"{row['simulated_top1']:.2f} %",
             f"{row['agreement']:.2f} %",
+            _milliseconds(row, "milliseconds"),
+            _milliseconds(row, "float_milliseconds"),
             products(row),
         )
         for row in entry["measured"]
     ]
+
+
+def measured_lines(found: dict[str, Any]) -> dict[str, list[str]]:
+    """For each exported file its size, and what each runtime measured, for the head of the page.
+
+    Raises:
+        KeyError: an entry lacks a value that every entry has.
+    """
+    lines = {}
+    for name, entry in found.items():
+        lines[name] = [f"{entry['size'] / 1e6:.2f} MB"]
+        for row in entry["measured"]:
+            speed = f", {row['milliseconds']:.2f} ms/image" if "milliseconds" in row else ""
+            lines[name].append(f"{row['top1']:.2f} %{speed} measured in {_runtime(row)}")
+    return lines
+
+
+def _milliseconds(row: dict[str, Any], key: str) -> str:
+    """Rounded; empty for a file that an older version measured."""
+    return f"{row[key]:.2f}" if key in row else ""
 
 
 def _runtime(row: dict[str, Any]) -> str:

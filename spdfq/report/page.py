@@ -16,10 +16,15 @@ from markupsafe import Markup
 from spdfq.errors import DataError, writing
 from spdfq.report.curves import curves
 from spdfq.report.diagnosis import DIAGNOSIS_FILE, diagnosis_section
-from spdfq.report.exports import EXPORTS_FILE, exports_section, known_exports
+from spdfq.report.explained import Explained
+from spdfq.report.exports import EXPORTS_FILE, exports_section, known_exports, measured_lines
 from spdfq.report.image_quality import MEASURES_FILE, quality_section
+from spdfq.report.images import CLASSES_FILE, pictures
 from spdfq.report.pictures import SHOWN
+from spdfq.report.site_noise import NOISE_FILE, heat_map
 from spdfq.report.sites import site_tables
+
+_OPTIONAL = (EXPORTS_FILE, MEASURES_FILE, NOISE_FILE, CLASSES_FILE)
 
 
 def write_report(folder: Path) -> Path:
@@ -41,17 +46,18 @@ def write_report(folder: Path) -> Path:
         content = _content(folder, run)
     except KeyError as error:
         raise DataError(
-            f"{folder}: run.json, sites.json, {EXPORTS_FILE}, {MEASURES_FILE} or {DIAGNOSIS_FILE} lacks {error}; run "
-            "the recipe again with --fresh"
+            f"{folder}: run.json, sites.json, {', '.join(_OPTIONAL)} or {DIAGNOSIS_FILE} lacks {error}; run the recipe "
+            "again with --fresh"
         ) from None
     path = folder / "report.html"
     with writing(path):
-        path.write_text(_templates().get_template("page.html").render(content), encoding="utf-8")
+        path.write_text(templates().get_template("page.html").render(content), encoding="utf-8")
     return path
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The environment of all pages."""
     return Environment(
         loader=PackageLoader("spdfq.report"),
         autoescape=True,
@@ -65,10 +71,12 @@ def _templates() -> Environment:
 def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """The values of the template's variables."""
     metrics, measures = run["metrics"], _read_json(folder / MEASURES_FILE)
-    diagnosis = _read_json(folder / DIAGNOSIS_FILE)
-    stages = run.get("stages", {})
+    diagnosis, noise = _read_json(folder / DIAGNOSIS_FILE), _read_json(folder / NOISE_FILE)
+    stages, exports = run.get("stages", {}), known_exports(folder)
+    names = Explained.of(folder)
     return {
-        "style": Markup(files(__package__).joinpath("style.css").read_text(encoding="utf-8")),
+        "style": style(),
+        "names": names,
         "name": run["name"],
         "accuracy": accuracy_line(run),
         "model": _model(run["model"]),
@@ -76,23 +84,32 @@ def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "full": percent(metrics["fp"]["top1"]),
         "low": percent(metrics["quantized"]["top1"]),
         "measured": _measured(metrics),
+        "bars_of_controls": _bars(run),
         "outcome": _outcome(run),
+        "files": measured_lines(exports),
         "warnings": run.get("warnings", ()),
         "controls": _controls(run),
         "measure": metrics.get("measure", "top-1"),
+        "pictures": pictures(folder, run["model"].get("class_names") or ()),
         "images": _encoded(folder / "synthetic.png"),
         "images_caption": _images_caption(run["images"]["count"]),
         "measures": None if measures is None else quality_section(measures),
         "diagnosis": None if diagnosis is None else diagnosis_section(diagnosis),
-        "exports": exports_section(known_exports(folder)),
+        "noise": None if noise is None else heat_map(noise, diagnosis),
+        "exports": exports_section(exports),
         "attention": _encoded(folder / "attention.png"),
-        "losses": curves(folder / "losses.csv"),
+        "losses": curves(folder / "losses.csv", names.name),
         "stages": _stages(stages),
         "total_time": duration(sum(stage["seconds"] for stage in stages.values())),
         "sites": site_tables(_read_json(folder / "sites.json") or {}),
-        "recipe": _lines(folder / "recipe.toml"),
+        "recipe": list(names.recipe(_lines(folder / "recipe.toml"))),
         "environment": _environment(run),
     }
+
+
+def style() -> Markup:
+    """The style sheet of all pages."""
+    return Markup(files(__package__).joinpath("style.css").read_text(encoding="utf-8"))
 
 
 def accuracy_line(run: dict[str, Any]) -> str:
@@ -172,13 +189,25 @@ def _outcome(run: dict[str, Any]) -> dict[str, Any]:
             "Change": change,
             "Top-5": " → ".join(map(percent, both)) if len(both) == 2 else None,
             "Feature similarity": f"{metrics['similarity']:.4f}" if "similarity" in metrics else None,
-            "Images": f"{run['images']['count']}, {run['images']['type']}",
+            "Calibration images": f"{run['images']['count']}, {run['images']['type']}",
             "Back-end": ", ".join(run["backend"]["steps"]),
             "Placement": run["backend"].get("placement"),
             "Size": _size(run),
             "Published": _published(run.get("published")),
         }
     )
+
+
+def _bars(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Top-1 of full precision, of this run and of each control, for the head of the page; none without controls."""
+    if not run.get("controls"):
+        return []
+    named = [("FP", run["metrics"]["fp"]), ("this run", run["metrics"]["quantized"])]
+    named += [(each["name"], each["metrics"]["quantized"]) for each in run["controls"]]
+    return [
+        {"name": name, "own": name == "this run", "value": percent(found["top1"]), "width": f"{found['top1']:.2f}"}
+        for name, found in named
+    ]
 
 
 def _controls(run: dict[str, Any]) -> list[list[Any]]:

@@ -11,6 +11,7 @@ from spdfq.quantized.checkpoint import verified
 from spdfq.recipe import ModelSpec, Recipe, to_toml
 from spdfq.recipe.structure import unstructure
 from spdfq.report.card import CardFacts, check_card, exported_files, write_card
+from spdfq.report.images import REAL_FILE
 from spdfq.report.page import bits_label
 from spdfq.runs.finished import finished_recipe, finished_record
 from spdfq.runs.provenance import components_in
@@ -68,7 +69,7 @@ def card_run(folder: str | Path) -> dict[str, Any]:
         "base_model": base.hub_id,
         "license": base.license,
         "data_free": free,
-        "notes": _notes(recipe, base, exports),
+        "notes": _notes(folder, recipe, base, exports),
     }
 
 
@@ -145,7 +146,7 @@ def _limits(run: dict[str, Any], exports: dict[str, dict[str, Any]], base: _Base
     return [*lines, *(f"`{name}`: {note}" for name, entry in exports.items() for note in entry["notes"])]
 
 
-def _notes(recipe: Recipe, base: _Base, exports: dict[str, dict[str, Any]]) -> list[str]:
+def _notes(folder: Path, recipe: Recipe, base: _Base, exports: dict[str, dict[str, Any]]) -> list[str]:
     notes = []
     if base.hub_id is None and not recipe.model.bundled:
         notes.append("base_model: not known; add the hub's id of the full-precision model to the card if it has one")
@@ -160,6 +161,11 @@ def _notes(recipe: Recipe, base: _Base, exports: dict[str, dict[str, Any]]) -> l
     local = [f"{key} = {text}" for key, text in _texts(recipe.to_dict()) if _is_local(text)]
     if local:
         notes.append(f"recipe.toml and the report name local paths, which an upload would show: {', '.join(local)}")
+    if (folder / REAL_FILE).is_file():
+        notes.append(
+            "real.png and the report show images of the test set, which an upload would publish; to leave them out, "
+            'see "Real images" in docs/report.md'
+        )
     return notes
 
 

@@ -2,10 +2,12 @@
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from attrs import define
 from torch import nn
 
@@ -27,7 +29,7 @@ from spdfq.runs.store import lock_folder
 from spdfq.runtime import Progress, Runtime, make_runtime, own_threads, pick_progress
 from spdfq.runtime.files import write_text
 from spdfq.synth import SyntheticImages
-from spdfq.teacher import Teacher
+from spdfq.teacher import Teacher, evaluation_mode
 
 
 @own_threads()
@@ -56,8 +58,9 @@ def export_run(
         ``file``, ``format``, ``softmax``, ``size`` in bytes, ``notes``, and ``measured``: for each runtime its name and
         version, ``top1`` and ``agreement`` with the simulation of the same model in percent, ``simulated_top1`` of that
         model and ``run_top1`` of the run's own, the number of ``images``, of quantized ``products`` that depend on
-        images, of ``integer_products`` among them (``None`` if the runtime does not tell), and the names of
-        ``float_products``.
+        images, of ``integer_products`` among them (``None`` if the runtime does not tell), the names of
+        ``float_products``, the ``milliseconds`` for one image and the ``float_milliseconds`` of the full-precision
+        model in torch, both of the fastest call, and the number of ``threads``.
 
     Raises:
         SpdfqError: anything the user can fix; the message says where and how.
@@ -123,6 +126,7 @@ class _Check:
     products: int
     reference: Any
     before: float
+    float_milliseconds: float
 
     @classmethod
     def prepared(
@@ -133,7 +137,8 @@ class _Check:
         before = reference if done.model is model else _predictions(model, teacher, recipe, runtime)
         top1 = accuracy(before.logits, before.labels)["top1"]
         products = quantized_products(done.model, teacher) - len(done.constant_products)
-        return cls(recipe, teacher, runtime, done, products, reference, top1)
+        speed = _milliseconds(teacher.module, teacher)
+        return cls(recipe, teacher, runtime, done, products, reference, top1, speed)
 
     def row(self, file: RuntimeModel) -> dict[str, Any]:
         evaluator, spec = evaluator_for(self.teacher), self.recipe.evaluation
@@ -149,7 +154,27 @@ class _Check:
             "products": self.products,
             "integer_products": file.integer_products,
             "float_products": file.float_products,
+            "milliseconds": _milliseconds(file, self.teacher),
+            "float_milliseconds": self.float_milliseconds,
+            "threads": torch.get_num_threads(),
         }
+
+
+def _milliseconds(model: nn.Module, teacher: Teacher) -> float:
+    """The time for one image: the fastest of 20 calls, or of those in two seconds, after three calls that do not count.
+
+    Other work on the machine only makes calls slower, so the fastest one says most about the model.
+    """
+    image = teacher.normalise(torch.full((1, *teacher.input_size), 0.5))
+    times: list[float] = []
+    with torch.inference_mode(), evaluation_mode(model):
+        for _ in range(3):
+            model(image)
+        while len(times) < 20 and (len(times) < 3 or sum(times) < 2):
+            begun = time.perf_counter()
+            model(image)
+            times.append(time.perf_counter() - begun)
+    return round(1000 * min(times), 3)
 
 
 def _predictions(model: nn.Module, teacher: Teacher, recipe: Recipe, runtime: Runtime) -> Any:

@@ -20,11 +20,16 @@ from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.recipe.files import listed
 from spdfq.report import write_pictures, write_report
 from spdfq.report.diagnosis import DIAGNOSIS_FILE, FRAGMENT_FILE
+from spdfq.report.explained import EXPLAINED_FILE
 from spdfq.report.exports import EXPORTS_FILE
 from spdfq.report.image_quality import MEASURES_FILE
+from spdfq.report.images import CLASSES_FILE, REAL_FILE
+from spdfq.report.site_noise import NOISE_FILE
 from spdfq.runs.checks import check_classes, check_fit, checked_teacher, placed, refuse_own_recipe
+from spdfq.runs.explained import explained
 from spdfq.runs.finished import check_teacher, finished_recipe, measured_on, run_record
 from spdfq.runs.forecast import Forecast
+from spdfq.runs.image_classes import show_real_images
 from spdfq.runs.record import facts, now
 from spdfq.runs.stages import (
     STAGES,
@@ -48,6 +53,8 @@ from spdfq.teacher import load_teacher
 
 Announce = Callable[[str], None]
 _CONTROL_STAGES = tuple(stage for stage in STAGES if not isinstance(stage, TeacherStage))
+# files of a run folder that are of the images and the model that were there before
+_STALE = (MEASURES_FILE, EXPORTS_FILE, DIAGNOSIS_FILE, FRAGMENT_FILE, NOISE_FILE, CLASSES_FILE, REAL_FILE)
 
 
 @frozen
@@ -360,11 +367,15 @@ class _Run:
         images.save(folder / "synthetic.safetensors")
         with writing(folder, "make its files writable, or choose another --out"):
             write_pictures(folder, images, work.teacher)
-            # measured on the images and the model that were here before
-            for stale in (MEASURES_FILE, EXPORTS_FILE, DIAGNOSIS_FILE, FRAGMENT_FILE):
+            for stale in _STALE:
                 (folder / stale).unlink(missing_ok=True)
             shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
             shutil.copy(stored / "sites.json", folder / "sites.json")
+            for name in (NOISE_FILE, CLASSES_FILE):
+                if (stored / name).is_file():  # not in the store of an older version
+                    shutil.copy(stored / name, folder / name)
+            write_text(folder / EXPLAINED_FILE, json.dumps(explained(work.recipe), indent=1) + "\n")
+            show_real_images(folder, work.teacher, work.recipe.evaluation, work.results[TeacherStage.name])
 
     def _write_record(self, controls: dict[str, Work]) -> None:
         """Write ``run.json`` and the report; other processes wait until they are there."""

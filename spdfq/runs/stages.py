@@ -11,10 +11,14 @@ from attrs import define, evolve, field
 from spdfq.api import make_images
 from spdfq.backends import quantize
 from spdfq.backends.quantized_student import student_section
+from spdfq.backends.site_noise import site_noise
 from spdfq.evaluation.evaluator import Evaluator, evaluator_for
 from spdfq.quantized.checkpoint import load_checkpoint, save_quantized, verified
 from spdfq.recipe import Recipe, digest
 from spdfq.recipe.structure import unstructure
+from spdfq.report.images import CLASSES_FILE
+from spdfq.report.site_noise import NOISE_FILE
+from spdfq.runs.image_classes import image_classes
 from spdfq.runs.provenance import code_digests, data_fingerprints, versions
 from spdfq.runs.store import STATE
 from spdfq.runtime import Runtime
@@ -153,14 +157,20 @@ class QuantizeStage(Stage):
         return work.key(unstructure(recipe.quantization), images, recipe.seed, precision, code)
 
     def make(self, work: Work, folder: Path) -> None:
-        """Write ``quantized/`` and ``sites.json``."""
+        """Write ``quantized/``, ``sites.json``, and what the report shows of both."""
         if not work.runtime.ranks.leads:
             return
-        images = work.results[ImagesStage.name].images
+        given = work.results[ImagesStage.name]
+        images = given.images
         model = quantize(work.teacher, images, work.recipe.quantization, work.runtime, folder / STATE)
         parts = {key: value for key, value in work.recipe.to_dict().items() if key not in _NO_PART_IN_THE_MODEL}
         save_quantized(model, folder / "quantized", work.teacher, parts)
         write_text(folder / "sites.json", json.dumps(model.site_table(), indent=1) + "\n")
+        shown: dict[str, Any] = {NOISE_FILE: site_noise(model, images, work.runtime)}
+        if not work.teacher.headless:
+            shown[CLASSES_FILE] = image_classes(given, work.teacher, work.runtime)
+        for name, content in shown.items():
+            write_text(folder / name, json.dumps(content) + "\n")
 
     def load(self, work: Work, folder: Path) -> Path:
         """Check the saved model."""

@@ -18,7 +18,7 @@ from spdfq.errors import DataError
 from spdfq.report import write_pictures, write_report
 from spdfq.report.curves import curves
 from spdfq.report.page import bits_label
-from spdfq.report.pictures import _columns, _Places, heat
+from spdfq.report.pictures import _columns, _Places, heat, signed_heat
 from spdfq.synth.base import SyntheticImages
 from spdfq.teacher import Teacher
 
@@ -131,6 +131,12 @@ def test_heat_colours_grow_lighter_in_even_steps():
     assert eighths.max() < 12.5
 
 
+def test_signed_colours_are_pale_at_zero_and_darken_alike_on_both_sides():
+    levels = lightness(signed_heat(np.linspace(-1, 1, 65)))
+    assert np.all(np.diff(levels[:33]) > 0)
+    np.testing.assert_allclose(levels[:32], levels[:32:-1], atol=6)
+
+
 def test_grey_images_are_shown_as_the_pixels_they_stand_for(tmp_path):
     images = torch.zeros(2, 1, 4, 4)
     images[0, 0, 0, 0], images[1, 0, 3, 3] = 1.0, -9.0
@@ -174,11 +180,13 @@ def test_prior_and_reached_attention_share_one_scale(tmp_path):
     place = _Places(112, 112)
     assert sheet.shape[1::-1] == place.size(1, 2)
     for row in (0, 1):
-        tiles = sheet[place.top(row) :, place.left(0) :][:112, : place.pair, :3]
+        tiles = sheet[place.top(row) :, place.left(0) :][:112, : place.group, :3]
         assert np.all(tiles[:56, 56:112] == heat(np.array(1.0)))
         assert np.all(tiles[56:, :112] == heat(np.array(0.0)))
-        assert np.all(tiles[:, -112:] == heat(np.array(0.25)))  # a quarter of the mass on each of four tokens
-    thumbnail = sheet[:112, place.left(0) + (place.pair - 112) // 2 :][:, :112]
+        assert np.all(tiles[:, 115:227] == heat(np.array(0.25)))  # a quarter of the mass on each of four tokens
+        assert np.all(tiles[:56, -56:] == signed_heat(np.array(-0.75)))
+        assert np.all(tiles[56:, -112:] == signed_heat(np.array(0.25)))
+    thumbnail = sheet[:112, place.left(0) + (place.group - 112) // 2 :][:, :112]
     assert np.all(thumbnail == (191, 191, 191, 255))
 
 
@@ -230,17 +238,17 @@ def curve_points(path, values, kind):
 
 def test_wide_ranges_are_drawn_on_a_logarithmic_axis(tmp_path):
     x, y = zip(*curve_points(tmp_path / "losses.csv", [[1, 10, 100, 1000]], "line"), strict=True)
-    # the plot spans 42..257 by 26..132: four intervals across, three decades up
+    # the plot spans 42..257 by 10..116: four intervals across, three decades up
     assert x == pytest.approx([42 + 215 * (i + 0.5) / 4 for i in range(4)], abs=0.06)
-    assert y == pytest.approx([132 - 106 * i / 3 for i in range(4)], abs=0.06)
+    assert y == pytest.approx([116 - 106 * i / 3 for i in range(4)], abs=0.06)
     assert "loss (log scale)" in curves(tmp_path / "losses.csv")
 
 
 def test_groups_are_drawn_as_their_mean_inside_a_band(tmp_path):
     path, values = tmp_path / "losses.csv", [[1, 1], [1, 2], [4, 3]]
-    assert [y for _, y in curve_points(path, values, "line")] == pytest.approx([97 - 1 / 3, 97 - 1 / 3], abs=0.06)
-    # 1 is at 132 and 4 at 26, so each unit is 106 / 3 high
-    high, low = [26, 26 + 106 / 3], [132, 132]
+    assert [y for _, y in curve_points(path, values, "line")] == pytest.approx([81 - 1 / 3, 81 - 1 / 3], abs=0.06)
+    # 1 is at 116 and 4 at 10, so each unit is 106 / 3 high
+    high, low = [10, 10 + 106 / 3], [116, 116]
     assert [y for _, y in curve_points(path, values, "band")] == pytest.approx([*high, *low[::-1]], abs=0.06)
     assert "lowest to highest over 3 groups" in curves(path)
     assert "log scale" not in curves(path)
@@ -251,14 +259,14 @@ def test_long_curves_are_thinned_without_losing_their_peaks(tmp_path):
     values[1234] = 5.0
     band = curve_points(tmp_path / "losses.csv", [values], "band")
     assert len(band) == 2 * 160
-    assert min(y for _, y in band) == 26
-    assert max(y for _, y in band) == 132
+    assert min(y for _, y in band) == 10
+    assert max(y for _, y in band) == 116
 
 
 @pytest.mark.parametrize("values", [[[2.0]], [[0.0, 0.0]], [[-3.0, -3.0, -3.0]], [[-2.0, 900.0]], [[1e-9, 1e9]]])
 def test_any_finite_curve_can_be_drawn(tmp_path, values):
     points = curve_points(tmp_path / "losses.csv", values, "line")
-    assert all(42 <= x <= 257 and 25.9 <= y <= 132.1 for x, y in points)
+    assert all(42 <= x <= 257 and 9.9 <= y <= 116.1 for x, y in points)
     Page(curves(tmp_path / "losses.csv"))
 
 

@@ -163,6 +163,7 @@ def test_the_command_prints_the_file_and_what_to_look_at(run):
     assert done.exit_code == 0, done.output
     assert "note: no ONNX file in the folder; 'spdfq export RUN --check' writes and measures one" in done.stderr
     assert "note: recipe.toml and the report name local paths" in done.stderr
+    assert "note: real.png and the report show images of the test set" in done.stderr
     assert "evaluation.dataset.root = " in done.stderr
     assert f"upload     hf upload USER/NAME {run} . --exclude .lock" in done.stdout
     found, body = front_matter(run)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from support.commands import spdfq
 
 from spdfq.data import FashionMnist, ImageFolder
@@ -25,6 +26,9 @@ def test_a_check_measures_the_file_on_the_images_of_the_run(finished, checked):
     assert row["agreement"] >= 80
     assert row["products"] == 38
     assert row["integer_products"] == 32  # the softmax is logarithmic
+    assert 0 < row["milliseconds"] < 1000
+    assert 0 < row["float_milliseconds"] < 1000
+    assert row["threads"] == torch.get_num_threads()
     assert row["float_products"] == [f"blocks.{block}.attn_2" for block in range(6)]
 
 
@@ -40,7 +44,9 @@ def test_the_file_has_the_names_of_the_classes_and_the_simulated_accuracy(finish
 
 def test_the_report_shows_what_was_measured_where(finished, checked):
     page = (finished.folder / "report.html").read_text()
-    assert f"measured in onnxruntime {checked['measured'][0]['version']}" in page
+    row = checked["measured"][0]
+    assert f"measured in onnxruntime {row['version']}" in page
+    assert f"{row['top1']:.2f} %, {row['milliseconds']:.2f} ms/image measured in" in page
     assert "32 of 38" in page
     assert "blocks.0.attn.softmax: " in page
     assert json.loads((finished.folder / "exports.json").read_text())["model.onnx"] == checked
@@ -53,6 +59,7 @@ def test_the_command_prints_the_numbers_and_the_notes(finished, checked, tmp_pat
     assert done.exit_code == 0, done.output
     assert "note: blocks.0.attn.softmax: log2 of 4 bits is now uniform of 8 bits" in done.stderr
     assert " % measured in torch " in done.stdout
+    assert " ms for one image, " in done.stdout
     assert "agreement  100.00 % of the images" in done.stdout
     assert new.is_file()
     done = spdfq("export", finished.folder, "--format", "safetensors", "--json")

@@ -31,7 +31,8 @@ def test_a_run_leaves_these_files_and_no_others(finished):
     found = {str(path.relative_to(finished.folder)) for path in finished.folder.rglob("*") if path.is_file()}
     assert found - {".lock"} == {
         *("recipe.toml", "run.json", "sites.json", "losses.csv", "report.html"),
-        *("synthetic.safetensors", "synthetic.png", "attention.png"),
+        *("synthetic.safetensors", "synthetic.png", "attention.png", "real.png"),
+        *("site_noise.json", "image_classes.json", "explained.json"),
         *("quantized/model.safetensors", "quantized/config.json"),
     }
 
