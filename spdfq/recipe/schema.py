@@ -171,11 +171,14 @@ class Evaluation(Checked):
         dataset: labelled images.
         bank: other labelled images, only for a model without a head: k-NN accuracy uses their features.
         batch: images per forward pass.
+        precision: of the forward passes of both models; ``runtime.precision`` does not change it, so that numbers from
+            different machines can be compared.
     """
 
     dataset: Any = component("dataset")
     bank: Any = component("dataset", default=None)
     batch: int = field(default=250, validator=validators.ge(1))
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 @frozen(kw_only=True)
