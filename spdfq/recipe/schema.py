@@ -183,17 +183,20 @@ class Evaluation(Checked):
 
 @frozen(kw_only=True)
 class RuntimeSpec(Checked):
-    """How a recipe runs. Only the precision changes what is computed; device and threads can change the last digits.
+    """How a recipe runs. Only the precision changes what is computed; the others can change the last digits.
 
     Args:
         precision: of the forward passes in synthesis, reconstruction and distillation; ``auto`` uses bfloat16 if the
             device computes it fast.
+        compile: in synthesis, run the teacher's forward pass as `torch.compile` makes it. A teacher whose compiled pass
+            differs, or cannot be made, is refused.
         device: ``auto`` uses an accelerator if there is one.
         threads: number of CPU threads while the recipe runs; without it, torch's current setting.
         tracker: what the results are sent to when the run is finished; nothing by default.
     """
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = field(default=None, validator=validators.optional([validators.ge(1), validators.le(1024)]))
     tracker: Any = component("tracker", default=None)

@@ -13,6 +13,7 @@ from spdfq.losses.base import Loss, LossInputs
 from spdfq.runtime import Advance, Draws, Runtime
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.changes import Change, Moment, apply_all, follow_all
+from spdfq.synth.compiled import CompiledPasses
 from spdfq.synth.crops import CropPlan
 from spdfq.synth.forward import ForwardPasses, new_pruner
 from spdfq.synth.group_state import GroupState, LossWeights
@@ -55,6 +56,7 @@ class Group:
         index: number of the group, counted from 0.
         count: B, number of images.
         student: makes the quantized student if the settings have one.
+        compiled: the teacher's compiled passes, shared by all groups; ``None`` runs them as they are written.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Group:
         index: int,
         count: int,
         student: StudentFactory | None = None,
+        compiled: CompiledPasses | None = None,
     ) -> None:
         self.spec, self.teacher, self.runtime, self.index, self.count = spec, teacher, runtime, index, count
         self.size: tuple[int, int] = teacher.input_size[1:]
@@ -79,7 +82,7 @@ class Group:
             self.labels, self.targets = self._labels_and_targets()
         self.view_weights = self.plan.view_weights(count).to(runtime.device)
         self.state = self._new_state()
-        self.passes = ForwardPasses(teacher, runtime, count, new_pruner(spec.pruning, teacher, count))
+        self.passes = ForwardPasses(teacher, runtime, count, new_pruner(spec.pruning, teacher, count), compiled)
         self.trainer = StudentTrainer(spec.student, _required(student)) if spec.student else None
         self.state.others = {"pruning": self.passes.pruner, "student": self.trainer}
         self.low, self.high = teacher.pixel_range(self.state.images)
