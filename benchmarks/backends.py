@@ -41,12 +41,15 @@ PARTS = ["models/vit_fmnist", "images/gaussian_noise"]
 
 
 def images_for(teacher: Teacher) -> torch.Tensor:
-    return torch.randn(IMAGES, *teacher.input_size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(IMAGES, *teacher.input_size, generator=torch.Generator().manual_seed(0)).to(teacher.device)
 
 
 def seconds(work: Callable[[], object]) -> float:
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     work()
+    wait()
     return time.perf_counter() - start
 
 
@@ -69,7 +72,7 @@ def closed_form(teacher: Teacher) -> dict[str, Any]:
 def blockwise(teacher: Teacher, rounds: int, precision: Precision) -> dict[str, Any]:
     spec = load_recipe({"extends": [*PARTS, "backends/blockwise"]}).quantization
     model, images = place(teacher, spec), images_for(teacher)
-    runtime = Runtime(precision=precision)
+    runtime = Runtime(device=teacher.device, precision=precision)
     calibration = Calibration(teacher=teacher, images=images, runtime=runtime)
     spec.steps[0].run(model, calibration)
     with teacher.frozen() as network:

@@ -1,10 +1,12 @@
 """Accuracy on labelled images, and agreement with the teacher."""
 
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from spdfq.data.classes import shortened
@@ -46,7 +48,8 @@ def logits_over(
     own = {start: batches[start] for start in ranks.share([start for start in batches if start not in known])}
     resumed = sum(len(batches[start]) for start in finished.batches)
     progress = runtime.progress(label, resumed + sum(map(len, own.values())))
-    with runtime.own_modes(), torch.no_grad(), evaluation_mode(model), progress as advance:
+    at_precision = evolve(runtime, precision=spec.precision).autocast()
+    with runtime.own_modes(), torch.no_grad(), at_precision, evaluation_mode(model), progress as advance:
         if resumed:
             advance(resumed)
         for start, found in _batch_by_batch(model, teacher, spec, runtime.device, own):
@@ -61,13 +64,32 @@ def logits_over(
 def _batch_by_batch(
     model: nn.Module, teacher: Teacher, spec: Any, device: torch.device, own: dict[int, range]
 ) -> Iterator[tuple[int, Predictions]]:
-    """Predictions for this process's batches, each with the position of its first image."""
+    """Predictions for this process's batches, each with the position of its first image.
+
+    An accelerator computes the logits of a batch while the next one is read from the disk and copied.
+    """
     indices = [index for batch in own.values() for index in batch]
     found = spec.dataset.batches(teacher, spec.batch, indices) if indices else ()
+    ahead = 0 if device.type == "cpu" else 1
+    queued: deque[tuple[int, Predictions]] = deque()
     for start, (images, labels, damaged) in zip(own, found, strict=True):
         # some models fail on an empty batch
-        logits = model(images.to(device)).float().cpu() if len(images) else images.new_zeros(0, teacher.num_classes)
-        yield start, Predictions(logits, labels, damaged)
+        logits = model(_moved(images, device)).float() if len(images) else images.new_zeros(0, teacher.num_classes)
+        queued.append((start, Predictions(logits, labels, damaged)))
+        if len(queued) > ahead:
+            yield _finished(*queued.popleft())
+    yield from (_finished(*each) for each in queued)
+
+
+def _moved(images: Tensor, device: torch.device) -> Tensor:
+    """The images on a device; from pinned memory the copy is made without waiting for it."""
+    if device.type != "cuda":
+        return images.to(device)
+    return images.pin_memory().to(device, non_blocking=True)
+
+
+def _finished(start: int, found: Predictions) -> tuple[int, Predictions]:
+    return start, evolve(found, logits=found.logits.cpu())
 
 
 def _checked(found: Predictions, label: str, count: int) -> Predictions:

@@ -64,10 +64,12 @@ class AttentionEntropyLoss(Loss):
         """``[B, R, K]``. Up to a factor, the mean over heads is one product of the concatenated heads."""
         record = inputs.attention
         query, key = record.queries[block][:, :, record.prefix :], record.keys[block][:, :, record.prefix :]
-        generator = inputs.generator("rows", block, inputs.iteration)
-        drawn = torch.randperm(query.shape[-2], generator=generator, device="cpu")
-        chosen = query[:, :, drawn[: self.rows].to(query.device)]
+        chosen = query[:, :, inputs.each(("rows", block), _some_rows, query.shape[-2], self.rows)]
         return _concatenated(chosen) @ _concatenated(key).mT
+
+
+def _some_rows(generator: torch.Generator, _: int, tokens: int, rows: int) -> Tensor:
+    return torch.randperm(tokens, generator=generator, device="cpu")[:rows]
 
 
 def _concatenated(x: Tensor) -> Tensor:

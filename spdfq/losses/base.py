@@ -99,6 +99,10 @@ class LossInputs(Checked):
         """What ``make`` returned when this key was first asked for in this group; see `Draws.keep`."""
         return self._draws().keep(key, make)
 
+    def each(self, purpose: tuple[str | int, ...], draw: Callable[..., Tensor], *sizes: int) -> Tensor:
+        """What this iteration draws for a purpose, where the images are; see `Draws.each`."""
+        return self._draws().each(purpose, self.iteration, draw, *sizes, device=self.images.device)
+
     def _draws(self) -> Draws:
         if self.draws is None:
             raise SpdfqError(f"got no draws; {_REMEDIES['draws']}")

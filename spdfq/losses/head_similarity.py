@@ -178,6 +178,6 @@ class HeadSimilarityLoss(Loss):
         record = self.recorded(inputs)
         blocks = 1 - recorded_head_similarity(record)
         if self.faithful:
-            heads = blocks.new_tensor([query.shape[1] for query in record.queries if query.shape[1] > 1])
-            blocks = blocks * (heads - 1) / heads
+            heads = [query.shape[1] for query in record.queries if query.shape[1] > 1]
+            blocks = torch.stack([block * (count - 1) / count for block, count in zip(blocks, heads, strict=True)])
         return blocks.mean()

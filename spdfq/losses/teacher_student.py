@@ -117,13 +117,21 @@ class MaskedAttentionAlignmentLoss(Loss):
 
     def _mask(self, scores: Tensor, inputs: LossInputs, block: int) -> Tensor:
         """``[B, K]``: ones at the largest scores, without those dropped."""
-        first, last = self.share
-        share = first + (last - first) * inputs.iteration / max(1, inputs.iterations - 1)
-        inside = max(1, int(share * scores.shape[1] + 1e-6))
-        kept = max(1, round(inside * (1 - self.dropped)))
-        generator = inputs.generator("mask", block, inputs.iteration)
-        order = uniform(generator, len(scores), inside).argsort(-1)[:, :kept].to(scores.device)
+        order = inputs.each(("mask", block), self._kept, *scores.shape, inputs.iterations)
+        inside = self._inside(inputs.iteration, scores.shape[1], inputs.iterations)
         return torch.zeros_like(scores).scatter(1, scores.topk(inside).indices.gather(1, order), 1)
+
+    def _kept(self, generator: torch.Generator, iteration: int, images: int, patches: int, iterations: int) -> Tensor:
+        """``[B, kept]``: which patches of the mask are not dropped."""
+        inside = self._inside(iteration, patches, iterations)
+        kept = max(1, round(inside * (1 - self.dropped)))
+        return uniform(generator, images, inside).argsort(-1)[:, :kept]
+
+    def _inside(self, iteration: int, patches: int, iterations: int) -> int:
+        """How many patches of an image the mask holds before some are dropped."""
+        first, last = self.share
+        share = first + (last - first) * iteration / max(1, iterations - 1)
+        return max(1, int(share * patches + 1e-6))
 
 
 def attention_rows(record: AttentionRecord) -> list[Tensor]:

@@ -171,26 +171,32 @@ class Evaluation(Checked):
         dataset: labelled images.
         bank: other labelled images, only for a model without a head: k-NN accuracy uses their features.
         batch: images per forward pass.
+        precision: of the forward passes of both models; ``runtime.precision`` does not change it, so that numbers from
+            different machines can be compared.
     """
 
     dataset: Any = component("dataset")
     bank: Any = component("dataset", default=None)
     batch: int = field(default=250, validator=validators.ge(1))
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 @frozen(kw_only=True)
 class RuntimeSpec(Checked):
-    """How a recipe runs. Only the precision changes what is computed; device and threads can change the last digits.
+    """How a recipe runs. Only the precision changes what is computed; the others can change the last digits.
 
     Args:
         precision: of the forward passes in synthesis, reconstruction and distillation; ``auto`` uses bfloat16 if the
             device computes it fast.
+        compile: in synthesis, run the teacher's forward pass as `torch.compile` makes it. A teacher whose compiled pass
+            differs, or cannot be made, is refused.
         device: ``auto`` uses an accelerator if there is one.
         threads: number of CPU threads while the recipe runs; without it, torch's current setting.
         tracker: what the results are sent to when the run is finished; nothing by default.
     """
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = field(default=None, validator=validators.optional([validators.ge(1), validators.le(1024)]))
     tracker: Any = component("tracker", default=None)

@@ -127,12 +127,13 @@ class ImagesStage(Stage):
     name = "images"
 
     def key(self, work: Work) -> str:
-        """Depends on the synthesis section, its data, seed and precision; and on the back-end if it needs a student."""
+        """Depends on the synthesis section, its data, seed, precision and compilation; on the back-end of a student."""
         recipe: Any = work.recipe
         spec, code = recipe.synthesis, code_digests(recipe)[self.name]
         student = unstructure(student_section(recipe.quantization)) if spec.needs_student else None
         parts = unstructure(spec, "source"), data_fingerprints(spec), recipe.seed, work.runtime.precision
-        return work.key(*parts, code, student)
+        compiled = ["compiled"] if work.runtime.compile else []
+        return work.key(*parts, code, student, *compiled)
 
     def make(self, work: Work, folder: Path) -> None:
         """Write ``synthetic.safetensors``."""

@@ -42,6 +42,7 @@ class Runtime:
     Args:
         device: where tensors live.
         precision: of the forward passes in synthesis, reconstruction and distillation.
+        compile: whether synthesis compiles the teacher's forward pass.
         seed: the recipe's seed.
         progress: ``progress(description, total)`` is a context manager that gives ``advance(steps, **values)``.
         ranks: the processes that share the work.
@@ -49,6 +50,7 @@ class Runtime:
 
     device: torch.device = field(factory=lambda: torch.device("cpu"))
     precision: Precision = "float32"
+    compile: bool = False
     seed: int = 0
     progress: Progress = silent
     ranks: Ranks = ALONE
@@ -106,7 +108,8 @@ def make_runtime(
         torch.set_num_threads(spec.threads)
     shown = progress if ranks.leads else silent
     precision = pick_precision(spec.precision, chosen)
-    return Runtime(device=chosen, precision=precision, seed=seed, progress=shown, ranks=ranks)
+    options = {"compile": spec.compile, "seed": seed, "progress": shown, "ranks": ranks}
+    return Runtime(device=chosen, precision=precision, **options)
 
 
 def pick_device(name: str | torch.device, key: str = "runtime.device") -> torch.device:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from attrs import field, frozen, validators
+from attrs import evolve, field, frozen, validators
 from einops import rearrange
 from torch import Tensor
 
@@ -54,6 +54,14 @@ class Change(Checked):
         """
         return images
 
+    def placed(self, images: Tensor) -> "Change":
+        """The same change, with what it needs where the images are, so that `apply` copies nothing.
+
+        Args:
+            images: ``[B, C, h, w]``; their values are not read.
+        """
+        return self
+
     def follow(self, maps: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:
         """Move maps on the token grid the way `apply` moves the images.
 
@@ -73,11 +81,11 @@ class Move(Change):
     """Images mirrored, then rolled.
 
     Args:
-        flip: whether to mirror left to right: one answer for all images, or one for each.
+        flip: whether to mirror left to right: one answer for all images, or one for each, also as ``[B]`` boolean.
         shift: rows and columns to roll by, in pixels.
     """
 
-    flip: bool | tuple[bool, ...] = False
+    flip: bool | tuple[bool, ...] | Tensor = False
     shift: tuple[int, int] = (0, 0)
 
     def apply(self, images: Tensor) -> Tensor:
@@ -85,6 +93,12 @@ class Move(Change):
         _check_images(images, None if isinstance(self.flip, bool) else len(self.flip))
         images = self._mirrored(images)
         return images if self.shift == (0, 0) else images.roll(self.shift, (-2, -1))
+
+    def placed(self, images: Tensor) -> "Move":
+        """The same movement, with the answers for each image where the images are."""
+        if isinstance(self.flip, bool):
+            return self
+        return evolve(self, flip=torch.as_tensor(self.flip, device=images.device))
 
     def follow(self, maps: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:
         """Maps mirrored and rolled like the images; see `Change.follow`."""
@@ -101,7 +115,7 @@ class Move(Change):
     def _mirrored(self, x: Tensor) -> Tensor:
         if isinstance(self.flip, bool):
             return x.flip(-1) if self.flip else x
-        chosen = rearrange(torch.tensor(self.flip, device=x.device), "b -> b 1 1 1")
+        chosen = rearrange(torch.as_tensor(self.flip, device=x.device), "b -> b 1 1 1")
         return torch.where(chosen, x.flip(-1), x)
 
 
@@ -125,6 +139,10 @@ class Affine(Change):
         scale, offset = (rearrange(part, "b c -> b c 1 1").to(images) for part in (self.scale, self.offset))
         return images * scale + offset
 
+    def placed(self, images: Tensor) -> "Affine":
+        """The same change, with its tensors where the images are."""
+        return evolve(self, scale=self.scale.to(images), offset=self.offset.to(images))
+
 
 @frozen(kw_only=True, eq=False)
 class Crop(Change):
@@ -135,15 +153,23 @@ class Crop(Change):
     """
 
     boxes: Tensor
+    _plan: CropPlan = field(init=False, repr=False)
+
+    @_plan.default
+    def _one_for_each(self) -> CropPlan:
+        no_labels = self.boxes.new_zeros(len(self.boxes))
+        owners = torch.arange(len(self.boxes), device=self.boxes.device)
+        return CropPlan(boxes=self.boxes, owners=owners, labels=no_labels)
 
     def apply(self, images: Tensor) -> Tensor:
         """The boxes, resized bilinearly to ``[B, C, h, w]``."""
         _check_images(images, len(self.boxes))
-        no_labels = self.boxes.new_zeros(len(self.boxes))
-        plan = CropPlan(
-            boxes=self.boxes, owners=torch.arange(len(self.boxes), device=self.boxes.device), labels=no_labels
-        )
-        return plan.views(images, (images.shape[-2], images.shape[-1]))
+        return self._plan.views(images, (images.shape[-2], images.shape[-1]))
+
+    def placed(self, images: Tensor) -> "Crop":
+        """The same boxes, and where their pixels lie, where the images are."""
+        self._plan.place(images, (images.shape[-2], images.shape[-1]))
+        return self
 
     def follow(self, maps: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:
         """Always raises SpdfqError: most tokens of a crop are not tokens of the whole image."""

@@ -32,6 +32,7 @@ class CropPlan(Checked):
     labels: Tensor
     every: int = 1
     redraw: int = 0
+    _placed: dict = field(factory=dict, init=False, repr=False)
     _matrices: dict = field(factory=dict, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -69,6 +70,24 @@ class CropPlan(Checked):
         # index_select instead of images[owners]: faster, and its gradient is summed in a fixed order
         return rows @ images.index_select(0, owners) @ columns.mT
 
+    def place(self, images: Tensor, size: Size) -> None:
+        """Copy what `views` needs to where the images are, so that it copies nothing; their values are not read.
+
+        Args and errors are those of `views`.
+        """
+        key = _kind(images, size)
+        if key in self._placed:
+            return
+        self._check_owners(len(images))
+        start, sides, full = self.boxes[:, :2], self.boxes[:, 2:], tuple(images.shape[-2:])
+        beyond = start + sides > torch.tensor(full, device=start.device)
+        if bool(((start < 0) | (sides < 1) | beyond).any()):
+            raise SpdfqError(f"a box of the plan is empty or outside the images of {full[0]}x{full[1]}")
+        exact, device = torch.promote_types(images.dtype, torch.float32), images.device
+        axes = zip(start.to(exact).T, sides.to(exact).T, size, strict=True)
+        positions = [[x.to(device) for x in _positions(*axis)] for axis in axes]
+        self._placed[key] = self.owners.to(device), positions
+
     def view_classes(self, count: int) -> list[list[int]]:
         """The classes of each view, for `Target.sample`: of the images first, then of the crops.
 
@@ -97,23 +116,33 @@ class CropPlan(Checked):
 
     def _resize_to(self, images: Tensor, size: Size) -> tuple[Tensor, Tensor, Tensor]:
         """Owners, and the matrices that resize rows and columns; computed once for each kind of image."""
-        key = (tuple(images.shape[-2:]), size, images.device, images.dtype)
+        key = _kind(images, size)
         if key not in self._matrices:
-            self._check_owners(len(images))
-            start, sides, (full_height, full_width) = self.boxes[:, :2], self.boxes[:, 2:], images.shape[-2:]
-            beyond = start + sides > torch.tensor([full_height, full_width], device=start.device)
-            if bool(((start < 0) | (sides < 1) | beyond).any()):
-                raise SpdfqError(f"a box of the plan is empty or outside the images of {full_height}x{full_width}")
-            top, left, height, width = self.boxes.T
-            exact = torch.promote_types(images.dtype, torch.float32)
-            rows = _resize_matrices(top.to(exact), height.to(exact), images.shape[-2], size[0])
-            columns = _resize_matrices(left.to(exact), width.to(exact), images.shape[-1], size[1])
-            self._matrices[key] = (self.owners.to(images.device), rows.to(images), columns.to(images))
+            self.place(images, size)
+            owners, positions = self._placed[key]
+            rows, columns = (
+                _resize_matrices(axis, full).to(images.dtype)
+                for axis, full in zip(positions, images.shape[-2:], strict=True)
+            )
+            self._matrices[key] = owners, rows, columns
         return self._matrices[key]
 
 
-def _resize_matrices(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
-    """``[crops, 1, size, full]``: bilinear weights of each output row over the input rows of a box."""
+def _kind(images: Tensor, size: Size) -> tuple:
+    return tuple(images.shape[-2:]), size, images.device, images.dtype
+
+
+def _positions(start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the output rows lie in the input: the rows below and above each, and the share of the one above.
+
+    Args:
+        start: ``[crops]`` first input row of each box.
+        length: ``[crops]`` its number of rows.
+        size: number of output rows.
+
+    Returns:
+        ``[crops, size]`` each.
+    """
     start, length = rearrange(start, "crops -> crops 1"), rearrange(length, "crops -> crops 1")
     # `interpolate` rounds the scale, then rounds again after a fused multiply-add; exact weights differ by 1e-5
     centres = torch.arange(size, dtype=torch.float64, device=length.device) + 0.5
@@ -121,7 +150,13 @@ def _resize_matrices(start: Tensor, length: Tensor, full: int, size: int) -> Ten
     source = torch.minimum(source, length - 1)
     below = source.floor()
     above = torch.minimum(below + 1, length - 1)
-    weights = torch.zeros(len(start), size, full, dtype=length.dtype, device=length.device)
-    weights.scatter_add_(2, (start + below).long().unsqueeze(2), (1 - (source - below)).unsqueeze(2))
-    weights.scatter_add_(2, (start + above).long().unsqueeze(2), (source - below).unsqueeze(2))
+    return (start + below).long(), (start + above).long(), source - below
+
+
+def _resize_matrices(positions: tuple[Tensor, Tensor, Tensor], full: int) -> Tensor:
+    """``[crops, 1, size, full]``: bilinear weights of each output row over the input rows; see `_positions`."""
+    below, above, share = positions
+    weights = torch.zeros(*share.shape, full, dtype=share.dtype, device=share.device)
+    weights.scatter_add_(2, below.unsqueeze(2), (1 - share).unsqueeze(2))
+    weights.scatter_add_(2, above.unsqueeze(2), share.unsqueeze(2))
     return rearrange(weights, "crops size full -> crops 1 size full")

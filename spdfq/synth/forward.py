@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from attrs import frozen
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from spdfq.attention import CLASS_ATTENTION, AttentionRecord, record_attention
 from spdfq.runtime import Runtime
+from spdfq.synth.compiled import CompiledPasses
 from spdfq.synth.pruning import Pruner, TokenPruning, find_token_layout
 from spdfq.teacher import Teacher
 
@@ -22,12 +24,14 @@ class ForwardPasses:
         runtime: gives the precision.
         count: B, number of images in the group.
         pruner: which patches of the images remain; ``None`` without token pruning.
+        compiled: runs the recorded passes that are differentiated; ``None`` runs them as they are written.
     """
 
     teacher: Teacher
     runtime: Runtime
     count: int
     pruner: Pruner | None
+    compiled: CompiledPasses | None = None
 
     def logits(self, views: Tensor) -> Tensor:
         """The teacher's logits, float32 ``[n, K]``, for views ``[n, C, h, w]``; nothing is recorded."""
@@ -51,11 +55,22 @@ class ForwardPasses:
         """
         # crops keep all their patches, so they need a pass of their own if some patches of the images are left out
         together = [] if crops is None or tokens is not None else [crops]
-        with self.recording(self.teacher.module, needs, tokens) as record:
-            logits = [self.teacher.module(torch.cat([images, *together])).float()]
+        inputs = [torch.cat([images, *together]), *([] if tokens is None else [tokens])]
+        forward = partial(self._recorded, needs)
+        if self.compiled and torch.is_grad_enabled():
+            logits, record = self.compiled((needs, self.count), forward, *inputs)
+        else:
+            logits, record = forward(*inputs)
         if crops is not None and tokens is not None:
-            logits.append(self.logits(crops))
-        return torch.cat(logits), record
+            logits = torch.cat([logits, self.logits(crops)])
+        return logits, record
+
+    def _recorded(
+        self, needs: frozenset[str], views: Tensor, tokens: Tensor | None = None
+    ) -> tuple[Tensor, AttentionRecord]:
+        with self.recording(self.teacher.module, needs, tokens) as record:
+            logits: Tensor = self.teacher.module(views).float()
+        return logits, record
 
     @contextmanager
     def recording(

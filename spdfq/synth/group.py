@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from spdfq.attention import AttentionRecord
@@ -12,6 +13,7 @@ from spdfq.losses.base import Loss, LossInputs
 from spdfq.runtime import Advance, Draws, Runtime
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.changes import Change, Moment, apply_all, follow_all
+from spdfq.synth.compiled import CompiledPasses
 from spdfq.synth.crops import CropPlan
 from spdfq.synth.forward import ForwardPasses, new_pruner
 from spdfq.synth.group_state import GroupState, LossWeights
@@ -28,6 +30,19 @@ SAVE_SECONDS = 5.0
 SAVE_SECONDS_STUDENT = 60.0
 
 
+@frozen(eq=False)
+class Upcoming:
+    """What an iteration draws at random, apart from its losses.
+
+    Args:
+        changes: of the augmentations.
+        plan: the crops.
+    """
+
+    changes: tuple[Change, ...]
+    plan: CropPlan
+
+
 class Group:
     """The unit of work: images that share an optimizer, crops, targets, automatic weights and a state file.
 
@@ -41,6 +56,7 @@ class Group:
         index: number of the group, counted from 0.
         count: B, number of images.
         student: makes the quantized student if the settings have one.
+        compiled: the teacher's compiled passes, shared by all groups; ``None`` runs them as they are written.
     """
 
     def __init__(
@@ -51,20 +67,22 @@ class Group:
         index: int,
         count: int,
         student: StudentFactory | None = None,
+        compiled: CompiledPasses | None = None,
     ) -> None:
         self.spec, self.teacher, self.runtime, self.index, self.count = spec, teacher, runtime, index, count
         self.size: tuple[int, int] = teacher.input_size[1:]
         self.columns = (*spec.losses, *LOOP_COLUMNS)
         self.draws = Draws(runtime.seed, index)
-        self.redraws = 0
+        self.ahead: dict[int, Upcoming] = {}
         self.plan: CropPlan = spec.sampler.sample(count, self.size, teacher.num_classes, self.generator("sampler"))
+        self.plans = {0: self.plan}
         self.labels: Tensor | None = None
         self.targets: Tensor | None = None
         if spec.target.gives_labels and not teacher.headless:
             self.labels, self.targets = self._labels_and_targets()
         self.view_weights = self.plan.view_weights(count).to(runtime.device)
         self.state = self._new_state()
-        self.passes = ForwardPasses(teacher, runtime, count, new_pruner(spec.pruning, teacher, count))
+        self.passes = ForwardPasses(teacher, runtime, count, new_pruner(spec.pruning, teacher, count), compiled)
         self.trainer = StudentTrainer(spec.student, _required(student)) if spec.student else None
         self.state.others = {"pruning": self.passes.pruner, "student": self.trainer}
         self.low, self.high = teacher.pixel_range(self.state.images)
@@ -90,8 +108,10 @@ class Group:
             state.restore(path)
             advance(state.iteration)
         pause = SAVE_SECONDS_STUDENT if self.trainer else SAVE_SECONDS
-        checked, saved = state.iteration, time.monotonic()
+        checked, saved, start = state.iteration, time.monotonic(), state.iteration
         while state.iteration < iterations:
+            if state.iteration not in self.ahead:
+                self.draw_ahead(range(state.iteration, min(_next_check(state.iteration, start), iterations)))
             self.step(state.iteration)
             state.iteration += 1
             to_save = state.iteration == iterations or time.monotonic() - saved >= pause
@@ -103,8 +123,22 @@ class Group:
                 checked, saved = state.iteration, time.monotonic() if to_save else saved
         return self._result()
 
+    def draw_ahead(self, iterations: range) -> None:
+        """Draw what these iterations draw at random, and copy it to the device."""
+        self.draws.draw_ahead(iterations)
+        redraws = {iteration: iteration // self.plan.redraw if self.plan.redraw else 0 for iteration in iterations}
+        self.plans = {number: self._plan(number) for number in sorted(set(redraws.values()))}
+        for iteration, number in redraws.items():
+            plan, images = self.plans[number], self.state.images
+            if plan.due(iteration):
+                plan.place(images, self.size)
+            self.ahead[iteration] = Upcoming(tuple(x.placed(images) for x in self._changes(iteration)), plan)
+
     def step(self, iteration: int) -> None:
-        """Run one iteration. On an accelerator this queues work and does not wait for it."""
+        """Run one iteration. On an accelerator this queues work and does not wait for it.
+
+        Only the first iteration copies something to the device, and those in which the student's ranges are chosen.
+        """
         state = self.state
         self.passes.prune(state.images, iteration)
         inputs = self._forward(iteration)
@@ -128,12 +162,15 @@ class Group:
                 state.images.copy_(torch.where(finished, before, state.images))
         if self.trainer and self.trainer.due(iteration):
             self._train_student(self.trainer, iteration)
+        del self.ahead[iteration]
 
     def _new_state(self) -> GroupState:
         drawn = noise(self.count, self.teacher, self.generator("noise")).to(self.runtime.device)
         images = self.spec.optimizer.start(drawn).requires_grad_()
         curve = torch.zeros(self.spec.iterations, len(self.columns), device=images.device, dtype=torch.float32)
-        return GroupState(images, self.spec.optimizer.build(images), LossWeights(self.spec.losses), curve)
+        return GroupState(
+            images, self.spec.optimizer.build(images), LossWeights(self.spec.losses, images.device), curve
+        )
 
     def _labels_and_targets(self) -> tuple[Tensor, Tensor]:
         """Labels and targets ``[B+M, K]`` of the images and then of the crops."""
@@ -144,7 +181,7 @@ class Group:
     def _forward(self, iteration: int) -> LossInputs:
         """Pass the augmented images through the teacher and the student, and the crops through the teacher if due."""
         images, changes, tokens = self._augmented(iteration)
-        self._redraw_crops(iteration)
+        self.plan = self._upcoming(iteration).plan
         crops = self.plan.views(self.state.images, self.size) if self.plan.due(iteration) else None
         logits, record = self.passes.recorded(images, crops, self.spec.needs, tokens)
         inputs = self._inputs(images, logits, record, iteration, changes, tokens)
@@ -153,16 +190,21 @@ class Group:
             inputs.student_logits, inputs.student_attention = self._student_pass(student, images, tokens)
         return inputs
 
-    def _redraw_crops(self, iteration: int) -> None:
-        """Draw the boxes of this iteration, unless they are still those of the one before."""
-        redraws = iteration // self.plan.redraw if self.plan.redraw else 0
-        if redraws != self.redraws:
-            self.redraws = redraws
-            self.plan = self.spec.sampler.redrawn(self.plan, self.size, self.generator("sampler", redraws))
+    def _upcoming(self, iteration: int) -> Upcoming:
+        """What was drawn for an iteration; it is drawn now if nobody drew it ahead."""
+        if iteration not in self.ahead:
+            self.draw_ahead(range(iteration, iteration + 1))
+        return self.ahead[iteration]
+
+    def _plan(self, number: int) -> CropPlan:
+        """The crops after this number of redraws."""
+        if number in self.plans:
+            return self.plans[number]
+        return self.spec.sampler.redrawn(self.plan, self.size, self.generator("sampler", number))
 
     def _augmented(self, iteration: int) -> tuple[Tensor, tuple[Change, ...], Tensor | None]:
         """The augmented images of an iteration, the changes made to them, and the patch tokens that remain."""
-        changes, pruner = self._changes(iteration), self.passes.pruner
+        changes, pruner = self._upcoming(iteration).changes, self.passes.pruner
         tokens = pruner.tokens(iteration, changes, self.size) if pruner else None
         return apply_all(changes, self.state.images), changes, tokens
 
@@ -232,7 +274,7 @@ class Group:
         result = SyntheticImages(
             images=self.state.images.detach().cpu(), curves=self.state.curve.cpu().unsqueeze(0), columns=self.columns
         )
-        self._redraw_crops(self.spec.iterations - 1)
+        self.plan = self._upcoming(self.spec.iterations - 1).plan
         if self.labels is not None:
             result.boxes, result.owners, result.labels = self.plan.boxes, self.plan.owners, self.plan.labels
         shown = [name for name, loss in self.spec.losses.items() if loss.has_pictures]
@@ -247,6 +289,11 @@ class Group:
         logits, record = self.passes.recorded(images, None, loss.needs, None)
         pictures = loss.pictures(self._inputs(images, logits, record, self.spec.iterations - 1).scoped(name))
         result.prior, result.reached, result.first_block = pictures.prior, pictures.reached, pictures.first_block
+
+
+def _next_check(iteration: int, start: int) -> int:
+    """Until where to draw ahead: to the next check, but only after the first iteration, which shows what is drawn."""
+    return iteration + 1 if iteration == start else (iteration // CHECK_EVERY + 1) * CHECK_EVERY
 
 
 def _evaluated(name: str, loss: Loss, inputs: LossInputs) -> Tensor:

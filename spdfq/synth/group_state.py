@@ -35,13 +35,16 @@ class LossWeights:
 
     Args:
         losses: the losses by name.
+        device: of the images; the norms of the gradients stay there, so that nobody waits for them.
     """
 
     losses: dict[str, Loss]
+    device: torch.device = field(factory=lambda: torch.device("cpu"))
     norms: Tensor = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.norms = torch.zeros(1 + len(self.automatic), dtype=torch.float64, device="cpu")
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        self.norms = torch.zeros(1 + len(self.automatic), dtype=exact, device=self.device)
 
     @property
     def automatic(self) -> list[str]:
@@ -56,15 +59,15 @@ class LossWeights:
         measured = [torch.stack(labels).sum(), *(terms[name] for name in self.automatic)]
         for slot, term in enumerate(measured):
             (gradient,) = torch.autograd.grad(term, images, retain_graph=True)
-            self.norms[slot] += float(gradient.norm())
+            self.norms[slot] += gradient.norm()
 
-    def weight(self, name: str) -> float:
-        """The current weight of a loss."""
+    def weight(self, name: str) -> float | Tensor:
+        """The current weight of a loss; an automatic one is a float32 scalar on the device."""
         fixed = self.losses[name].weight
         if fixed != "auto":
             return float(fixed)
-        own = float(self.norms[1 + self.automatic.index(name)])
-        return float(self.norms[0]) / own if own > 0 else 0.0
+        own = self.norms[1 + self.automatic.index(name)]
+        return torch.where(own > 0, self.norms[0] / own, 0.0).float()
 
 
 @define(eq=False)

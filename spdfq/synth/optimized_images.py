@@ -10,6 +10,7 @@ from spdfq.errors import RecipeError, SpdfqError
 from spdfq.registry import augmentations, losses, samplers, sources
 from spdfq.runtime import Advance, Runtime
 from spdfq.synth.base import SyntheticImages
+from spdfq.synth.compiled import compiled_passes
 from spdfq.synth.group import Group
 from spdfq.synth.pruning import find_token_layout
 from spdfq.synth.settings import SynthesisSettings
@@ -112,6 +113,7 @@ class OptimizedImages(SynthesisSettings):
 
         Raises:
             SpdfqError: the teacher or the settings do not fit; see `check`.
+            SpdfqError: ``runtime.compile`` is set, and the teacher cannot be compiled.
             NonFiniteError: a loss or a gradient.
             DataError: a state file is damaged.
         """
@@ -128,10 +130,11 @@ class OptimizedImages(SynthesisSettings):
 
         def run(index: int, advance: Advance) -> SyntheticImages:
             count = min(self.group, self.images - starts[index])
-            return Group(self, teacher, runtime, index, count, student).run(advance, folder)
+            return Group(self, teacher, runtime, index, count, student, compiled).run(advance, folder)
 
         own = ranks.share(range(len(starts)))
-        with teacher.frozen(), runtime.progress("synthesising", len(own) * self.iterations) as advance:
+        progress = runtime.progress("synthesising", len(own) * self.iterations)
+        with teacher.frozen(), compiled_passes(teacher, runtime) as compiled, progress as advance:
             parts = {index: run(index, advance) for index in own}
             ranks.wait()
             # the other ranks' groups are finished, so their results are read from the state files

@@ -15,6 +15,7 @@ from attrs import frozen
 from safetensors import safe_open
 from support.accuracy import BATCH, evaluated, stopping
 from support.data import GREY, RED, Means, names, shade, teacher, write
+from support.second_device import second_device, transfers
 
 from spdfq.data import FashionMnist, ImageFolder
 from spdfq.errors import DataError, NonFiniteError
@@ -114,6 +115,32 @@ def test_every_image_is_evaluated_once_in_evaluation_mode(folder):
     assert not found.logits.requires_grad
     assert owner.module.training
     assert (steps.total, steps.moved) == (8, [3, 3, 2])
+
+
+def test_logits_are_read_while_an_accelerator_computes_the_next_batch(folder):
+    dataset, read = folder({"a": {f"{i}.png": GREY for i in range(4)}, "b": {f"{i}.png": RED for i in range(4)}}), []
+    plain = evaluated(teacher().module, teacher(), dataset)
+    with second_device() as device, transfers() as events:
+        owner = teacher()
+        owner.module.to(device)
+        owner.module.register_forward_hook(lambda *_: read.append(events["copy from the device"]))
+        found = evaluated(owner.module, owner, dataset, device=device)
+    assert read == [0, 0, 1]
+    assert events["copy from the device"] == 3
+    assert torch.equal(found.logits, plain.logits)
+    assert torch.equal(found.labels, plain.labels)
+
+
+def test_the_precision_is_that_of_the_evaluation_section(folder):
+    dataset, seen = folder({"a": {"a.png": GREY}, "b": {"b.png": RED}}), []
+    owner = teacher()
+    owner.module.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    for precision in ("float32", "bfloat16"):
+        spec = Evaluation(dataset=dataset, precision=precision)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = EVALUATOR.reference(owner, spec, Runtime(precision="bfloat16"))
+        assert found.logits.dtype == torch.float32
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize("classes", [1 + 1, 4])

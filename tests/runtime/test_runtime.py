@@ -1,5 +1,7 @@
 """Seed streams, devices, precision and the progress bar."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attrs import evolve
@@ -48,6 +50,19 @@ def test_autocast_gives_the_precision_and_ends(precision, dtype):
     with runtime.autocast():
         assert (a @ a).dtype == dtype
     assert (a @ a).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32"), ((7, 0), "float32")]
+)
+def test_auto_precision_of_a_gpu_follows_its_generation(capability, expected, monkeypatch):
+    """Hopper and Ampere compute bfloat16 fast; Turing and Volta only emulate it."""
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr("torch.version.hip", None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: properties)
+    assert pick_precision("auto", torch.device("cuda")) == expected
 
 
 def test_auto_precision_is_bfloat16_only_where_the_device_is_fast_at_it(monkeypatch):

@@ -23,7 +23,7 @@ class Means(nn.Module):
     def forward(self, images):
         self.seen += len(images)
         means = images.mean((1, 2, 3), keepdim=False)[:, None] * (2 if self.training else 1)
-        return self.scale * means * torch.arange(1.0, self.classes + 1)
+        return self.scale * means * torch.arange(1.0, self.classes + 1, device=images.device)
 
 
 def teacher(classes=2, size=(3, 8, 8), **options):

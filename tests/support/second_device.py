@@ -4,6 +4,7 @@ It calls itself ``lazy``, a name that torch knows and has no kernels for. What f
 the wrong device fails here: operands on two devices, indices elsewhere, a CPU generator for its random numbers.
 """
 
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 from unittest.mock import patch
@@ -15,7 +16,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 SECOND = torch.device("lazy", 0)
 _MOVES = {"_to_copy", "copy_"}
 _INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+# their results, or the shapes of these, come back to the program
+_READS = {
+    "_local_scalar_dense",
+    "_unique2",
+    "argwhere",
+    "bincount",
+    "equal",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave",
+    "unique_consecutive",
+    "unique_dim",
+}
 _Generator, _autocast = torch.Generator, torch.autocast
+_watched: list[Counter] = []
 
 
 class There(torch.Tensor):
@@ -32,6 +47,7 @@ class There(torch.Tensor):
         return f"There({self.here})"
 
     def tolist(self):
+        _note("wait: tolist")
         return self.here.tolist()
 
     @classmethod
@@ -73,6 +89,7 @@ def _run(func, args, kwargs):
     else:
         result_there = bool(there) if device is None else torch.device(device).type == SECOND.type
     _refuse(func, args, tensors, result_there and kwargs.get("generator"))
+    _watch(name, args, there, result_there)
     inner = {key: torch.device("cpu") if key == "device" and device else value for key, value in kwargs.items()}
     with _disable_current_modes():
         found = func(*tree_map(_here, args), **tree_map(_here, inner))
@@ -92,6 +109,35 @@ def _refuse(func, args, tensors, generator):
         raise RuntimeError(f"{func}: all tensors must be on one device: {[tensor.device for tensor in tensors]}")
     if generator and generator.initial_seed() not in _Generators.seeds:
         raise RuntimeError(f"{func}: a generator of the CPU for random numbers of {SECOND}")
+
+
+def _watch(name, args, there, result_there):
+    """Note a copy from or to the second device, and what makes a program wait for it."""
+    indices = [x for x in tree_leaves(args[1:2]) if isinstance(x, torch.Tensor)] if name in _INDEXES and there else []
+    if name in _MOVES and result_there != isinstance(args[name == "copy_"], There):
+        _note("copy to the device" if result_there else "copy from the device")
+    elif there and name in _READS:
+        _note(f"wait: {name}")
+    elif any(index.dtype == torch.bool for index in indices):
+        _note("wait: boolean index")
+    elif any(not isinstance(index, There) for index in indices):
+        _note("copy to the device: index")
+
+
+def _note(event):
+    for counter in _watched:
+        counter[event] += 1
+
+
+@contextmanager
+def transfers():
+    """Counts, inside, what copies between the devices and what waits for the second one."""
+    counter = Counter()
+    _watched.append(counter)
+    try:
+        yield counter
+    finally:
+        _watched.remove(counter)
 
 
 def _here(x):

@@ -80,7 +80,7 @@ def test_an_automatic_weight_is_the_ratio_of_mean_gradient_norms_and_fixed_after
                     prior_norm + gradients[1].norm().item(),
                 )
             group.step(iteration)
-            weights.append(group.state.loss_weights.weight("prior"))
+            weights.append(float(group.state.loss_weights.weight("prior")))
             assert weights[-1] == pytest.approx(label_norm / prior_norm, rel=1e-4)
             combined = gradients[0] + weights[-1] * gradients[1]
             values = torch.stack([prior, label / 2, label + weights[-1] * prior, combined.norm()])
@@ -241,8 +241,7 @@ def test_an_iteration_runs_as_many_operators_for_many_images_and_reads_no_value_
             with Operators() as operators:
                 group.step(BALANCE_ITERATIONS)
             ran.append(operators.names)
-            # an accelerator would have to be waited for; the measured norms are float64 and on the CPU
-            assert operators.read == {torch.float64}
+            assert not operators.read  # an accelerator would have to be waited for
     assert len(ran[0]) > 100
     assert ran[0] == ran[1]
 

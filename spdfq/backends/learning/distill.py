@@ -94,7 +94,8 @@ class Distill(Step):
             calls = block_calls(float_network, block_names(model), calibration.images[:1]) if self.features else []
             pair = _TeacherAndStudent(float_network, model, QDrop(model, self.drop), calls, bool(self.structure))
             advance(training.iteration)
-            _Loop(self, calibration, pair, training, advance).run()
+            targets = _Targets(pair, calibration.images, self.batch)
+            _Loop(self, calibration, pair, targets, training, advance).run()
 
     def _parameters(self, model: QuantizedModel) -> dict[str, Tensor]:
         named: dict[str, Tensor] = dict(model.network.named_parameters())
@@ -187,12 +188,40 @@ class _TeacherAndStudent:
 
 
 @define(eq=False)
+class _Targets:
+    """The teacher's results for the images of each step, computed once where they can be kept.
+
+    Logits of all images are kept. Block outputs and attention maps are large: they are kept only if every step uses all
+    images, and computed in each step otherwise.
+    """
+
+    pair: _TeacherAndStudent
+    images: Tensor
+    batch: int
+    _whole: ForwardResult | None = field(default=None, init=False)
+    _logits: Tensor | None = field(default=None, init=False)
+
+    def of(self, chosen: Tensor | slice) -> ForwardResult:
+        """The results for the chosen images; a slice means all of them."""
+        if isinstance(chosen, slice):
+            self._whole = self._whole or self.pair.of_teacher(self.images)
+            return self._whole
+        if self.pair.calls or self.pair.needs_maps:
+            return self.pair.of_teacher(self.images[chosen])
+        if self._logits is None:
+            parts = self.images.split(self.batch)
+            self._logits = torch.cat([self.pair.of_teacher(part).logits for part in parts])
+        return ForwardResult(self._logits[chosen], [], [])
+
+
+@define(eq=False)
 class _Loop:
     """The optimiser steps, with progress and the stored state."""
 
     spec: Distill
     calibration: Calibration
     pair: _TeacherAndStudent
+    targets: _Targets
     training: Training
     advance: Advance
     saved: float = field(factory=lambda: time.monotonic(), init=False)
@@ -215,7 +244,7 @@ class _Loop:
         images = self.calibration.images[chosen]
         self.pair.activations.seed(drop_generator(self.calibration, self.training.iteration, *purpose))
         with self.calibration.runtime.autocast():
-            student, teacher = self.pair.of_student(images), self.pair.of_teacher(images)
+            student, teacher = self.pair.of_student(images), self.targets.of(chosen)
         return self.spec.loss(student, teacher, self.calibration.teacher.headless)
 
     def _report(self, loss: float) -> None:

@@ -5,6 +5,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
+from support.second_device import second_device, transfers
 
 from spdfq.backends.closed_form.layer_inputs import NormalEquations
 from spdfq.backends.closed_form.least_squares import (
@@ -101,6 +102,20 @@ def test_flips_lower_the_error_until_no_move_does():
     allowed = [((grid.positions(move) > -0.5) & (grid.positions(move) < 7.5)).all(1) for move in moves]
     for move, rows_inside in zip(moves, allowed, strict=True):
         assert (off(move, weight, gram) >= off(end, weight, gram) * (1 - 1e-4))[rows_inside].all()
+
+
+def test_an_accelerator_is_rarely_asked_whether_to_go_on():
+    x = rows(200, 12)
+    weight, gram = torch.randn(6, 12, generator=generator(1)), x.T @ x
+    grid = WeightGrid.of(quantizer_of(weight), weight)
+    expected = rounded_with_flips(weight, gram, 25, grid)
+    with second_device() as device:
+        there = WeightGrid(grid.low.to(device), grid.step.to(device), grid.last)
+        weight, gram = weight.to(device), gram.to(device)
+        with transfers() as events:
+            found = rounded_with_flips(weight, gram, 25, there)
+        assert events == {"wait: _local_scalar_dense": 2}  # 25 flips could be asked for three times
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_two_columns_by_hand():

@@ -127,6 +127,30 @@ def test_the_loss_is_that_of_the_quantized_model(monkeypatch):
     assert losses == [pytest.approx(divergence(model, chosen), rel=1e-4)]
 
 
+@pytest.mark.parametrize(
+    ("changes", "calls"), [({}, 2), ({"batch": COUNT, "features": 0.5}, 2), ({"features": 0.5}, 1 + STEP.iterations)]
+)
+def test_the_teacher_runs_once_for_each_image_where_its_outputs_can_be_kept(changes, calls):
+    chosen, model, sizes = teacher("vit"), quantized("vit", UNIFORM), []
+    with chosen.module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0]))):
+        train(model, chosen, evolve(STEP, **changes))
+    assert len([size for size in sizes if size > 1]) == calls  # with features, one more pass finds the blocks
+
+
+def test_targets_that_were_kept_are_those_of_the_chosen_images(monkeypatch):
+    chosen, compared = teacher("vit"), []
+    monkeypatch.setattr(Distill, "loss", lambda *results: compared.append(results[1:3]) or results[1].logits.sum())
+    model = quantized("vit", UNIFORM)
+    rows, drawn = [], distill.batch_rows
+    monkeypatch.setattr(distill, "batch_rows", lambda *args: rows.append(drawn(*args)) or rows[-1])
+    train(model, chosen)
+    with torch.no_grad():
+        expected = chosen.module(images(COUNT))
+    for seen_rows, (_, theirs) in zip(rows, compared, strict=True):
+        torch.testing.assert_close(theirs.logits, expected[seen_rows])
+    assert {len(each) for each in rows} == {2, 4}
+
+
 def test_every_block_and_every_attention_is_compared(monkeypatch):
     compared = []
     monkeypatch.setattr(
