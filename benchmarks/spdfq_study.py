@@ -266,9 +266,8 @@ def effects_command(rows: Path, out: Path) -> None:
     }
     write_text(out, json.dumps(result, indent=1) + "\n")
     for effect in sorted(result["top1"], key=lambda each: -each["effect"]):
-        click.echo(
-            f"{effect['effect']:+6.2f} [{effect['low']:.2f}, {effect['high']:.2f}]  {effect['factor']}: {effect['level']}"
-        )
+        interval = f"{effect['effect']:+6.2f} [{effect['low']:.2f}, {effect['high']:.2f}]"
+        click.echo(f"{interval}  {effect['factor']}: {effect['level']}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class CropPlan(Checked):
         labels: ``[crops]`` class of each crop.
         every: interval, in iterations, at which the teacher sees the crops; 0 means never.
         redraw: interval, in iterations, at which the boxes are drawn again; 0 means never.
-        crop_loss: the crops of an image count together as much as the whole image (``mean``), or each of them (``sum``).
+        crop_loss: what counts as much as the whole image: the crops of an image together (``mean``), or each (``sum``).
 
     Raises:
         SpdfqError: tensors of another shape, or of different lengths.

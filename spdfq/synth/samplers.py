@@ -121,7 +121,7 @@ class MultiSemanticSampler(Sampler):
             0 keeps the boxes for the whole run (unpublished).
         classes: ``random`` draws each class independently, as published; ``balanced`` uses every class once in a group
             before it repeats any.
-        crop_loss: the crops of an image count together as much as the whole image (``mean``), or each of them (``sum``)
+        crop_loss: what counts as much as the whole image: the crops of an image together (``mean``), or each (``sum``)
             (unpublished).
     """
 
@@ -138,7 +138,9 @@ class MultiSemanticSampler(Sampler):
 
     def __attrs_post_init__(self) -> None:
         if (self.layout == "boxes") != (self.area is not None):
-            raise ValueError("area is the size of layout = 'boxes': give both, for example area = [0.4, 0.7], or neither")
+            raise ValueError(
+                "area is the size of layout = 'boxes': give both, for example area = [0.4, 0.7], or neither"
+            )
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """Draw the crops of a group; see `Sampler.sample`.
