@@ -2,7 +2,9 @@
 
     python benchmarks/spdfq_study.py write      # the cells and bench files in benchmarks/spdfq_study
     spdfq bench benchmarks/spdfq_study/screen_vit_fmnist.toml
-    python benchmarks/spdfq_study.py effects runs/screen_vit_fmnist/results.jsonl --out FILE.json
+    python benchmarks/spdfq_study.py effects runs/screen_vit_fmnist/results.jsonl     # of every level
+    python benchmarks/spdfq_study.py readings runs/screen_vit_fmnist/results.jsonl    # the best ones, as recipe parts
+    spdfq bench benchmarks/spdfq_study/confirm_vit_fmnist.toml     # the best ones with new seeds and test images
 
 All factors change at once: in 48 cells, each level of a factor comes up equally often. Of 2,000 such designs, drawn at
 random, the one with the largest determinant of its information matrix is used. A main effect is the change of the
@@ -10,15 +12,15 @@ response from the present level of a factor to another one, estimated by least s
 comes from a bootstrap of the residuals.
 """
 
-import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import numpy.typing as npt
+from attrs import frozen
 
 from spdfq.bench.rows import Row, read_rows
 from spdfq.recipe import merge, toml
@@ -87,6 +89,16 @@ FACTORS: dict[str, dict[str, Data]] = {
     },
 }
 
+# levels that contradict what the paper states
+OUTSIDE = {
+    ("total variation", "norm, 0.005"),
+    ("total variation", "mean square, 0.5"),
+    ("crops: layout", "boxes of 0.4 to 0.7"),
+    ("crops: at most", "2"),
+    ("prior: bumps at most", "1"),
+    ("prior: blocks", "all"),
+}
+
 _BASE: Data = {
     "type": "optimize",
     "images": IMAGES,
@@ -101,19 +113,53 @@ _BASE: Data = {
     },
 }
 
-# name of a bed -> what its bench file extends, its test images, and its real images
-BEDS: dict[str, tuple[list[str], Data, str]] = {
-    "vit_fmnist": (
+FMNIST = {"type": "fashion_mnist", "split": "test"}
+CLIPART = {"type": "image_folder", "root": "runs/clipart_vit/test"}
+
+
+@frozen
+class Bed:
+    """A model, its back-end and its images.
+
+    Args:
+        parents: what a bench file extends.
+        screen: test images of the screening.
+        report: other test images.
+        real: the recipe part of real images.
+        iterations: of the readings; a real ViT gets fewer, because each takes seconds.
+    """
+
+    parents: list[str]
+    screen: Data
+    report: Data
+    real: str
+    iterations: int
+
+
+BEDS = {
+    "vit_fmnist": Bed(
         ["models/vit_fmnist", "backends/ridge", "bits/w3a3"],
-        {"limit": 500, "skip": 1500},
+        {**FMNIST, "limit": 500, "skip": 1500},
+        {**FMNIST, "limit": 1000, "skip": 500},
         "images/real_fmnist",
+        ITERATIONS,
     ),
-    "real_vit": (
+    "real_vit_112": Bed(
         ["../real_vit/model_112.toml", "../real_vit/backends/ridge.toml"],
-        {"limit": 500, "skip": 1500},
+        {**FMNIST, "limit": 500, "skip": 1500},
+        {**FMNIST, "limit": 500, "skip": 500},
         "images/real_fmnist",
+        50,
+    ),
+    "clipart_vit_112": Bed(
+        ["../clipart_vit/model_112.toml", "../real_vit/backends/ridge.toml"],
+        {**CLIPART, "limit": 300},
+        {**CLIPART, "skip": 300},
+        "../clipart_vit/images/real_clipart.toml",
+        50,
     ),
 }
+NEW_SEEDS = [1, 2, 3]
 
 
 def present() -> Levels:
@@ -211,30 +257,37 @@ def main() -> None:
 @main.command()
 def write() -> None:
     """Write the recipe parts of the cells, and a bench file for each bed."""
-    (FOLDER / "cells").mkdir(parents=True, exist_ok=True)
     for path, text in files().items():
-        write_text(FOLDER / path, text)
+        _write(path, text)
     click.echo(f"{len(files())} files in {FOLDER.name}")
 
 
+def _write(path: str, text: str) -> None:
+    target = FOLDER / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, text)
+
+
 def files() -> dict[str, str]:
-    """The content of every file of the study, by its path in the folder."""
+    """The content of every file of the screening, by its path in the folder."""
     cells = {cell_name(index): levels for index, levels in enumerate(design())}
     texts = {f"cells/{name}.toml": _part(name, levels) for name, levels in {"present": present(), **cells}.items()}
-    for bed, (parents, test, real) in BEDS.items():
-        sources = ["images/gaussian_noise", real, "../real_vit/images/psaq_vit.toml", "cells/present.toml"]
-        bench = {
-            "schema": 1,
-            "seeds": [0],
-            "base": {"extends": parents, "evaluation": {"dataset": {"type": "fashion_mnist", "split": "test", **test}}},
-            "parents": {"images": [*sources, *(f"cells/{name}.toml" for name in cells)]},
-            "keys": {"synthesis.images": [IMAGES]},
-        }
-        head = (
-            f"# The screening study of SPDFQ's open constants on this bed; written by spdfq_study.py write:\n# {bed}\n"
-        )
-        texts[f"screen_{bed}.toml"] = head + toml.dumps(bench)
+    for name, bed in BEDS.items():
+        sources = ["images/gaussian_noise", bed.real, "../real_vit/images/psaq_vit.toml", "cells/present.toml"]
+        axis = [*sources, *(f"cells/{cell}.toml" for cell in cells)]
+        texts[f"screen_{name}.toml"] = _bench("The screening of SPDFQ's open constants", bed, bed.screen, [0], axis)
     return texts
+
+
+def _bench(title: str, bed: Bed, dataset: Data, seeds: list[int], images: list[Any]) -> str:
+    bench = {
+        "schema": 1,
+        "seeds": seeds,
+        "base": {"extends": bed.parents, "evaluation": {"dataset": dataset}},
+        "parents": {"images": images},
+        "keys": {"synthesis.images": [IMAGES]},
+    }
+    return f"# {title} on this bed, at reduced length; written by spdfq_study.py.\n{toml.dumps(bench)}"
 
 
 def _part(name: str, levels: Levels) -> str:
@@ -243,31 +296,77 @@ def _part(name: str, levels: Levels) -> str:
     return head + toml.dumps({"synthesis": synthesis(levels)})
 
 
+def best(found: Sequence[Data]) -> dict[str, Levels]:
+    """The best readings by the main effects on top-1.
+
+    ``clear`` changes the levels whose interval lies above zero, ``predicted`` all whose effect is above zero; both stay
+    inside the paper. ``outside`` also takes levels that contradict it.
+    """
+    inside = [each for each in found if (each["factor"], each["level"]) not in OUTSIDE]
+    clear = [each for each in inside if each["low"] > 0]
+    return {name: _largest(each) for name, each in {"clear": clear, "predicted": inside, "outside": found}.items()}
+
+
+def _largest(found: Sequence[Data]) -> Levels:
+    levels = present()
+    for each in sorted(found, key=lambda each: float(each["effect"])):
+        if each["effect"] > 0:
+            levels[each["factor"]] = each["level"]
+    return levels
+
+
+def main_effects(rows: Sequence[Row]) -> dict[str, list[Data]]:
+    """The main effects on top-1 and on the agreement with the teacher, in percentage points.
+
+    Raises:
+        ValueError: a cell has no finished row.
+    """
+    found = rows_by_cell(rows)
+    if missing := [cell_name(index) for index in range(CELLS) if index not in found]:
+        raise ValueError(f"no finished rows of {', '.join(missing)}; run spdfq bench again")
+    cells, own = design(), [found[index] for index in range(CELLS)]
+    return {
+        "top1": effects([_mean(row.top1 for row in each) for each in own], cells),
+        "agreement": effects([_mean(row.measured.agreement for row in each) for each in own], cells),
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    return float(np.mean([value for value in values if value is not None]))
+
+
+def _read(path: Path) -> dict[str, list[Data]]:
+    try:
+        return main_effects(read_rows(path))
+    except ValueError as error:
+        raise click.UsageError(f"{path}: {error}") from None
+
+
 @main.command("effects")
 @click.argument("rows", type=click.Path(exists=True, path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-def effects_command(rows: Path, out: Path) -> None:
-    """Estimate the main effects from the rows of a bench, on top-1 and on agreement with the teacher."""
-    found = rows_by_cell(read_rows(rows))
-    if missing := [cell_name(index) for index in range(CELLS) if index not in found]:
-        raise click.UsageError(f"{rows}: no finished rows of {', '.join(missing)}; run spdfq bench again")
-    cells = design()
-    responses = {
-        "top1": [float(np.mean([row.top1 for row in found[index]])) for index in range(CELLS)],
-        "agreement": [float(np.mean([row.measured.agreement for row in found[index]])) for index in range(CELLS)],
-    }
-    result = {
-        "rows": rows.name,
-        "cells": CELLS,
-        "images": IMAGES,
-        "iterations": ITERATIONS,
-        "seeds": sorted({row.seed for each in found.values() for row in each}),
-        **{name: effects(values, cells) for name, values in responses.items()},
-    }
-    write_text(out, json.dumps(result, indent=1) + "\n")
-    for effect in sorted(result["top1"], key=lambda each: -each["effect"]):
-        interval = f"{effect['effect']:+6.2f} [{effect['low']:.2f}, {effect['high']:.2f}]"
-        click.echo(f"{interval}  {effect['factor']}: {effect['level']}")
+def effects_command(rows: Path) -> None:
+    """Estimate the main effects from the rows of a screening."""
+    for response, found in _read(rows).items():
+        for each in sorted(found, key=lambda each: -float(each["effect"])):
+            interval = f"{each['effect']:+6.2f} [{each['low']:.2f}, {each['high']:.2f}]"
+            click.echo(f"{response} {interval}  {each['factor']}: {each['level']}")
+
+
+@main.command()
+@click.argument("rows", type=click.Path(exists=True, path_type=Path))
+def readings(rows: Path) -> None:
+    """Write the best readings by the rows of a screening, and a bench file for each bed."""
+    found = best(_read(rows)["top1"])
+    for name, levels in found.items():
+        _write(f"readings/{name}.toml", _part(name, levels))
+    for name, bed in BEDS.items():
+        part = f"readings/at_{bed.iterations}.toml"
+        _write(part, f"# Reduced length.\n{toml.dumps({'synthesis': {'iterations': bed.iterations}})}")
+        made = ["cells/present.toml", *(f"readings/{reading}.toml" for reading in found), "images/psaq_vit"]
+        axis = ["images/gaussian_noise", bed.real, *([each, part] for each in made)]
+        text = _bench("The best readings with new seeds and test images", bed, bed.report, NEW_SEEDS, axis)
+        _write(f"confirm_{name}.toml", text)
+    click.echo("\n".join(f"{name}: {levels}" for name, levels in found.items()))
 
 
 if __name__ == "__main__":
