@@ -28,6 +28,8 @@ from spdfq.runtime.files import write_text
 
 FOLDER = Path(__file__).parent / "spdfq_study"
 CELLS, DRAWS, SEED, BOOTSTRAP = 48, 2000, 0, 4000
+# cells from which effects are estimated at least; there are 22 of them
+FEWEST = 32
 IMAGES, ITERATIONS = 16, 100
 Data = dict[str, Any]
 Matrix = npt.NDArray[np.float64]
@@ -153,8 +155,8 @@ BEDS = {
     ),
     "clipart_vit_112": Bed(
         ["../clipart_vit/model_112.toml", "../real_vit/backends/ridge.toml"],
-        {**CLIPART, "limit": 300},
-        {**CLIPART, "skip": 300},
+        {**CLIPART, "limit": 200},
+        {**CLIPART, "skip": 200},
         "../clipart_vit/images/real_clipart.toml",
         50,
     ),
@@ -222,7 +224,7 @@ def effects(response: Sequence[float], cells: Sequence[Levels]) -> list[Data]:
     solve = np.linalg.pinv(x)
     fitted = x @ (solve @ y)
     leverage = np.einsum("cf,fc->c", x, solve)
-    residuals = (y - fitted) / np.sqrt(1 - leverage)
+    residuals = (y - fitted) / np.sqrt((1 - leverage).clip(min=1e-6))
     residuals -= residuals.mean()
     draws = np.random.default_rng(SEED).choice(residuals, (BOOTSTRAP, len(y)))
     low, high = np.percentile((fitted + draws) @ solve.T, [2.5, 97.5], axis=0)
@@ -316,15 +318,16 @@ def _largest(found: Sequence[Data]) -> Levels:
 
 
 def main_effects(rows: Sequence[Row]) -> dict[str, list[Data]]:
-    """The main effects on top-1 and on the agreement with the teacher, in percentage points.
+    """The main effects on top-1 and on the agreement with the teacher, in percentage points, from the finished cells.
 
     Raises:
-        ValueError: a cell has no finished row.
+        ValueError: too few cells are finished.
     """
     found = rows_by_cell(rows)
-    if missing := [cell_name(index) for index in range(CELLS) if index not in found]:
+    cells, own = [design()[index] for index in sorted(found)], [found[index] for index in sorted(found)]
+    if len(cells) < FEWEST or np.linalg.matrix_rank(matrix(cells)) <= len(columns()):
+        missing = [cell_name(index) for index in range(CELLS) if index not in found]
         raise ValueError(f"no finished rows of {', '.join(missing)}; run spdfq bench again")
-    cells, own = design(), [found[index] for index in range(CELLS)]
     return {
         "top1": effects([_mean(row.top1 for row in each) for each in own], cells),
         "agreement": effects([_mean(row.measured.agreement for row in each) for each in own], cells),
