@@ -14,6 +14,7 @@ comes from a bootstrap of the residuals.
 
 import random
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +170,14 @@ def present() -> Levels:
     return {factor: next(iter(levels)) for factor, levels in FACTORS.items()}
 
 
-def design() -> list[Levels]:
+@cache
+def design() -> tuple[Levels, ...]:
     """The levels of each cell."""
     source = random.Random(SEED)
-    best, found = -np.inf, []
+    best, found = -np.inf, ()
     for _ in range(DRAWS):
         drawn = [_balanced(list(levels), source) for levels in FACTORS.values()]
-        cells = [dict(zip(FACTORS, levels, strict=True)) for levels in zip(*drawn, strict=True)]
+        cells = tuple(dict(zip(FACTORS, levels, strict=True)) for levels in zip(*drawn, strict=True))
         determinant = float(np.linalg.slogdet(_information(matrix(cells)))[1])
         if determinant > best:
             best, found = determinant, cells
