@@ -157,7 +157,7 @@ BEDS = {
     "clipart_vit_112": Bed(
         ["../clipart_vit/model_112.toml", "../real_vit/backends/ridge.toml"],
         {**CLIPART, "limit": 200},
-        {**CLIPART, "skip": 200},
+        {**CLIPART, "limit": 200, "skip": 200},
         "../clipart_vit/images/real_clipart.toml",
         50,
     ),
