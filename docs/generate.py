@@ -19,6 +19,7 @@ from readme_table import readme_block
 from results_page import results_block
 from schema_page import schema_block
 from spdfq_cli.main import main as cli
+from study_page import study_block
 from time_page import time_block
 from uniform_tables import uniform_block
 
@@ -85,6 +86,7 @@ BLOCKS = {
     "other-tools.md": ("other-tools", other_tools_block),
     "results.md": ("results", results_block),
     "results-schema.md": ("schema", schema_block),
+    "spdfq-constants.md": ("study", study_block),
     "../README.md": ("results", readme_block),
 }
 

@@ -1,7 +1,7 @@
 """The plots of the page of results, from the rows: python docs/plots.py (needs the extra ``docs``).
 
-A heat map of images and back-ends, accuracy over bits, and accuracy over seconds. Each file stores a hash of the rows
-that it shows; `outdated` compares it without drawing anything.
+A heat map of images and back-ends, accuracy over bits, accuracy over seconds, and the effects of SPDFQ's open
+constants. Each file stores a hash of the rows that it shows; `outdated` compares it without drawing anything.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 from result_rows import rows_of
 from results_page import IMAGES
+from study_page import SCREENING, study
 
 from spdfq.bench.rows import Row
 
@@ -105,11 +106,41 @@ def over_seconds() -> Any:
     return figure
 
 
+def study_effects() -> Any:
+    """The effect of each level of SPDFQ's open constants against the present one, with its interval."""
+    plt = _pyplot()
+    rows = rows_of(SCREENING)
+    effects = study.main_effects(rows)
+    figure, axes = plt.subplots(1, 2, figsize=(10.6, 6.4), layout="constrained", sharey=True)
+    for axis, (response, found) in zip(axes, effects.items(), strict=True):
+        for y, each in enumerate(found):
+            clear = each["low"] > 0 or each["high"] < 0
+            axis.plot([each["low"], each["high"]], [y, y], color="#c8553d" if clear else "#9aa3ad", linewidth=2)
+            axis.plot(each["effect"], y, "o", color="#c8553d" if clear else "#9aa3ad", markersize=5)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.grid(axis="x", color="#e5e7eb")
+        axis.set_axisbelow(True)
+        axis.set_xlabel({"top1": "change of top-1", "agreement": "change of the agreement"}[response] + " (points)")
+    labels = [
+        f"{factor}: {level}{' *' if (factor, level) in study.OUTSIDE else ''}" for factor, level in study.columns()
+    ]
+    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    axes[0].invert_yaxis()
+    figure.suptitle(
+        f"SPDFQ's open constants on the bundled ViT, W3A3, ridge: {len(study.rows_by_cell(rows))} cells "
+        f"at reduced length ({study.IMAGES} images, {study.ITERATIONS} iterations)\n"
+        "Each against the present level, 95 % intervals; * contradicts the paper",
+        fontsize=10,
+    )
+    return figure
+
+
 # file name: what draws it, and the files of rows that it shows
 PLOTS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "results_heat_map.png": (heat_map, tuple(file for file, _ in HEAT.values())),
     "results_over_bits.png": (over_bits, tuple(file for files, _ in BITS.values() for file in files)),
     "results_over_seconds.png": (over_seconds, SECONDS[:1]),
+    "spdfq_study.png": (study_effects, (SCREENING,)),
 }
 
 

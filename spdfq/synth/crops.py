@@ -1,5 +1,7 @@
 """The labelled crops of a group of images, and how they are cut out and resized."""
 
+from typing import Literal
+
 import torch
 from attrs import define, field
 from einops import rearrange
@@ -10,6 +12,7 @@ from spdfq.recipe.structure import Checked
 from spdfq.runtime.arguments import check_size, check_tensor, check_whole
 
 Size = tuple[int, int]
+CropLoss = Literal["mean", "sum"]
 
 
 @define(eq=False, kw_only=True)
@@ -22,6 +25,7 @@ class CropPlan(Checked):
         labels: ``[crops]`` class of each crop.
         every: interval, in iterations, at which the teacher sees the crops; 0 means never.
         redraw: interval, in iterations, at which the boxes are drawn again; 0 means never.
+        crop_loss: what counts as much as the whole image: the crops of an image together (``mean``), or each (``sum``).
 
     Raises:
         SpdfqError: tensors of another shape, or of different lengths.
@@ -32,6 +36,7 @@ class CropPlan(Checked):
     labels: Tensor
     every: int = 1
     redraw: int = 0
+    crop_loss: CropLoss = "mean"
     _placed: dict = field(factory=dict, init=False, repr=False)
     _matrices: dict = field(factory=dict, init=False, repr=False)
 
@@ -102,10 +107,14 @@ class CropPlan(Checked):
     def view_weights(self, count: int) -> Tensor:
         """``[B+M]`` the weight of each view in label losses: 1/B for an image, 1/(B m) for each of its m crops.
 
+        With ``crop_loss = "sum"`` it is 1/B for all views.
+
         Args:
             count: B, number of images.
         """
         self._check_owners(count)
+        if self.crop_loss == "sum":
+            return torch.full((count + len(self.owners),), 1 / count, dtype=torch.float32, device="cpu")
         crops = torch.bincount(self.owners, minlength=count)[self.owners]
         return torch.cat([torch.ones(count, dtype=torch.float32, device="cpu"), 1 / crops.float()]) / count
 

@@ -1,6 +1,6 @@
 """Samplers: which classes an image shows, and where (multi-semantic reinforcement, arXiv 2412.16553, section 3.3)."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from attrs import evolve, field, frozen, validators
@@ -11,10 +11,10 @@ from spdfq.recipe.structure import Checked
 from spdfq.registry import samplers
 from spdfq.runtime.arguments import check_generator, check_size, check_whole
 from spdfq.runtime.runtime import uniform
-from spdfq.synth.crops import CropPlan
+from spdfq.synth.crops import CropLoss, CropPlan
 
 Box = tuple[int, int, int, int]
-CropLayout = Literal["cells", "split"]
+CropLayout = Literal["cells", "split", "boxes"]
 ClassDraw = Literal["random", "balanced"]
 SMALLEST_SIDE = 4
 
@@ -99,21 +99,30 @@ class WholeImageSampler(Sampler):
         return CropPlan(boxes=boxes, owners=torch.arange(count, device="cpu"), labels=labels, every=0)
 
 
+def _area(_: Any, __: Any, value: tuple[float, float]) -> None:
+    if not 0 < value[0] <= value[1] <= 1:
+        raise ValueError(f"expected two shares above 0 and at most 1, the second at least the first, got {list(value)}")
+
+
 @samplers.register("multi_semantic", paper="arXiv:2412.16553")
 @frozen
 class MultiSemanticSampler(Sampler):
-    """Multi-semantic reinforcement (MSR): 1 to 4 disjoint crops of each image, each with its own class.
+    """Multi-semantic reinforcement (MSR): 1 to 4 crops of each image, each with its own class; disjoint as published.
 
     Args:
         max_patches: largest number of crops in one image (4 in the paper).
         layout: ``cells`` takes cells of a 2×2 grid; ``split`` halves the image until it has enough parts, so that the
-            crops cover it (unpublished).
+            crops cover it (unpublished). ``boxes`` takes boxes anywhere, which may overlap (as in arXiv 2511.15411).
         jitter: how far a cut may lie from the middle, as a share of the side that is cut (unpublished).
+        area: range of a box's share of the image's area, with ``layout = "boxes"`` and only then (0.4 to 0.7 in arXiv
+            2511.15411). A box has the aspect of the image.
         every: interval, in iterations, at which the crops are forwarded (unpublished).
         redraw: interval, in iterations, at which new boxes are drawn; the crops of an image keep their classes;
             0 keeps the boxes for the whole run (unpublished).
         classes: ``random`` draws each class independently, as published; ``balanced`` uses every class once in a group
             before it repeats any.
+        crop_loss: what counts as much as the whole image: the crops of an image together (``mean``), or each (``sum``)
+            (unpublished).
     """
 
     several_classes: ClassVar[bool] = True
@@ -124,6 +133,14 @@ class MultiSemanticSampler(Sampler):
     every: int = field(default=1, validator=validators.ge(1), kw_only=True)
     redraw: int = field(default=0, validator=validators.ge(0), kw_only=True)
     classes: ClassDraw = field(default="random", kw_only=True)
+    area: tuple[float, float] | None = field(default=None, validator=validators.optional(_area), kw_only=True)
+    crop_loss: CropLoss = field(default="mean", kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if (self.layout == "boxes") != (self.area is not None):
+            raise ValueError(
+                "area is the size of layout = 'boxes': give both, for example area = [0.4, 0.7], or neither"
+            )
 
     def sample(self, count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> CropPlan:
         """Draw the crops of a group; see `Sampler.sample`.
@@ -147,6 +164,7 @@ class MultiSemanticSampler(Sampler):
             labels=labels,
             every=self.every,
             redraw=self.redraw,
+            crop_loss=self.crop_loss,
         )
 
     def redrawn(self, plan: CropPlan, size: tuple[int, int], generator: torch.Generator) -> CropPlan:
@@ -158,8 +176,19 @@ class MultiSemanticSampler(Sampler):
         return evolve(plan, boxes=torch.tensor(boxes, device="cpu"))
 
     def _boxes(self, crops: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
-        draw = self._cells if self.layout == "cells" else self._parts
-        return draw(crops, size, generator)
+        draws = {"cells": self._cells, "split": self._parts, "boxes": self._anywhere}
+        return draws[self.layout](crops, size, generator)
+
+    def _anywhere(self, crops: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
+        """Boxes at uniform positions."""
+        assert self.area is not None
+        low, high = self.area
+        boxes: list[Box] = []
+        for share, down, right in uniform(generator, crops, 3).tolist():
+            scale = (low + (high - low) * share) ** 0.5
+            height, width = (max(1, round(side * scale)) for side in size)
+            boxes.append((int(down * (size[0] - height + 1)), int(right * (size[1] - width + 1)), height, width))
+        return boxes
 
     def _cells(self, crops: int, size: tuple[int, int], generator: torch.Generator) -> list[Box]:
         """Some cells of a 2×2 grid."""

@@ -42,6 +42,25 @@ def test_diagonals_weigh_what_they_are_told_to():
     )
 
 
+def test_the_mean_of_squares_does_not_depend_on_the_number_of_images():
+    image = torch.tensor([[0.0, 1.0], [3.0, 5.0]]).view(1, 1, 2, 2)
+    # across: 1 and 4, down: 9 and 16, the diagonals 25 and 4
+    assert total_variation(image, 0.25, "mean_square").item() == exactly(2.5 + 12.5 + 0.25 * (25 + 4))
+    loss = TotalVariationLoss(form="mean_square", diagonal=0.25)
+    assert loss(LossInputs(images=image.repeat(4, 1, 1, 1))).item() == exactly(2.5 + 12.5 + 0.25 * (25 + 4))
+    assert gradcheck(
+        lambda x: total_variation(x, form="mean_square"), random(2, 1, 4, 3, dtype=torch.float64).requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("other", [{"target": (1.0, 2.0)}, {"for_group": (2, 1, 17, 17)}])
+def test_what_is_meant_for_norms_is_refused_beside_a_mean_of_squares(other):
+    with pytest.raises(ValueError, match="are meant for form = 'norm'; leave them out"):
+        TotalVariationLoss(form="mean_square", **other)
+    with pytest.raises(SpdfqError, match="form must be one of 'norm', 'mean_square', got 'sum'"):
+        total_variation(torch.zeros(1, 1, 2, 2), form="sum")
+
+
 def test_total_variation_with_light_diagonals_has_the_right_gradient():
     images = random(2, 1, 4, 3, dtype=torch.float64).requires_grad_()
     assert gradcheck(lambda x: total_variation(x, diagonal=0.5**0.5), images)

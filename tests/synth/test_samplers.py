@@ -69,6 +69,32 @@ def test_split_patches_tile_the_image(sampler, size, seed):
     assert areas.tolist() == [size[0] * size[1]] * 3
 
 
+@few
+@given(size=sizes, seed=seeds, low=st.floats(0.1, 1.0), factor=st.floats(0.1, 1.0))
+def test_boxes_have_the_area_and_aspect_that_were_asked_for(size, seed, low, factor):
+    area = (low * factor, low)
+    sampler = MultiSemanticSampler(layout="boxes", area=area)
+    plan = sampler.sample(4, size, 10, seeded(seed))
+    assert (plan.boxes[:, :2] >= 0).all()
+    assert (plan.boxes[:, :2] + plan.boxes[:, 2:] <= torch.tensor(size)).all()
+    sides = torch.tensor(size) * torch.tensor(area).sqrt()[:, None]
+    assert (plan.boxes[:, 2:] >= (sides[0] - 0.51).clamp(min=1)).all()
+    assert (plan.boxes[:, 2:] <= (sides[1] + 0.51).clamp(min=1)).all()
+    again = sampler.redrawn(plan, size, seeded(seed + 1))
+    assert torch.equal(again.owners, plan.owners)
+
+
+@pytest.mark.parametrize("wrong", [{"layout": "boxes"}, {"area": (0.4, 0.7)}])
+def test_boxes_need_an_area_and_nothing_else_takes_one(wrong):
+    with pytest.raises(ValueError, match="give both, for example area"):
+        MultiSemanticSampler(**wrong)
+
+
+def test_the_weight_of_crops_reaches_the_plan():
+    plan = MultiSemanticSampler(crop_loss="sum").sample(5, (12, 12), 10, seeded())
+    assert plan.view_weights(5).tolist() == pytest.approx([0.2] * (5 + len(plan.owners)))
+
+
 @pytest.mark.parametrize("layout", ["cells", "split"])
 def test_every_number_of_patches_and_every_class_comes_up(layout):
     plan = MultiSemanticSampler(layout=layout).sample(400, (28, 28), 10, seeded())
