@@ -37,10 +37,12 @@ class Upcoming:
     Args:
         changes: of the augmentations.
         plan: the crops.
+        redraws: how often their boxes were drawn again.
     """
 
     changes: tuple[Change, ...]
     plan: CropPlan
+    redraws: int
 
 
 class Group:
@@ -75,7 +77,7 @@ class Group:
         self.draws = Draws(runtime.seed, index)
         self.ahead: dict[int, Upcoming] = {}
         self.plan: CropPlan = spec.sampler.sample(count, self.size, teacher.num_classes, self.generator("sampler"))
-        self.plans = {0: self.plan}
+        self.redraws = 0
         self.labels: Tensor | None = None
         self.targets: Tensor | None = None
         if spec.target.gives_labels and not teacher.headless:
@@ -126,13 +128,16 @@ class Group:
     def draw_ahead(self, iterations: range) -> None:
         """Draw what these iterations draw at random, and copy it to the device."""
         self.draws.draw_ahead(iterations)
-        redraws = {iteration: iteration // self.plan.redraw if self.plan.redraw else 0 for iteration in iterations}
-        self.plans = {number: self._plan(number) for number in sorted(set(redraws.values()))}
-        for iteration, number in redraws.items():
-            plan, images = self.plans[number], self.state.images
+        images, plan, redraws = self.state.images, self.plan, self.redraws
+        for iteration in iterations:
+            wanted = iteration // plan.redraw if plan.redraw else 0
+            if wanted != redraws:
+                redraws = wanted
+                plan = self.spec.sampler.redrawn(plan, self.size, self.generator("sampler", redraws))
             if plan.due(iteration):
                 plan.place(images, self.size)
-            self.ahead[iteration] = Upcoming(tuple(x.placed(images) for x in self._changes(iteration)), plan)
+            changes = tuple(change.placed(images) for change in self._changes(iteration))
+            self.ahead[iteration] = Upcoming(changes, plan, redraws)
 
     def step(self, iteration: int) -> None:
         """Run one iteration. On an accelerator this queues work and does not wait for it.
@@ -181,7 +186,7 @@ class Group:
     def _forward(self, iteration: int) -> LossInputs:
         """Pass the augmented images through the teacher and the student, and the crops through the teacher if due."""
         images, changes, tokens = self._augmented(iteration)
-        self.plan = self._upcoming(iteration).plan
+        self._take_plan(iteration)
         crops = self.plan.views(self.state.images, self.size) if self.plan.due(iteration) else None
         logits, record = self.passes.recorded(images, crops, self.spec.needs, tokens)
         inputs = self._inputs(images, logits, record, iteration, changes, tokens)
@@ -196,11 +201,9 @@ class Group:
             self.draw_ahead(range(iteration, iteration + 1))
         return self.ahead[iteration]
 
-    def _plan(self, number: int) -> CropPlan:
-        """The crops after this number of redraws."""
-        if number in self.plans:
-            return self.plans[number]
-        return self.spec.sampler.redrawn(self.plan, self.size, self.generator("sampler", number))
+    def _take_plan(self, iteration: int) -> None:
+        upcoming = self._upcoming(iteration)
+        self.plan, self.redraws = upcoming.plan, upcoming.redraws
 
     def _augmented(self, iteration: int) -> tuple[Tensor, tuple[Change, ...], Tensor | None]:
         """The augmented images of an iteration, the changes made to them, and the patch tokens that remain."""
@@ -274,7 +277,7 @@ class Group:
         result = SyntheticImages(
             images=self.state.images.detach().cpu(), curves=self.state.curve.cpu().unsqueeze(0), columns=self.columns
         )
-        self.plan = self._upcoming(self.spec.iterations - 1).plan
+        self._take_plan(self.spec.iterations - 1)
         if self.labels is not None:
             result.boxes, result.owners, result.labels = self.plan.boxes, self.plan.owners, self.plan.labels
         shown = [name for name, loss in self.spec.losses.items() if loss.has_pictures]
