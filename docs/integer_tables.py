@@ -37,9 +37,9 @@ def integers_block() -> str:
     """Accuracy of the files, how the recipes were chosen, then their speed and size."""
     parts = {
         "Accuracy": _accuracy("integers"),
-        "Without VNNI": _accuracy("integers_no_vnni"),
+        "Without VNNI": "\n\n".join([_accuracy("integers_no_vnni"), _speed("deploy_no_vnni")]),
         "How the recipes were chosen": _choices(),
-        "Speed and size": _speed(),
+        "Speed and size": _speed("deploy"),
         "Where the time goes": _profile(),
     }
     return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items())
@@ -90,8 +90,8 @@ def _top1(rows: list[Row], runtime: str) -> str:
     return spread([row.top1 for row in rows if row.axes["runtime"] == runtime])
 
 
-def _speed() -> str:
-    found = json.loads((RESULTS / "deploy.json").read_text("utf-8"))
+def _speed(name: str) -> str:
+    found = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
     parts = []
     for model, data in found["models"].items():
         batches = list(data["batches"])
@@ -110,7 +110,7 @@ def _speed() -> str:
         "Times faster than float32 in onnxruntime, on one thread: median over the rounds of the ratio of CPU seconds. "
         f"The weights of the ViT-S are random. Machine: {found['device']}, load {found['load_before']} before; "
         f"onnxruntime {found['onnxruntime']}. Reproduce: `python benchmarks/deploy.py`. Data: "
-        "`benchmarks/results/deploy.json`."
+        f"`benchmarks/results/{name}.json`."
     )
     return "\n\n".join([*parts, note])
 

@@ -1,10 +1,11 @@
-"""Passes over names and constants of a graph, on graphs of a few nodes."""
+"""Passes over names, constants and weights of a graph, on graphs of a few nodes."""
 
 import numpy as np
 import onnx
 import pytest
 
 from spdfq.exporters.onnx_graph.storage import named_products, registered_constants
+from spdfq.exporters.onnx_graph.weights import moved_codes
 
 ir = pytest.importorskip("onnx_ir")
 
@@ -36,3 +37,14 @@ def test_constants_that_are_not_in_the_graph_are_registered():
     registered_constants(graph)
     assert clip.inputs[1].name in graph.initializers
     assert clip.inputs[1].const_value.numpy() == -1
+
+
+def test_a_weight_with_one_output_keeps_its_scale_along_the_outputs():
+    graph = graph_of(
+        "g (float[2,3] x) => (float[2,1] y) <int8[1,3] codes = {1, 2, 3}, float[1] scale = {0.5}, int8[1] zero = {0}>"
+        "{ w = DequantizeLinear <axis = 0> (codes, scale, zero) t = Transpose <perm = [1, 0]> (w) y = MatMul(x, t) }"
+    )
+    moved_codes(graph)
+    (dequantize,) = (node for node in graph if node.name.endswith("_moved"))
+    assert dequantize.attributes["axis"].value == 1
+    assert [list(value.shape) for value in dequantize.inputs] == [[3, 1], [1], [1]]

@@ -107,8 +107,11 @@ def dequantized(graph: ir.Graph, name: str, codes: Array, scale: Array, zero: Ar
 
 
 def _channel_axis(where: Array) -> tuple[int, Array] | None:
-    """The axis along which the channel changes, and the channel at each of its indices; ``None`` for several axes."""
-    for axis in range(where.ndim):
+    """The axis along which the channel changes, and the channel at each of its indices; ``None`` for several axes.
+
+    The last axis, that of the outputs, if there is one channel only: onnxruntime takes no scale for each input.
+    """
+    for axis in reversed(range(where.ndim)):
         line = np.moveaxis(where, axis, -1).reshape(-1, where.shape[axis])
         if (line == line[:1]).all():
             return axis, line[0]
