@@ -62,8 +62,8 @@ def _accuracy(name: str) -> str:
         table.append("| " + " | ".join(cells) + " |")
     versions = {f"{row.integer_file.runtime} {row.integer_file.version}" for row in rows if row.integer_file}
     note = (
-        f"Top-1 in percent, measured in {' and '.join(sorted(versions))}: seeds 0 to 2, mean ± standard deviation "
-        "(seed 0 where there is none), 32 images of `images/spdfq_plus`, 2,000 test images (500 for the real ViT). "
+        f"Top-1 in percent, measured in {' and '.join(sorted(versions))}: seeds 0 to 2, mean ± standard deviation, "
+        "32 images of `images/spdfq_plus`, 2,000 test images (500 for the real ViT). "
         f"Agreement with the simulation and integer products are those of {runtimes[0]}. Machine: {machines(rows)}. "
         f"Reproduce: `python benchmarks/integers.py`. Rows: `benchmarks/results/{name}.jsonl`."
     )
