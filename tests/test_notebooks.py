@@ -36,7 +36,6 @@ def kinds(cells):
     return [kind for output in outputs(cells) for kind in output.get("data", {})]
 
 
-@pytest.fixture(scope="module")
 def executed():
     """The cells of each notebook, run one notebook after the other; a kernel of its own for each would take seconds."""
     cells = {}
@@ -56,8 +55,15 @@ def test_every_notebook_is_run():
     assert sorted(SIZES) == NAMES
 
 
-def test_the_first_notebook_shows_bars_pictures_and_the_report(executed):
-    cells = executed["first-vit"]
+def test_the_notebooks_show_what_they_promise():
+    """One test, because each process that runs a part of them would run them all."""
+    cells = executed()
+    shows_bars_pictures_and_the_report(cells["first-vit"])
+    compares_a_loss_with_intervals(cells["own-loss"])
+    ends_with_labels_of_onnxruntime(cells["integer-file"])
+
+
+def shows_bars_pictures_and_the_report(cells):
     assert "full precision" in said(cells)
     bars = [output.data["text/plain"] for output in outputs(cells) if output.output_type == "display_data"]
     assert any("stage 2 of 7, images: synthesising" in bar for bar in bars)
@@ -66,15 +72,13 @@ def test_the_first_notebook_shows_bars_pictures_and_the_report(executed):
     assert report.startswith('<iframe srcdoc="&lt;!doctype html&gt;')
 
 
-def test_the_notebook_of_a_loss_compares_it_with_intervals(executed):
-    cells = executed["own-loss"]
+def compares_a_loss_with_intervals(cells):
     assert said(cells).count("runs/matrix/repq/") == 2
     assert "over plain" in said(cells)
     assert kinds(cells).count("image/png") == 1
 
 
-def test_the_notebook_of_an_integer_file_ends_with_labels_of_onnxruntime(executed):
-    cells = executed["integer-file"]
+def ends_with_labels_of_onnxruntime(cells):
     assert "(simulated)" in said(cells)
     assert "get the same class, computed by onnxruntime" in said(cells)
 

@@ -165,7 +165,7 @@ def _milliseconds(model: nn.Module, teacher: Teacher) -> float:
 
     Other work on the machine only makes calls slower, so the fastest one says most about the model.
     """
-    image = teacher.normalise(torch.full((1, *teacher.input_size), 0.5))
+    image = teacher.normalise(torch.full((1, *teacher.input_size), 0.5, dtype=torch.float32, device="cpu"))
     times: list[float] = []
     with torch.inference_mode(), evaluation_mode(model):
         for _ in range(3):

@@ -1,6 +1,7 @@
 """Models without their head: how they are loaded, images made without labels, and a run from end to end."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -222,7 +223,7 @@ def test_the_terminal_and_the_report_call_it_by_its_name(finished):
     page = write_report(result.folder).read_text(encoding="utf-8")
     assert "k-NN top-1 (simulated), 40 images" in page
     assert "1 × 28 × 28 input, no head" in page
-    assert f"<dt>Feature similarity</dt><dd>{metrics['similarity']:.4f}</dd>" in page
+    assert re.search(rf"<dt>.*Feature similarity.*</dt><dd>{metrics['similarity']:.4f}</dd>", page)
 
 
 def test_stages_are_shared_as_far_as_the_bank_does_not_matter(finished, tmp_path):
