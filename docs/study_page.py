@@ -8,6 +8,7 @@ from typing import Any
 from result_rows import RESULTS, machines, rows_of
 from spread import spread
 
+from spdfq.bench.groups import Group, difference
 from spdfq.bench.rows import Row
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -72,18 +73,23 @@ def _readings(found: list[dict[str, Any]]) -> str:
 
 def _bed(file: str, title: str) -> str:
     rows = [row for row in rows_of(file) if not row.error]
-    table = ["| images | top-1 | agreement |", "| --- | ---: | ---: |"]
-    for name in NAMES:
-        own = [row for row in rows if str(row.axes["images"]).partition(" + ")[0] == name]
-        if own:
-            agreement = spread([row.measured.agreement or 0.0 for row in own], 1)
-            table.append(f"| {NAMES[name]} | {spread([row.top1 for row in own], 1)} ({len(own)}) | {agreement} |")
+    groups: dict[str, Group] = {}
+    for row in rows:
+        name = str(row.axes["images"]).partition(" + ")[0]
+        groups.setdefault(name, Group("", row.axes, {})).rows[row.seed] = row
+    table = ["| images | top-1 | over the present recipe | agreement |", "| --- | ---: | ---: | ---: |"]
+    for name in (each for each in NAMES if each in groups):
+        own = list(groups[name].rows.values())
+        over = "" if name == "present" else str(difference(groups[name], groups["present"]))
+        cells = [NAMES[name], f"{spread([row.top1 for row in own], 1)} ({len(own)})", over]
+        table.append(f"| {' | '.join(cells)} | {spread([row.measured.agreement or 0.0 for row in own], 1)} |")
     bed = file.removeprefix("spdfq_study_confirm_")
     measured = rows[0].measured
     return (
         f"### {title}\n\n"
         + "\n".join(table)
-        + "\n\nTop-1 in percent, simulated, mean ± standard deviation over the seeds (how many); "
+        + "\n\nTop-1 in percent, simulated, mean ± standard deviation over the seeds (how many); differences with 95 % "
+        "intervals over seeds and test images; "
         f"{study.IMAGES} images, {study.BEDS[bed].iterations} iterations. Full precision {measured.fp.top1:.1f} %, "
         f"{measured.images} test images that played no part in the choice. Machine: {machines(rows)}. Reproduce: "
         f"`spdfq bench benchmarks/spdfq_study/confirm_{bed}.toml`."
