@@ -1,7 +1,7 @@
 """Measure synthesis, reconstruction and quantized evaluation on one GPU, in at most ten minutes.
 
     python benchmarks/gpu.py                   # writes benchmarks/results/gpu_CARD.json
-    python benchmarks/gpu.py --dry --out /tmp/gpu.json   # everything at toy size, on any machine
+    python benchmarks/gpu.py --dry --out gpu.json   # everything at toy size, on any machine
 
 The teacher is a DeiT-B of 224x224 pixels with random weights. Synthesis: the shipped recipes on their published
 schedules, each also as a ratio to bare forward and backward passes of a group of 32 images in the same run. A part that

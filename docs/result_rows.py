@@ -1,8 +1,9 @@
 """The rows of benchmarks/results, for the generated tables."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from spdfq.bench.groups import Group
 from spdfq.bench.rows import Row, read_rows
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -11,6 +12,14 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 def rows_of(*names: str) -> list[Row]:
     """The rows of files, by their names without the suffix."""
     return [row for name in names for row in read_rows(RESULTS / f"{name}.jsonl")]
+
+
+def groups_by(rows: Iterable[Row], of: Callable[[Row], str]) -> dict[str, Group]:
+    """The seeds of each kind of rows, in the order of the rows."""
+    groups: dict[str, Group] = {}
+    for row in rows:
+        groups.setdefault(of(row), Group("", row.axes, {})).rows[row.seed] = row
+    return groups
 
 
 def machines(rows: Iterable[Row]) -> str:

@@ -5,10 +5,10 @@ from string import ascii_lowercase
 from typing import Any
 
 from attrs import frozen
-from result_rows import RESULTS, rows_of
+from result_rows import RESULTS, groups_by, rows_of
 from spread import spread
 
-from spdfq.bench.groups import Group, difference
+from spdfq.bench.groups import difference
 from spdfq.bench.rows import Row, read_rows
 
 IMAGES = {
@@ -141,9 +141,7 @@ def _model(of: ModelTable) -> str:
 
 def _intervals(file: str) -> str:
     """What the sources of a file have over PSAQ-ViT."""
-    groups: dict[str, Group] = {}
-    for row in rows_of(file):
-        groups.setdefault(row.axes["images"], Group("", row.axes, {})).rows[row.seed] = row
+    groups = groups_by(rows_of(file), lambda row: str(row.axes["images"]))
     psaq = groups.pop("psaq_vit")
     parts = [f"{IMAGES[images]} {difference(group, psaq)}" for images, group in groups.items()]
     return f"100 iterations, over PSAQ-ViT (95 % over seeds and test images): {'; '.join(parts)}."

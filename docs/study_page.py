@@ -5,10 +5,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from result_rows import RESULTS, machines, rows_of
+from result_rows import RESULTS, groups_by, machines, rows_of
 from spread import spread
 
-from spdfq.bench.groups import Group, difference
+from spdfq.bench.groups import difference
 from spdfq.bench.rows import Row
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -73,10 +73,7 @@ def _readings(found: list[dict[str, Any]]) -> str:
 
 def _bed(file: str, title: str) -> str:
     rows = [row for row in rows_of(file) if not row.error]
-    groups: dict[str, Group] = {}
-    for row in rows:
-        name = str(row.axes["images"]).partition(" + ")[0]
-        groups.setdefault(name, Group("", row.axes, {})).rows[row.seed] = row
+    groups = groups_by(rows, lambda row: str(row.axes["images"]).partition(" + ")[0])
     table = ["| images | top-1 | over the present recipe | agreement |", "| --- | ---: | ---: | ---: |"]
     for name in (each for each in NAMES if each in groups):
         own = list(groups[name].rows.values())

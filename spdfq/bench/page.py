@@ -17,10 +17,9 @@ from spdfq.errors import SpdfqError, writing
 from spdfq.recipe import shipped
 from spdfq.recipe.describe import recipe_summary
 from spdfq.report.explained import EXPLAINED_FILE, Explained
-from spdfq.report.page import duration, percent, style, templates
+from spdfq.report.page import PAGE, duration, percent, style, templates
 from spdfq.report.pictures import SHOWN, tiles_of
 
-PAGE = "report.html"
 _PICTURES = 8
 
 
@@ -205,9 +204,9 @@ def _images(group: Group) -> Any:
 def _runs(folder: Path, group: Group) -> list[dict[str, str]]:
     """The reports of a combination's runs that are there, by seed; paths are relative to the page."""
     return [
-        {"seed": str(seed), "path": f"{row.folder}/report.html"}
+        {"seed": str(seed), "path": f"{row.folder}/{PAGE}"}
         for seed, row in group.rows.items()
-        if row.folder and (folder / row.folder / "report.html").is_file()
+        if row.folder and (folder / row.folder / PAGE).is_file()
     ]
 
 

@@ -24,6 +24,8 @@ from spdfq.report.pictures import SHOWN
 from spdfq.report.site_noise import NOISE_FILE, heat_map
 from spdfq.report.sites import site_tables
 
+PAGE = "report.html"
+"""Name of the page in the folder of a run, and of a bench."""
 _OPTIONAL = (EXPORTS_FILE, MEASURES_FILE, NOISE_FILE, CLASSES_FILE)
 
 
@@ -49,7 +51,7 @@ def write_report(folder: Path) -> Path:
             f"{folder}: run.json, sites.json, {', '.join(_OPTIONAL)} or {DIAGNOSIS_FILE} lacks {error}; run the recipe "
             "again with --fresh"
         ) from None
-    path = folder / "report.html"
+    path = folder / PAGE
     with writing(path):
         path.write_text(templates().get_template("page.html").render(content), encoding="utf-8")
     return path

@@ -24,6 +24,7 @@ from spdfq.report.explained import EXPLAINED_FILE
 from spdfq.report.exports import EXPORTS_FILE
 from spdfq.report.image_quality import MEASURES_FILE
 from spdfq.report.images import CLASSES_FILE, REAL_FILE
+from spdfq.report.page import PAGE
 from spdfq.report.site_noise import NOISE_FILE
 from spdfq.runs.checks import check_classes, check_fit, checked_teacher, placed, refuse_own_recipe
 from spdfq.runs.explained import explained
@@ -81,7 +82,7 @@ class RunResult:
     def _repr_html_(self) -> str | None:
         """The report in a frame; ``None`` if it is gone, so that a notebook shows plain text."""
         try:
-            page = (self.folder / "report.html").read_text(encoding="utf-8")
+            page = (self.folder / PAGE).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         title = html.escape(f"Report of {self.folder.name}")
@@ -293,7 +294,7 @@ class _Run:
         if controls:
             self._write_record(controls)
         self._track()
-        self.announce(f"report: {self.folder / 'report.html'}")
+        self.announce(f"report: {self.folder / PAGE}")
         measured = {name: control.results[EvaluateStage.name] for name, control in controls.items()}
         stages = {name: asdict(record) for name, record in self.records.items()}
         return RunResult(self.folder, recipe, work.results[EvaluateStage.name], measured, stages)
