@@ -39,7 +39,7 @@ def integers_block() -> str:
         "Accuracy": _accuracy("integers"),
         "Without VNNI": "\n\n".join([_accuracy("integers_no_vnni"), _speed("deploy_no_vnni")]),
         "How the recipes were chosen": _choices(),
-        "Speed and size": _speed("deploy"),
+        "Speed and size": "\n\n".join([_speed("deploy_amd_vnni"), _speed("deploy")]),
         "Where the time goes": _profile(),
     }
     return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items())
