@@ -85,7 +85,10 @@ def _evaluation(path: str | Path, overrides: tuple[str, ...]) -> Any:
         )
     if not any(key == "evaluation" or key.startswith("evaluation.dataset") for key in keys):
         raise SpdfqError(f"{path}: does not say which images to measure; give --on FOLDER with a subfolder per class")
-    return load_part({"evaluation": {}}, "evaluation", overrides).evaluation
+    spec: Any = load_part({"evaluation": {}}, "evaluation", overrides).evaluation
+    if spec.precision != "float32":
+        raise SpdfqError(f"evaluation.precision: {path} has the precision that it was exported with; leave it out")
+    return spec
 
 
 class _Module(nn.Module):

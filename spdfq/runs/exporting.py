@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import nn
 
 from spdfq.errors import ModelError, SpdfqError
@@ -80,14 +80,18 @@ def export_run(
         done = write_export(
             model, teacher, path, exporter, softmax=softmax, images=images, class_names=names, details=details
         )
-        for line in done.notes:
+        notes = list(done.notes)
+        if check and recipe.evaluation.precision != "float32":
+            notes.append(f"checked in float32, as the file computes; the run used {recipe.evaluation.precision}")
+            recipe = evolve(recipe, evaluation=evolve(recipe.evaluation, precision="float32"))
+        for line in notes:
             announce(line)
         entry: dict[str, Any] = {
             "file": str(path),
             "format": done.format,
             "softmax": softmax,
             "size": done.size,
-            "notes": list(done.notes),
+            "notes": notes,
             "measured": [],
         }
         if check:

@@ -92,6 +92,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(file, val, tmp_path):
         ((file, "--on", tmp_path / "gone"), "gone: no such folder; give root = 'path/to/val'"),
         ((file, "--on", tmp_path / "empty"), "evaluation.dataset: has 0 classes, model.onnx knows 2"),
         ((file, "--on", val, "--device", "cuda"), "on the CPU; leave it out"),
+        ((file, "--on", val, "--set", "evaluation.precision='bfloat16'"), "exported with; leave it out"),
         ((file, "--on", val, "--set", "seed=1"), "--set seed=1: a file is exported; only evaluation.* can be set"),
         ((file, "--on", val, "--set", "evaluation.bacth=1"), "evaluation.bacth: unknown key; did you mean 'batch'?"),
         (

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from attrs import evolve
 from support.commands import spdfq
 
 from spdfq.data import FashionMnist, ImageFolder
 from spdfq.data.classes import class_names
 from spdfq.errors import DataError, SpdfqError
+from spdfq.runs import exporting
 from spdfq.runs.exporting import export_run
 from spdfq.teacher import load_teacher
 
@@ -52,12 +54,16 @@ def test_the_report_shows_what_was_measured_where(finished, checked):
     assert json.loads((finished.folder / "exports.json").read_text())["model.onnx"] == checked
 
 
-def test_the_command_prints_the_numbers_and_the_notes(finished, checked, tmp_path):
+def test_the_command_prints_the_numbers_and_the_notes(finished, checked, tmp_path, monkeypatch):
+    recipe = exporting.finished_recipe(finished.folder)
+    rough = evolve(recipe, evaluation=evolve(recipe.evaluation, precision="bfloat16"))
+    monkeypatch.setattr(exporting, "finished_recipe", lambda folder: rough)
     new = tmp_path / "new/a.pt2"
     options = ("--format", "pt2", "--softmax", "uniform8", "--check", "--quiet", "--out", new)
     done = spdfq("export", finished.folder, *options)
     assert done.exit_code == 0, done.output
     assert "note: blocks.0.attn.softmax: log2 of 4 bits is now uniform of 8 bits" in done.stderr
+    assert "note: checked in float32, as the file computes; the run used bfloat16" in done.stderr
     assert " % measured in torch " in done.stdout
     assert " ms for one image, " in done.stdout
     assert "agreement  100.00 % of the images" in done.stdout
