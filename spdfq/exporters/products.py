@@ -19,11 +19,15 @@ def whole_products(names: Iterable[str]) -> list[str]:
 
 
 def quantized_products(model: QuantizedModel, teacher: Teacher) -> int:
-    """How many products of a forward pass have two quantized operands; those of files should be integer kernels."""
+    """How many products of a forward pass have two quantized operands; those of files should be integer kernels.
+
+    A product of a module that runs several times counts as often as it runs.
+    """
     counted = model.multiplications
     if not counted:  # a checkpoint of an older version
         example = torch.zeros(1, *teacher.input_size, dtype=torch.float32, device=teacher.device)
         counted = count_multiplications(model.network, example)
     # an operand that is no site was quantized at an earlier one
     floating = model.sites.keys() - model.quantizers.keys()
-    return len({product.sites for product in counted if product.sites and not floating.intersection(product.sites)})
+    calls = {product.sites: product.calls for product in counted if product.sites}
+    return sum(count for sites, count in calls.items() if not floating.intersection(sites))

@@ -114,8 +114,8 @@ def load_checkpoint(folder: str | Path, module: nn.Module | None = None) -> tupl
     _check_fit(network, [sites[name] for name in restored], biases, folder)
     teacher = Teacher(network, **config["teacher"])
     counted = [
-        Multiplications(name, operator, tuple(operands), count)
-        for name, operator, operands, count in config.get("multiplications", [])  # missing in older files
+        Multiplications(name, operator, tuple(operands), *counts)  # older files have no number of calls
+        for name, operator, operands, *counts in config.get("multiplications", [])  # missing in still older ones
     ]
     model = QuantizedModel(teacher.module, sites, restored, config["leftovers"], biases, counted, norms, shifted)
     _fill(model, tensors, config.get("extra_states", {}), folder)

@@ -5,6 +5,7 @@ a function called under ``DisableTorchFunction``. The dispatcher sees what they 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,12 +33,14 @@ class Multiplications:
         operator: what multiplies, for example ``mm``.
         sites: its operands; empty if it has no sites.
         count: number of multiplications; ``None`` if only the operator itself knows it.
+        calls: how often the product was computed; more than once in a module that runs several times.
     """
 
     name: str
     operator: str
     sites: tuple[str, ...]
     count: int | None
+    calls: int = 1
 
 
 @frozen
@@ -76,11 +79,13 @@ class MultiplicationCounter(TorchDispatchMode):
         """Gives the name of the running module."""
         self._product: tuple[str, tuple[str, ...]] | None = None
         self._counts: dict[Key, int | None] = {}
+        self._calls = Counter[tuple[str, tuple[str, ...]]]()
 
     @contextmanager
     def product(self, name: str, *sites: str) -> Iterator[None]:
         """What is multiplied inside the ``with`` block belongs to this product."""
         before, self._product = self._product, (name, sites)
+        self._calls[name, sites] += 1
         try:
             yield
         finally:
@@ -88,7 +93,10 @@ class MultiplicationCounter(TorchDispatchMode):
 
     def counted(self) -> list[Multiplications]:
         """Every product so far."""
-        return [Multiplications(*key, count) for key, count in self._counts.items()]
+        return [
+            Multiplications(name, operator, sites, count, self._calls.get((name, sites), 1))
+            for (name, operator, sites), count in self._counts.items()
+        ]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
