@@ -67,6 +67,7 @@ class ModelTable:
         note: what holds for all rows.
         commands: that make the rows.
         intervals: file whose sources are compared with PSAQ-ViT.
+        pair: file where SPDFQ is compared with PSAQ-ViT under several back-ends.
     """
 
     title: str
@@ -74,6 +75,7 @@ class ModelTable:
     note: str
     commands: tuple[str, ...]
     intervals: str | None = None
+    pair: str | None = None
 
 
 def _of(file: str, *backends: str) -> tuple[Column, ...]:
@@ -93,6 +95,7 @@ TABLES = (
         "Only the first three columns have the asymmetric weights that the back-ends have now; they have one thread.",
         ("benchmarks/fmnist/quickstart.toml", "benchmarks/fmnist/vit_w3a3_matrix.toml", "examples/d4c/bench.toml"),
         intervals="fmnist_d4c",
+        pair="fmnist_spdfq_psaq",
     ),
     ModelTable(
         "The bundled Swin, W3A3",
@@ -131,12 +134,16 @@ def _model(of: ModelTable) -> str:
     commands = ", ".join(f"`spdfq bench {path}`" for path in of.commands)
     full, tested = _one(row.measured.fp.top1 for row in every), _one(row.measured.images for row in every)
     placement = _one(row.backend.placement for row in every)
+    compared = [
+        *([_intervals(of.intervals)] if of.intervals else []),
+        *([_pair(of.pair)] if of.pair else []),
+    ]
     return (
         f"## {of.title}\n\n"
         + "\n".join(table)
         + f"\n\nFull precision {full:.2f} %, {tested:,} test images, 32 calibration images, placement `{placement}`, "
         f"first and last layer 8 bits. {of.note} {marks.legend()} Reproduce: {commands}."
-    ) + (f"\n\n{_intervals(of.intervals)}" if of.intervals else "")
+    ) + (f"\n\n{' '.join(compared)}" if compared else "")
 
 
 def _intervals(file: str) -> str:
@@ -145,6 +152,18 @@ def _intervals(file: str) -> str:
     psaq = groups.pop("psaq_vit")
     parts = [f"{IMAGES[images]} {difference(group, psaq)}" for images, group in groups.items()]
     return f"100 iterations, over PSAQ-ViT (95 % over seeds and test images): {'; '.join(parts)}."
+
+
+def _pair(file: str) -> str:
+    """What SPDFQ has over PSAQ-ViT under each back-end of a file."""
+    rows = rows_of(file)
+    groups = groups_by(rows, lambda row: f"{row.axes['images']} {row.axes['backend']}")
+    backends = dict.fromkeys(str(row.axes["backend"]) for row in rows)
+    parts = [f"`{name}` {difference(groups[f'spdfq {name}'], groups[f'psaq_vit {name}'])}" for name in backends]
+    return (
+        f"SPDFQ over PSAQ-ViT on {_one(row.measured.images for row in rows):,} other images, "
+        f"{len({row.seed for row in rows})} seeds: {'; '.join(parts)} (`spdfq bench benchmarks/fmnist/spdfq_psaq.toml`)."
+    )
 
 
 class Marks:
