@@ -19,6 +19,7 @@ gc.disable()  # what is imported and collected lives until the end; looking for 
 
 def pytest_collection_finish():
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # by default an eighth of the time goes into looking
     gc.enable()
 
 
