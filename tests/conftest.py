@@ -1,9 +1,11 @@
 """What tests share: no network, one thread and no store of one's own, so that results do not depend on the machine."""
 
+import gc
 import os
 import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start, beside which other tests run
 os.environ.pop("SPDFQ_STORE", None)
 
 import pytest
@@ -11,6 +13,14 @@ import torch
 from attrs import evolve
 
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # no test's files must survive a power failure; a flush takes milliseconds
+gc.disable()  # what is imported and collected lives until the end; looking for garbage in it takes seconds
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # by default an eighth of the time goes into looking
+    gc.enable()
 
 
 # a run for all tests that look at one; what makes it is imported only then, so that other tests start sooner

@@ -76,7 +76,7 @@ def seen(tmp_path_factory):
         text=True,
         timeout=120,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        env={**os.environ, "PYTHONPATH": str(folder / "site"), "COLUMNS": "120"},
     )
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -4,6 +4,7 @@ import copy
 import difflib
 import tomllib
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,13 @@ def resolve(source: str | Path | dict[str, Any], overrides: Iterable[str] = (), 
 
 def shipped() -> list[str]:
     """Names of the shipped recipes and parts, for example ``quickstart`` and ``images/spdfq``."""
+    return list(_shipped())
+
+
+@cache
+def _shipped() -> tuple[str, ...]:
     root = Path(str(files("spdfq.recipes")))
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
+    return tuple(sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml")))
 
 
 def is_complete(name: str) -> bool:

@@ -27,9 +27,8 @@ def small(tmp_path):
     return bench_files(tmp_path)(text.replace('extends = ["base.toml"]', few))
 
 
-def test_a_killed_shard_of_the_local_executor_is_run_again_and_merged(small, tmp_path, monkeypatch):
+def test_a_killed_shard_of_the_local_executor_is_run_again_and_merged(small, tmp_path):
     pytest.importorskip("submitit")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "runs/bits"
     folder, jobs = launch(small, 2, out=out, options=LOCAL, arguments=["--device", "cpu"])
     os.kill(int(jobs[1].job_id), signal.SIGKILL)  # as a cluster does with a job that is over its time

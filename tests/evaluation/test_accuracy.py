@@ -1,7 +1,6 @@
 """Accuracy on labelled images, unreadable images, and interrupted evaluations."""
 
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -327,7 +326,7 @@ evaluated(owner.module, owner, ImageFolder(root=sys.argv[1]), BATCH, Path(sys.ar
 def test_a_killed_process_is_taken_up_where_it_stood(folder, tmp_path):
     dataset, owner = eleven(folder), teacher()
     command = [sys.executable, "-c", KILLED, dataset.root, str(tmp_path / "state")]
-    killed = subprocess.run(command, cwd=TESTS, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    killed = subprocess.run(command, cwd=TESTS)
     assert killed.returncode == -signal.SIGKILL
     whole = evaluated(owner.module, owner, dataset, BATCH)
     owner.module.seen = 0

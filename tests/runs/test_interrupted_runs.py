@@ -1,7 +1,6 @@
 """Runs that are killed, interrupted, locked out or fail: how they go on, and what they leave as it was."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -39,8 +38,7 @@ run(json.loads(sys.argv[1]), out=sys.argv[2])
 
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(finished, recipe, tmp_path, monkeypatch):
     out = tmp_path / "runs/killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(recipe), str(out)], env=environment)
+    killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(recipe), str(out)])
     assert killed.returncode == -signal.SIGKILL
     assert sorted(path.name for path in out.iterdir()) == [".lock"]
     done, step = [], group.Group.step

@@ -2,7 +2,6 @@
 
 import atexit
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +9,7 @@ from functools import partial
 import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
+from support.commands import spdfq
 
 from spdfq.runtime.ranks import Ranks, join
 
@@ -27,28 +27,33 @@ threads = 1
 """
 
 
-def launch(folder, *launcher):
-    """One run of the recipe in a process of its own; gives its images and metrics."""
+def arguments(folder):
+    """Those of ``spdfq`` for one run of the recipe."""
     folder.parent.mkdir()
     (folder.parent / "two.toml").write_text(RECIPE)
     short = ["--set", "quantization.steps.1.iterations=1", "--quiet", "--fresh"]
-    command = [*launcher, "-m", "spdfq", "run", str(folder.parent / "two.toml"), "--out", str(folder), *short]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    return ["run", str(folder.parent / "two.toml"), "--out", str(folder), *short]
+
+
+def found(folder):
+    """The images and metrics of a run."""
     facts = json.loads((folder / "run.json").read_text())
-    return load_file(folder / "synthetic.safetensors"), facts["metrics"], done.stdout
+    return load_file(folder / "synthetic.safetensors"), facts["metrics"]
 
 
 def test_torchrun_with_two_processes_gives_the_images_and_accuracy_of_one(tmp_path):
-    alone, metrics, _ = launch(tmp_path / "alone" / "run", sys.executable)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    shared, shared_metrics, printed = launch(tmp_path / "shared" / "run", *torchrun)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spdfq"]
+    command = [*torchrun, *arguments(tmp_path / "shared" / "run")]
+    both = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert both.returncode == 0, both.stderr[-2000:]
+    one = spdfq(*arguments(tmp_path / "alone" / "run"))
+    assert one.exit_code == 0, one.output
+    alone, metrics = found(tmp_path / "alone" / "run")
+    shared, shared_metrics = found(tmp_path / "shared" / "run")
     assert all(alone[name].equal(shared[name]) for name in alone)
     assert shared_metrics == metrics
     assert metrics["images"] == 40
-    assert printed.count("top-1") == 1, "only the first process speaks"
+    assert both.stdout.count("top-1") == 1, "only the first process speaks"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

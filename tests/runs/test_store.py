@@ -163,6 +163,15 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     assert {found.name: found.read_bytes() for found in tmp_path.iterdir()} == {"value.json": b"new: \xce\xb1"}
 
 
+def test_a_file_is_flushed_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "value.json", []
+    write_text(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append((os.fstat(handle).st_ino, path.read_text())))
+    write_text(path, "new")
+    assert flushed == [(path.stat().st_ino, "old")]
+    assert path.read_text() == "new"
+
+
 def test_tensors_come_back_with_their_metadata(tmp_path):
     given = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.uint8, requires_grad=False)}
     write_tensors(tmp_path / "x.safetensors", given, {"iteration": "3"})
