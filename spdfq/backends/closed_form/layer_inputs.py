@@ -13,7 +13,7 @@ from spdfq.backends.blocks import BlockCall, Hidden, block_calls, block_names
 from spdfq.backends.propagation import Propagation, of_images
 from spdfq.errors import ModelError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.sites import INPUT, input_site
+from spdfq.quantized.sites import INPUT, WEIGHT, input_site
 from spdfq.quantized.visiting import Visit, unchanged, visit_sites
 from spdfq.quantizers import Product
 
@@ -25,10 +25,25 @@ class LinearLayer:
     Args:
         weight: name of its weight.
         bias: name of its bias, if that can be changed.
+        compensated: whether its weight compensates the error of its inputs.
     """
 
     weight: str
     bias: str | None
+    compensated: bool = True
+
+
+def input_rows(model: QuantizedModel, image: Tensor) -> dict[str, int]:
+    """The number of rows ``[rows, d]`` that one image ``[1, C, H, W]`` gives as input to each weight, by its name."""
+    seen: dict[str, int] = {}
+
+    def count(name: str, product: Product) -> None:
+        seen[name] = seen.get(name, 0) + product.operand.shape[:-1].numel()
+
+    with visit_sites(model.network, unchanged, points=model.points, on_product=count):
+        model.network(image)
+    weights = (name for name, site in model.sites.items() if site.kind == WEIGHT)
+    return {name: seen.get(input_site(name), 0) for name in weights}
 
 
 @define(eq=False)

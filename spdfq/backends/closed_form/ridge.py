@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spdfq.backends.base import NEITHER, Calibration, Step, check_calibrated_by
 from spdfq.backends.calibrate import fit_weights
-from spdfq.backends.closed_form.layer_inputs import LayerInputs, LinearLayer, NormalEquations
+from spdfq.backends.closed_form.layer_inputs import LayerInputs, LinearLayer, NormalEquations, input_rows
 from spdfq.backends.closed_form.least_squares import ridge_regression, round_by_columns, round_by_halves
 from spdfq.backends.finished_parts import FinishedParts
 from spdfq.backends.weight_grid import WeightGrid
@@ -42,6 +42,9 @@ class Ridge(Step):
         rounding_penalty: λ for the compensation of the rounding; ``penalty`` by default.
         relative: multiply both by the mean over the input channels of the sum of squares over all tokens. The result
             then depends neither on the number of images nor on the scale of the inputs.
+        min_rows: least number of rows of a layer's inputs (tokens of all images) for each of their channels. With
+            fewer, the error of the inputs is not compensated, only that of rounding, and ``sites.json`` names the
+            layer. A head has one row for each image: with few images, its weights would be fitted to these images.
         flips: largest number of changed roundings of a row for each half; not used with ``columns``.
         rounding: whether the columns are rounded by ``halves`` or as single ``columns``.
         weight_observer: chooses the range of each changed weight.
@@ -53,6 +56,7 @@ class Ridge(Step):
     penalty: float = field(default=1000.0, validator=validators.gt(0.0))
     rounding_penalty: float | None = field(default=None, validator=validators.optional(validators.gt(0.0)))
     relative: bool = False
+    min_rows: float = field(default=0.0, validator=validators.ge(0.0))
     flips: int = field(default=100, validator=validators.ge(0))
     rounding: Literal["halves", "columns"] = "halves"
     weight_observer: Any = component("observer", default=GridMseObserver)
@@ -75,7 +79,7 @@ class Ridge(Step):
             NonFiniteError: the inputs or outputs of a layer are not finite.
         """
         model.check_calibrated()
-        layers = self._layers(model, calibration.images[:1])
+        layers = self._layers(model, calibration.images)
         finished = FinishedParts.of(model, calibration, "ridge")
         with (
             calibration.teacher.frozen() as float_network,
@@ -101,12 +105,21 @@ class Ridge(Step):
                     finished.keep(names)
                 inputs.leave(call)
 
-    def _layers(self, model: QuantizedModel, example: Tensor) -> list[LinearLayer]:
-        linears = wiring(model.network, example).linears
+    def _layers(self, model: QuantizedModel, images: Tensor) -> list[LinearLayer]:
+        linears = wiring(model.network, images[:1]).linears
         weights = [name for name, site in model.sites.items() if site.kind == WEIGHT]
         others = [name for name in model.weight_names() if name not in linears]
         model.note("ridge", (f"{name} is rounded without correction" for name in others))
-        layers = [LinearLayer(name, linears[name].bias(model.network)) for name in weights if name in linears]
+        rows = input_rows(model, images[:1])
+        few = {
+            name: f"{name}: the error of its inputs is not compensated, {len(images) * rows[name]} rows are too few"
+            for name in weights
+            if name in linears and len(images) * rows[name] < self.min_rows * model.weight(name).shape[1]
+        }
+        model.note("ridge", few.values())
+        layers = [
+            LinearLayer(name, linears[name].bias(model.network), name not in few) for name in weights if name in linears
+        ]
         for layer in layers:
             if layer.weight in model.quantizers:
                 model.affine(layer.weight)  # refused before anything is changed
@@ -120,7 +133,9 @@ class Ridge(Step):
         columns = [rearrange(part.double(), "k ... -> k (...)") for part in (weight, *biases)]
         unit = _mean_square_sum(found.gram, len(biases)) if self.relative else 1.0
         rounding_penalty = unit * (self.penalty if self.rounding_penalty is None else self.rounding_penalty)
-        wanted = torch.cat(columns, 1) + self._compensation(layer, found, unit * self.penalty)
+        wanted = torch.cat(columns, 1)
+        if layer.compensated:
+            wanted += self._compensation(layer, found, unit * self.penalty)
         weight.copy_(wanted[:, : weight.shape[1]])
         result = wanted
         if layer.weight in model.quantizers:

@@ -62,6 +62,28 @@ def test_a_layers_new_weights_are_the_regression_of_its_quantized_inputs():
         torch.testing.assert_close(getattr(model.network[2], name).detach().double(), tensor, atol=1e-6, rtol=1e-5)
 
 
+def test_a_layer_with_few_rows_for_its_inputs_is_not_corrected(tmp_path):
+    """Of 6 images, the head has 6 rows for 32 inputs, and every other layer 6 times 17 tokens or more."""
+    chosen = teacher("vit")
+    before, corrected, left = (quantized(chosen, FLOAT_WEIGHTS) for _ in range(3))
+    repair(corrected, chosen)
+    step = evolve(STEP, min_rows=0.2)
+    repair(left, chosen, step, folder=tmp_path)
+    changed = [
+        {name for name, value in parameters(model).items() if not torch.equal(value, before.tensors()[name])}
+        for model in (corrected, left)
+    ]
+    assert changed[0] - changed[1] == {"head.weight", "head.bias"}
+    assert changed[1] < changed[0]
+    line = "ridge: head.weight: the error of its inputs is not compensated, 6 rows are too few"
+    assert line in left.notes
+    assert corrected.notes == [note for note in left.notes if note != line]
+    resumed = quantized(chosen, FLOAT_WEIGHTS)
+    repair(resumed, chosen, step, folder=tmp_path)
+    assert resumed.notes == left.notes
+    assert same(parameters(resumed), parameters(left))
+
+
 @pytest.mark.parametrize("rounding", ["halves", "columns"])
 def test_relative_penalties_do_not_depend_on_the_number_of_images(rounding):
     chosen, step = teacher("vit"), evolve(STEP, relative=True, rounding=rounding, penalty=2.0, rounding_penalty=0.1)
