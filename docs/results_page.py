@@ -162,7 +162,8 @@ def _pair(file: str) -> str:
     parts = [f"`{name}` {difference(groups[f'spdfq {name}'], groups[f'psaq_vit {name}'])}" for name in backends]
     return (
         f"SPDFQ over PSAQ-ViT on {_one(row.measured.images for row in rows):,} other images, "
-        f"{len({row.seed for row in rows})} seeds: {'; '.join(parts)} (`spdfq bench benchmarks/fmnist/spdfq_psaq.toml`)."
+        f"{len({row.seed for row in rows})} seeds: {'; '.join(parts)} "
+        "(`spdfq bench benchmarks/fmnist/spdfq_psaq.toml`)."
     )
 
 

@@ -1,9 +1,12 @@
 """The tables of the page on the uniform back-end, from the rows of its benchmarks."""
 
+import json
+import re
 from collections.abc import Callable
-from statistics import mean
+from statistics import mean, median
+from typing import Any
 
-from result_rows import machines, rows_of
+from result_rows import RESULTS, machines, rows_of
 from spread import spread
 
 from spdfq.bench.rows import Row
@@ -52,6 +55,7 @@ GOALS = [
     ("bundled ViT, W2A4, `spdfq_plus`", 82.0, "fmnist_vit_strong_others", "spdfq_plus", "strong_w2a4"),
 ]
 SOURCES = ("real_fmnist", "spdfq_plus")
+DOCTOR, LISTED = "real_vit_112_doctor", 10
 COMMANDS = {
     "real_vit_112_strong": "`spdfq bench benchmarks/real_vit/strong.toml`",
     "real_vit_112_strong_w4a8": "`spdfq bench benchmarks/real_vit/strong_w4a8.toml`",
@@ -65,7 +69,14 @@ COMMANDS = {
 def uniform_block() -> str:
     """Every table, each under its heading."""
     tables = [f"## {title}\n\n{_table(files)}" for title, files in TABLES]
-    return "\n\n".join([f"## Goals\n\n{_goals()}", *tables, f"## What was tried\n\n{_tries()}"])
+    return "\n\n".join(
+        [
+            f"## Goals\n\n{_goals()}",
+            *tables,
+            f"## Where the error is\n\n{_where()}",
+            f"## What was tried\n\n{_tries()}",
+        ]
+    )
 
 
 def _goals() -> str:
@@ -112,6 +123,35 @@ def _caption(rows: list[Row], files: list[str]) -> str:
         f"images, placement `{placement}`, first and last layer 8 bits. Machine: {machines(rows)}. "
         f"Reproduce: {commands}. Rows: {sources}."
     )
+
+
+def _where() -> str:
+    """What each kind of site costs by itself, and how much of the correction holds on other images."""
+    found = json.loads((RESULTS / f"{DOCTOR}.json").read_text("utf-8"))
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for site in found["sites"]:
+        kinds.setdefault(re.sub(r"^blocks\.\d+\.", "", site["site"]), []).append(site)
+    cost = {kind: sum(site["alone"] for site in sites) for kind, sites in kinds.items()}
+    table = ["| sites | how many | cost of each alone, summed | median SNR, dB |", "| --- | ---: | ---: | ---: |"]
+    for kind in sorted(cost, key=lambda kind: -cost[kind])[:LISTED]:
+        sites = kinds[kind]
+        table.append(f"| `{kind}` | {len(sites)} | {cost[kind]:.3f} | {median(site['snr'] for site in sites):.1f} |")
+    blocks = [
+        "| block | before `ridge` | after | other images, before | after |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for block in found["blocks"][::2] + found["blocks"][-1:]:
+        cells = [f"{block[key]:.3f}" for key in ("before", "after", "heldout_before", "heldout_after")]
+        blocks.append(f"| `{block['block']}` | {' | '.join(cells)} |")
+    note = (
+        f"Cost: KL divergence from the teacher's predictions if only this site is quantized, on {found['images']} "
+        f"calibration images. All sites together: {found['kl']:.3f} there and {found['heldout_kl']:.3f} on "
+        f"{found['heldout']} other images (top-1 {found['full_top1']:.1f} % to {found['top1']:.1f} %). Second table: "
+        "error of a block's output, relative to its size. The real ViT at W4A4 with real images, `strong` when it "
+        f"still corrected the head. Machine: {found['device_name']}, {found['precision']}. Reproduce: `spdfq doctor "
+        f"RUN`. Data: `benchmarks/results/{DOCTOR}.json`."
+    )
+    return "\n\n".join(["\n".join(table), "\n".join(blocks), note])
 
 
 def _tries() -> str:
