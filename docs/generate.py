@@ -13,7 +13,7 @@ import click
 import leaderboard
 import plots
 from api_page import api_block
-from integer_tables import integers_block
+from integer_tables import integers_block, speed_sentence
 from other_tools_table import other_tools_block
 from readme_table import readme_block
 from results_page import results_block
@@ -73,28 +73,29 @@ def models_block() -> str:
     return "\n\n".join(_model(name) for name in BUNDLED)
 
 
-# the block of each page: its name in the markers, and what writes it
+# pages with the name of a block in its markers, and what writes it
 BLOCKS = {
-    "recipes.md": ("recipes", recipes_block),
-    "bundled-models.md": ("models", models_block),
-    "components.md": ("components", components_block),
-    "api.md": ("api", api_block),
-    "cli.md": ("cli", cli_block),
-    "time-and-memory.md": ("time", time_block),
-    "uniform-backend.md": ("uniform", uniform_block),
-    "export.md": ("integers", integers_block),
-    "other-tools.md": ("other-tools", other_tools_block),
-    "results.md": ("results", results_block),
-    "results-schema.md": ("schema", schema_block),
-    "spdfq-constants.md": ("study", study_block),
-    "../README.md": ("results", readme_block),
+    ("recipes.md", "recipes"): recipes_block,
+    ("bundled-models.md", "models"): models_block,
+    ("components.md", "components"): components_block,
+    ("api.md", "api"): api_block,
+    ("cli.md", "cli"): cli_block,
+    ("time-and-memory.md", "time"): time_block,
+    ("uniform-backend.md", "uniform"): uniform_block,
+    ("export.md", "integers"): integers_block,
+    ("other-tools.md", "other-tools"): other_tools_block,
+    ("results.md", "results"): results_block,
+    ("results-schema.md", "schema"): schema_block,
+    ("spdfq-constants.md", "study"): study_block,
+    ("../README.md", "results"): readme_block,
+    ("../README.md", "integers"): speed_sentence,
 }
 
 
 def outdated() -> list[str]:
     """The pages whose committed block differs from what the code gives now, and plots whose rows have changed."""
-    pages = {page: (DOCS / page).read_text(encoding="utf-8") for page in BLOCKS}
-    blocks = [page for page, (name, write) in BLOCKS.items() if block(pages[page], name) != write()]
+    pages = {page: (DOCS / page).read_text(encoding="utf-8") for page, _ in BLOCKS}
+    blocks = [page for (page, name), write in BLOCKS.items() if block(pages[page], name) != write()]
     whole = leaderboard.PAGE.exists() and leaderboard.PAGE.read_text(encoding="utf-8") == leaderboard.leaderboard_page()
     return [*blocks, *([] if whole else [leaderboard.PAGE.name]), *plots.outdated()]
 
@@ -171,7 +172,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
         old = outdated()
         sys.exit(f"out of date: {', '.join(old)}; run: python docs/generate.py" if old else 0)
-    for page, (name, write) in BLOCKS.items():
+    for (page, name), write in BLOCKS.items():
         refresh(DOCS / page, name, write())
     leaderboard.PAGE.write_text(leaderboard.leaderboard_page(), encoding="utf-8")
     if plots.outdated():
