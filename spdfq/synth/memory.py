@@ -18,7 +18,7 @@ from spdfq.teacher import Teacher
 _ENOUGH_CPU, _ENOUGH = 2**25, 2**30
 # the prediction may be wrong by a fifth
 _SHARE = 0.8
-# more images in a pass are no faster on a CPU (benchmarks/synthesis_overhead.py)
+# more images in a pass are no faster on a thread of a CPU (benchmarks/synthesis_overhead.py)
 _IMAGES_CPU = 64
 
 
@@ -113,8 +113,9 @@ def groups_together(spec: SynthesisSettings, teacher: Teacher, runtime: Runtime)
     wanted = spec.groups_per_pass
     if spec.student or (wanted != "auto" and not runtime.announce):
         return 1 if wanted == "auto" else wanted
-    found, number = forecast(spec, teacher, runtime), math.ceil(spec.images / spec.group)
-    groups = min(_fitting(spec, found, runtime) if wanted == "auto" else wanted, number)
+    found = forecast(spec, teacher, runtime)
+    own = math.ceil(math.ceil(spec.images / spec.group) / runtime.ranks.count)  # groups of this process at most
+    groups = min(_fitting(spec, found, runtime) if wanted == "auto" else wanted, own)
     if runtime.announce:
         together = f", {groups} groups in each pass" if groups > 1 else ""
         runtime.announce(f"synthesis: about {_size(found.needed(groups))} of memory for tensors{together}")

@@ -96,6 +96,7 @@ def test_processes_share_the_memory_of_a_cpu(free):
     found = predicted(recipe(images=40))
     assert free(found.group * 12 / 0.8)[0] == 11
     assert free(found.group * 12 / 0.8, ranks=2)[0] == 5
+    assert free(2**50, ranks=4)[0] == 5  # of 20 groups
 
 
 def test_nothing_is_measured_if_nobody_listens(monkeypatch):
