@@ -34,6 +34,7 @@ from spdfq.quantized import place
 from spdfq.recipe import ModelSpec, Recipe, load_recipe
 from spdfq.recipe.structure import unstructure
 from spdfq.runtime import Advance, Runtime, pick_device, pick_precision
+from spdfq.synth import loop
 from spdfq.synth.group import Group
 from spdfq.synth.group_state import BALANCE_ITERATIONS
 from spdfq.teacher import Teacher, load_teacher
@@ -168,13 +169,13 @@ def launches(spec: Any, teacher: Teacher, runtime: Runtime) -> dict[str, int | N
     with teacher.frozen():
         group = Group(evolve(spec, iterations=BALANCE_ITERATIONS + 2), teacher, runtime, 0, count)
         for iteration in range(BALANCE_ITERATIONS):
-            group.step(iteration)
+            loop.step([group], iteration)
         with Operations() as operations:
-            group.step(BALANCE_ITERATIONS)
+            loop.step([group], BALANCE_ITERATIONS)
         kernels = None
         if runtime.device.type == "cuda":
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                group.step(BALANCE_ITERATIONS + 1)
+                loop.step([group], BALANCE_ITERATIONS + 1)
                 torch.cuda.synchronize()
             kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
     return {"operations": operations.count, "kernels": kernels}

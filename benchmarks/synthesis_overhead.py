@@ -6,6 +6,9 @@ Bare: the same number of views of the same size through the same teacher, a cros
 views. The bare pass runs once with timm's fused attention and once with its explicit attention, which is faster here
 and therefore the stricter reference. The three take turns in one process, so that other work on the machine slows all
 of them. The ratios are those of the medians.
+
+With --together, it compares numbers of groups in each pass (`synthesis.groups_per_pass`) instead: iterations of MimiQ,
+whose groups have 16 images, after those that draw what is kept. The numbers take turns, too.
 """
 
 import argparse
@@ -13,7 +16,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -22,12 +27,13 @@ from machine import about
 from torch import Tensor, nn
 
 from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss, TotalVariationLoss
-from spdfq.recipe import ModelSpec
+from spdfq.recipe import ModelSpec, load_recipe
 from spdfq.runtime import Runtime
 from spdfq.synth import Flip, Jitter, MultiSemanticSampler, OptimizedImages, SoftLabelTarget
 from spdfq.synth.group import Group
 from spdfq.synth.group_state import BALANCE_ITERATIONS
-from spdfq.teacher import load_teacher
+from spdfq.synth.loop import step
+from spdfq.teacher import Teacher, load_teacher
 
 IMAGES, TARGET = 32, 1.35
 
@@ -70,10 +76,10 @@ def measure(rounds: int) -> dict[str, Any]:
         views = torch.randn(count, *teacher.input_size).requires_grad_()
         labels = torch.arange(count) % teacher.num_classes
         for iteration in range(BALANCE_ITERATIONS):
-            group.step(iteration)
+            step([group], iteration)
         iterations = iter(range(BALANCE_ITERATIONS, BALANCE_ITERATIONS + rounds))
         ways: dict[str, Callable[[], None]] = {
-            "full": lambda: group.step(next(iterations)),
+            "full": lambda: step([group], next(iterations)),
             "bare_fused": lambda: bare_pass(module, views, labels, fused=True),
             "bare_explicit": lambda: bare_pass(module, views, labels, fused=False),
         }
@@ -81,6 +87,36 @@ def measure(rounds: int) -> dict[str, Any]:
             bare_pass(module, views, labels, fused)
         taken = [{way: seconds(work) for way, work in ways.items()} for _ in range(rounds)]
     return {"images": IMAGES, "crops": count - IMAGES, "rounds": rounds, **summary(taken)}
+
+
+def measure_together(name: str, sizes: list[int], together: list[int], rounds: int) -> dict[str, Any]:
+    teacher = load_teacher(ModelSpec(name=name), weights=name.startswith("bundled:"))
+    rows = [compare_together(teacher, images, together, rounds) for images in sizes]
+    return {"model": name, "rounds": rounds, "groups": rows}
+
+
+def compare_together(teacher: Teacher, images: int, together: list[int], rounds: int) -> dict[str, Any]:
+    """Image iterations per second with each number of groups in a pass, beside those with the first number."""
+    parts = {"extends": ["models/vit_fmnist", "images/mimiq", "backends/blockwise"]}
+    spec: Any = load_recipe(parts, [f"synthesis.group={images}", f"synthesis.iterations={rounds + 2}"]).synthesis
+    with teacher.frozen():
+        passes = {n: [Group(spec, teacher, Runtime(), index, images) for index in range(n)] for n in together}
+        for groups in passes.values():
+            step(groups, 0)
+            step(groups, 1)
+        taken = [
+            {n: seconds(partial(step, groups, iteration)) for n, groups in passes.items()}
+            for iteration in range(2, rounds + 2)
+        ]
+    speed = {n: images * n / statistics.median(each[n] for each in taken) for n in together}
+    first, *others = together
+    ratios = {n: [n / first * each[first] / each[n] for each in taken] for n in others}
+    return {
+        "images": images,
+        "image_iterations_per_second": {n: round(value, 2) for n, value in speed.items()},
+        "speed_up": {n: round(speed[n] / speed[first], 2) for n in others},
+        "speed_up_quartiles_per_round": {n: [round(q, 2) for q in quantiles(each, n=4)] for n, each in ratios.items()},
+    }
 
 
 def summary(taken: list[dict[str, float]]) -> dict[str, Any]:
@@ -102,13 +138,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--together", type=int, nargs="+", help="numbers of groups in a pass; the first is 1")
+    parser.add_argument("--model", default="bundled:vit_fmnist", help="with --together; random weights unless bundled")
+    parser.add_argument("--images", type=int, nargs="+", default=[16], help="with --together: images in a group")
     parser.add_argument("--out", type=Path, help="write JSON here (benchmarks/results/...)")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     facts = about()
     print(json.dumps(facts, indent=1))
-    result = measure(arguments.rounds)
+    if arguments.together:
+        result = measure_together(arguments.model, arguments.images, arguments.together, arguments.rounds)
+    else:
+        result = measure(arguments.rounds)
     print(json.dumps(result, indent=1))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from machine import about
 from spdfq.recipe import ModelSpec, load_recipe
 from spdfq.runtime import Runtime, make_runtime
 from spdfq.synth.group import Group
+from spdfq.synth.loop import prune, step
 from spdfq.teacher import load_teacher
 
 MODEL = "vit_small_patch16_224"
@@ -35,12 +36,12 @@ def pruned_until(group: Group, iteration: int) -> None:
     """Bring the group into its state at an iteration, except for its images."""
     for start in group.spec.pruning.at:
         if start <= iteration:
-            group.passes.prune(group.state.images, start)
+            prune([group], start)
 
 
 def seconds(group: Group, iteration: int) -> float:
     start = time.perf_counter()
-    group.step(iteration)
+    step([group], iteration)
     if group.state.images.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -60,7 +61,7 @@ def measure(images: int, rounds: int, runtime: Runtime) -> dict[str, Any]:
         for _ in range(rounds):
             for start, group in groups.items():
                 times[start].append(seconds(group, start))
-    grid = groups[1].passes.pruner.layout.grid
+    grid = groups[1].pruner.layout.grid
     medians = [statistics.median(times[start]) for start in starts]
     left = [spec.pruning.left(grid[0] * grid[1], start) for start in starts]
     ends = [*spec.pruning.at, spec.iterations]

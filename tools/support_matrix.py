@@ -32,6 +32,7 @@ from spdfq.quantized.visiting import find_sites
 from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
 from spdfq.synth.group import Group
+from spdfq.synth.loop import step
 from spdfq.teacher import Teacher
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -193,7 +194,7 @@ def _one_step(teacher: Teacher, recorded: bool) -> str:
     spec = load_recipe({"extends": [*RECIPE["extends"], images]}, small).synthesis
     with teacher.frozen():
         group = Group(spec, teacher, RUNTIME, 0, 2)
-        group.step(0)
+        step([group], 0)
     curve = group.state.curve[0]
     assert curve.isfinite().all(), "a loss or the gradient is not finite"
     assert float(curve[-1]) > 0, "the gradient is zero"

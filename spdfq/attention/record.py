@@ -1,5 +1,8 @@
 """What is recorded of attention during one forward pass."""
 
+import copy
+from collections.abc import Sequence
+
 from attrs import define, field
 from torch import Tensor
 
@@ -7,6 +10,8 @@ CLASS_ATTENTION = "class_attention"
 ATTENTION_OUTPUTS = "attention_outputs"
 QUERIES_AND_KEYS = "queries_and_keys"
 NEEDS = frozenset({CLASS_ATTENTION, ATTENTION_OUTPUTS, QUERIES_AND_KEYS})
+RECORDED = ("class_attention", "attention_outputs", "queries", "keys")
+"""Names of the lists of tensors in a record."""
 CANNOT_RECORD = "it cannot be recorded, leave out the losses that need it"
 
 
@@ -39,8 +44,19 @@ class AttentionRecord:
     prefix: int = 0
     has_class: bool = False
 
+    def split(self, counts: Sequence[int]) -> list["AttentionRecord"]:
+        """The records of consecutive images, this many in each; the windows of an image stay together."""
+        if len(counts) == 1:
+            return [self]
+        parts = [copy.copy(self) for _ in counts]
+        for name in RECORDED:
+            entries: list[Tensor] = getattr(self, name)
+            pieces = [entry.split([len(entry) // sum(counts) * count for count in counts]) for entry in entries]
+            for index, part in enumerate(parts):
+                setattr(part, name, [piece[index] for piece in pieces])
+        return parts
+
     def clear(self) -> None:
         """Delete everything that was recorded."""
-        recorded = (self.class_attention, self.attention_outputs, self.queries, self.keys)
-        for entries in (self.names, self.grids, *recorded):
-            entries.clear()
+        for name in ("names", "grids", *RECORDED):
+            getattr(self, name).clear()

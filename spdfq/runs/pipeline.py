@@ -127,7 +127,7 @@ def run(
     refuse_own_recipe(source, folder)
     teacher, warnings = checked_teacher(recipe)
     ranks = join()
-    runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks)
+    runtime = make_runtime(recipe.runtime, recipe.seed, device, progress, ranks, announce)
     kept = Store(Path(store), fresh, ranks) if store else store_beside(folder, fresh, ranks)
     new = not folder.exists()
     lock = lock_folder(folder) if ranks.leads else None

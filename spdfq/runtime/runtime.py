@@ -1,7 +1,7 @@
 """What every stage is given: device, precision, seeds and a progress bar."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ class Runtime:
         seed: the recipe's seed.
         progress: ``progress(description, total)`` is a context manager that gives ``advance(steps, **values)``.
         ranks: the processes that share the work.
+        announce: is told a line about the work ahead; ``None`` if nobody wants to know.
     """
 
     device: torch.device = field(factory=lambda: torch.device("cpu"))
@@ -54,6 +55,7 @@ class Runtime:
     seed: int = 0
     progress: Progress = silent
     ranks: Ranks = ALONE
+    announce: Callable[[str], None] | None = None
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """A CPU generator for a purpose; see `generator`."""
@@ -96,7 +98,12 @@ def own_threads() -> Iterator[None]:
 
 
 def make_runtime(
-    spec: Any, seed: int, device: str | torch.device | None = None, progress: Any = silent, ranks: Ranks = ALONE
+    spec: Any,
+    seed: int,
+    device: str | torch.device | None = None,
+    progress: Any = silent,
+    ranks: Ranks = ALONE,
+    announce: Callable[[str], None] | None = None,
 ) -> Runtime:
     """A runtime for a recipe's ``[runtime]`` section; ``device`` replaces the section's own. See `own_threads`.
 
@@ -109,6 +116,7 @@ def make_runtime(
     shown = progress if ranks.leads else silent
     precision = pick_precision(spec.precision, chosen)
     options = {"compile": spec.compile, "seed": seed, "progress": shown, "ranks": ranks}
+    options["announce"] = announce if ranks.leads else None
     return Runtime(device=chosen, precision=precision, **options)
 
 

@@ -9,12 +9,12 @@ from attrs import define, field
 from torch import Tensor
 
 from spdfq.attention import AttentionRecord
+from spdfq.attention.record import RECORDED
 from spdfq.errors import SpdfqError, is_out_of_memory
 from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher
 
 RecordedPass = Callable[..., tuple[Tensor, AttentionRecord]]
-_LISTS = ("class_attention", "attention_outputs", "queries", "keys")
 _BACKEND = "inductor"
 # largest difference from the pass as it is written, relative to the largest number of each tensor
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
@@ -105,23 +105,23 @@ class _Program:
 
         graph = make_fx(traced)(*inputs)
         (record,) = records
-        lengths = [len(getattr(record, name)) for name in _LISTS]
+        lengths = [len(getattr(record, name)) for name in RECORDED]
         form = copy.copy(record)
-        for name in _LISTS:
+        for name in RECORDED:
             setattr(form, name, [])
         return cls(torch.compile(graph, backend=_BACKEND, dynamic=False, fullgraph=True), form, lengths)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, AttentionRecord]:
         logits, *tensors = self.compiled(*inputs)
         record = copy.copy(self.form)
-        for name, length in zip(_LISTS, self.lengths, strict=True):
+        for name, length in zip(RECORDED, self.lengths, strict=True):
             setattr(record, name, tensors[:length])
             tensors = tensors[length:]
         return logits, record
 
 
 def _flat(logits: Tensor, record: AttentionRecord) -> list[Tensor]:
-    return [logits, *(tensor for name in _LISTS for tensor in getattr(record, name))]
+    return [logits, *(tensor for name in RECORDED for tensor in getattr(record, name))]
 
 
 def _difference(forward: RecordedPass, compiled: RecordedPass, inputs: tuple[Tensor, ...]) -> float:

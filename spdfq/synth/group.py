@@ -1,7 +1,4 @@
-"""The optimisation loop of one group of images: forward passes, losses, step and clamp; resumable."""
-
-import time
-from pathlib import Path
+"""One group of images: what it draws, what the teacher sees of it, its losses, and the step of its optimizer."""
 
 import torch
 from attrs import frozen
@@ -10,7 +7,7 @@ from torch import Tensor
 from spdfq.attention import AttentionRecord
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.losses.base import Loss, LossInputs
-from spdfq.runtime import Advance, Draws, Runtime
+from spdfq.runtime import Draws, Runtime
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.changes import Change, Moment, apply_all, follow_all
 from spdfq.synth.compiled import CompiledPasses
@@ -22,12 +19,6 @@ from spdfq.synth.sources import noise
 from spdfq.synth.student_training import Student, StudentFactory, StudentTrainer
 from spdfq.synth.targets import label_mask
 from spdfq.teacher import Teacher
-
-# interval in iterations; reading losses back makes an accelerator wait
-CHECK_EVERY = 10
-SAVE_SECONDS = 5.0
-# a student is stored with its moments: three times the size of the teacher's weights
-SAVE_SECONDS_STUDENT = 60.0
 
 
 @frozen(eq=False)
@@ -43,6 +34,23 @@ class Upcoming:
     changes: tuple[Change, ...]
     plan: CropPlan
     redraws: int
+
+
+@frozen(eq=False)
+class Views:
+    """What the teacher sees of a group in an iteration.
+
+    Args:
+        images: ``[B, C, h, w]``, augmented.
+        crops: ``[M, C, h, w]``; ``None`` if they are not due.
+        changes: what the augmentations did.
+        tokens: ``[B, K]`` the patch tokens of the images that remain; ``None`` means all.
+    """
+
+    images: Tensor
+    crops: Tensor | None
+    changes: tuple[Change, ...]
+    tokens: Tensor | None
 
 
 class Group:
@@ -84,46 +92,15 @@ class Group:
             self.labels, self.targets = self._labels_and_targets()
         self.view_weights = self.plan.view_weights(count).to(runtime.device)
         self.state = self._new_state()
-        self.passes = ForwardPasses(teacher, runtime, count, new_pruner(spec.pruning, teacher, count), compiled)
+        self.pruner = new_pruner(spec.pruning, teacher, count)
+        self.passes = ForwardPasses(teacher, runtime, self.pruner.layout if self.pruner else None, compiled)
         self.trainer = StudentTrainer(spec.student, _required(student)) if spec.student else None
-        self.state.others = {"pruning": self.passes.pruner, "student": self.trainer}
+        self.state.others = {"pruning": self.pruner, "student": self.trainer}
         self.low, self.high = teacher.pixel_range(self.state.images)
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """A fresh generator for a purpose of this group."""
         return self.draws.generator(*purpose)
-
-    def run(self, advance: Advance, folder: Path | None = None) -> SyntheticImages:
-        """Run the iterations that remain, and return the result.
-
-        Args:
-            advance: reports progress.
-            folder: where the state is stored, and where an earlier one is looked for.
-
-        Raises:
-            NonFiniteError: a loss or the gradient; nothing computed from it is stored.
-            DataError: the state found in ``folder`` is damaged.
-        """
-        state, iterations = self.state, self.spec.iterations
-        path = folder / f"group-{self.index:05d}.safetensors" if folder else None
-        if path and path.exists():
-            state.restore(path)
-            advance(state.iteration)
-        pause = SAVE_SECONDS_STUDENT if self.trainer else SAVE_SECONDS
-        checked, saved, start = state.iteration, time.monotonic(), state.iteration
-        while state.iteration < iterations:
-            if state.iteration not in self.ahead:
-                self.draw_ahead(range(state.iteration, min(_next_check(state.iteration, start), iterations)))
-            self.step(state.iteration)
-            state.iteration += 1
-            to_save = state.iteration == iterations or time.monotonic() - saved >= pause
-            if to_save or state.iteration % CHECK_EVERY == 0:
-                self._check_finite(checked)
-                if to_save and path:
-                    state.save(path)
-                advance(state.iteration - checked, **self._latest())
-                checked, saved = state.iteration, time.monotonic() if to_save else saved
-        return self._result()
 
     def draw_ahead(self, iterations: range) -> None:
         """Draw what these iterations draw at random, and copy it to the device."""
@@ -139,26 +116,53 @@ class Group:
             changes = tuple(change.placed(images) for change in self._changes(iteration))
             self.ahead[iteration] = Upcoming(changes, plan, redraws)
 
-    def step(self, iteration: int) -> None:
-        """Run one iteration. On an accelerator this queues work and does not wait for it.
+    def views(self, iteration: int) -> Views:
+        """What the teacher sees of this group in an iteration."""
+        images, changes, tokens = self._augmented(iteration)
+        self._take_plan(iteration)
+        crops = self.plan.views(self.state.images, self.size) if self.plan.due(iteration) else None
+        return Views(images, crops, changes, tokens)
 
-        Only the first iteration copies something to the device, and those in which the student's ranges are chosen.
+    def inputs(self, views: Views, logits: Tensor, record: AttentionRecord, iteration: int) -> LossInputs:
+        """The inputs of the losses of an iteration. The student passes the images here.
+
+        Args:
+            views: of this iteration.
+            logits: ``[B+M, K]`` of the teacher, the images first; ``[B, K]`` without crops.
+            record: of the teacher's attention to the images.
+            iteration: counted from 0.
+        """
+        inputs = self._inputs(views.images, logits, record, iteration, views.changes, views.tokens)
+        if self.trainer:
+            student = self.trainer.ready(self.state.images, iteration)
+            inputs.student_logits, inputs.student_attention = self._student_pass(student, views.images, views.tokens)
+        return inputs
+
+    def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """The losses of an iteration."""
+        return {name: _evaluated(name, loss, inputs) for name, loss in self.spec.losses.items()}
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the losses."""
+        return torch.stack([term * self.state.loss_weights.weight(name) for name, term in terms.items()]).sum()
+
+    def update(self, iteration: int, terms: dict[str, Tensor], total: Tensor, gradient: Tensor) -> None:
+        """Finish an iteration: note the losses, step the optimizer, and train the student if it is due.
+
+        Args:
+            iteration: counted from 0.
+            terms: the losses.
+            total: their weighted sum.
+            gradient: of ``total`` with respect to the images.
         """
         state = self.state
-        self.passes.prune(state.images, iteration)
-        inputs = self._forward(iteration)
-        terms = {name: _evaluated(name, loss, inputs) for name, loss in self.spec.losses.items()}
-        state.loss_weights.observe(terms, state.images, iteration)
-        total = torch.stack([term * state.loss_weights.weight(name) for name, term in terms.items()]).sum()
-        (gradient,) = torch.autograd.grad(total, state.images)
         state.images.grad = gradient
         state.curve[iteration] = torch.stack([*terms.values(), total, gradient.norm()]).detach()
         if self.spec.schedule.restarts(iteration, self.spec.iterations):
             state.optimizer.state.clear()
         for parameters in state.optimizer.param_groups:
             parameters["lr"] = self.spec.optimizer.lr * self.spec.schedule.factor(iteration, self.spec.iterations)
-        pruner = self.passes.pruner
-        finished = pruner.finished(state.images) if pruner else None
+        finished = self.pruner.finished(state.images) if self.pruner else None
         before = state.images if finished is None else state.images.detach().clone()
         state.optimizer.step()
         with torch.no_grad():
@@ -168,6 +172,38 @@ class Group:
         if self.trainer and self.trainer.due(iteration):
             self._train_student(self.trainer, iteration)
         del self.ahead[iteration]
+
+    def check_finite(self, first: int) -> None:
+        """Refuse losses and gradients since iteration ``first`` that are not finite.
+
+        Raises:
+            NonFiniteError: there is one.
+        """
+        wrong = (~self.state.curve[first : self.state.iteration].isfinite()).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise NonFiniteError(
+                f"synthesis: {self.columns[column]} is not finite in iteration {first + row} of group {self.index}; "
+                "try a lower synthesis.optimizer.lr, a lower weight of that loss, or runtime.precision='float32'"
+            )
+
+    def latest(self) -> dict[str, float]:
+        """The latest losses, with the total first: a narrow terminal cuts the rest off."""
+        values = dict(zip(self.columns, self.state.curve[self.state.iteration - 1].tolist(), strict=True))
+        return {"total": values.pop("total"), **values}
+
+    def result(self) -> SyntheticImages:
+        """The images after the last iteration, and how they were made."""
+        result = SyntheticImages(
+            images=self.state.images.detach().cpu(), curves=self.state.curve.cpu().unsqueeze(0), columns=self.columns
+        )
+        self._take_plan(self.spec.iterations - 1)
+        if self.labels is not None:
+            result.boxes, result.owners, result.labels = self.plan.boxes, self.plan.owners, self.plan.labels
+        shown = [name for name, loss in self.spec.losses.items() if loss.has_pictures]
+        if shown and self.index == 0:
+            self._add_pictures(result, shown[0])
+        return result
 
     def _new_state(self) -> GroupState:
         drawn = noise(self.count, self.teacher, self.generator("noise")).to(self.runtime.device)
@@ -183,18 +219,6 @@ class Group:
         targets = self.spec.target.sample(shown, classes, self.generator("target"))
         return label_mask(shown, classes).to(self.runtime.device), targets.to(self.runtime.device)
 
-    def _forward(self, iteration: int) -> LossInputs:
-        """Pass the augmented images through the teacher and the student, and the crops through the teacher if due."""
-        images, changes, tokens = self._augmented(iteration)
-        self._take_plan(iteration)
-        crops = self.plan.views(self.state.images, self.size) if self.plan.due(iteration) else None
-        logits, record = self.passes.recorded(images, crops, self.spec.needs, tokens)
-        inputs = self._inputs(images, logits, record, iteration, changes, tokens)
-        if self.trainer:
-            student = self.trainer.ready(self.state.images, iteration)
-            inputs.student_logits, inputs.student_attention = self._student_pass(student, images, tokens)
-        return inputs
-
     def _upcoming(self, iteration: int) -> Upcoming:
         """What was drawn for an iteration; it is drawn now if nobody drew it ahead."""
         if iteration not in self.ahead:
@@ -207,20 +231,20 @@ class Group:
 
     def _augmented(self, iteration: int) -> tuple[Tensor, tuple[Change, ...], Tensor | None]:
         """The augmented images of an iteration, the changes made to them, and the patch tokens that remain."""
-        changes, pruner = self._upcoming(iteration).changes, self.passes.pruner
-        tokens = pruner.tokens(iteration, changes, self.size) if pruner else None
+        changes = self._upcoming(iteration).changes
+        tokens = self.pruner.tokens(iteration, changes, self.size) if self.pruner else None
         return apply_all(changes, self.state.images), changes, tokens
 
     def _student_pass(self, student: Student, images: Tensor, tokens: Tensor | None) -> tuple[Tensor, AttentionRecord]:
         needs = self.spec.student_needs
-        with self.passes.recording(student.module, needs, tokens, student.network) as record:
+        with self.passes.recording(student.module, needs, len(images), tokens, student.network) as record:
             return student.module(images).float(), record
 
     def _train_student(self, trainer: StudentTrainer, iteration: int) -> None:
         """One step of the student, on the images after their own step."""
         with torch.no_grad():
             images, _, tokens = self._augmented(iteration)
-            teacher, _ = self.passes.recorded(images, None, frozenset(), tokens)
+            teacher, _ = self.passes.recorded([images], [], frozenset(), [] if tokens is None else [tokens])
         trainer.step(lambda: self._student_pass(trainer.student, images, tokens)[0], teacher)
 
     def _inputs(
@@ -258,45 +282,13 @@ class Group:
             for index, augmentation in enumerate(self.spec.augmentations)
         )
 
-    def _check_finite(self, first: int) -> None:
-        """Stop, before anything is saved, if a loss or gradient since iteration ``first`` is not finite."""
-        wrong = (~self.state.curve[first : self.state.iteration].isfinite()).nonzero()
-        if len(wrong):
-            row, column = wrong[0].tolist()
-            raise NonFiniteError(
-                f"synthesis: {self.columns[column]} is not finite in iteration {first + row} of group {self.index}; "
-                "try a lower synthesis.optimizer.lr, a lower weight of that loss, or runtime.precision='float32'"
-            )
-
-    def _latest(self) -> dict[str, float]:
-        """The latest losses, with the total first: a narrow terminal cuts the rest off."""
-        values = dict(zip(self.columns, self.state.curve[self.state.iteration - 1].tolist(), strict=True))
-        return {"total": values.pop("total"), **values}
-
-    def _result(self) -> SyntheticImages:
-        result = SyntheticImages(
-            images=self.state.images.detach().cpu(), curves=self.state.curve.cpu().unsqueeze(0), columns=self.columns
-        )
-        self._take_plan(self.spec.iterations - 1)
-        if self.labels is not None:
-            result.boxes, result.owners, result.labels = self.plan.boxes, self.plan.owners, self.plan.labels
-        shown = [name for name, loss in self.spec.losses.items() if loss.has_pictures]
-        if shown and self.index == 0:
-            self._add_pictures(result, shown[0])
-        return result
-
     @torch.no_grad()
     def _add_pictures(self, result: SyntheticImages, name: str) -> None:
         """Add the attention maps of the loss of that name."""
         loss, images = self.spec.losses[name], self.state.images
-        logits, record = self.passes.recorded(images, None, loss.needs, None)
+        logits, record = self.passes.recorded([images], [], loss.needs)
         pictures = loss.pictures(self._inputs(images, logits, record, self.spec.iterations - 1).scoped(name))
         result.prior, result.reached, result.first_block = pictures.prior, pictures.reached, pictures.first_block
-
-
-def _next_check(iteration: int, start: int) -> int:
-    """Until where to draw ahead: to the next check, but only after the first iteration, which shows what is drawn."""
-    return iteration + 1 if iteration == start else (iteration // CHECK_EVERY + 1) * CHECK_EVERY
 
 
 def _evaluated(name: str, loss: Loss, inputs: LossInputs) -> Tensor:

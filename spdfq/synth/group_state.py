@@ -51,15 +51,19 @@ class LossWeights:
         """Names of the losses with ``weight = "auto"``."""
         return [name for name, loss in self.losses.items() if loss.weight == "auto"]
 
-    def observe(self, terms: dict[str, Tensor], images: Tensor, iteration: int) -> None:
-        """Measure the gradients that the loss terms give the images; does nothing after the first iterations."""
+    def compared(self, terms: dict[str, Tensor], iteration: int) -> list[Tensor]:
+        """The losses whose gradients are measured: the label losses as one, then each with an automatic weight.
+
+        Empty without automatic weights and after the first iterations.
+        """
         if not self.automatic or iteration >= BALANCE_ITERATIONS:
-            return
+            return []
         labels = [terms[name] * float(loss.weight) for name, loss in self.losses.items() if loss.label_loss]
-        measured = [torch.stack(labels).sum(), *(terms[name] for name in self.automatic)]
-        for slot, term in enumerate(measured):
-            (gradient,) = torch.autograd.grad(term, images, retain_graph=True)
-            self.norms[slot] += gradient.norm()
+        return [torch.stack(labels).sum(), *(terms[name] for name in self.automatic)]
+
+    def observe(self, index: int, gradient: Tensor) -> None:
+        """Take the images' gradient of the loss at this index of `compared` into account."""
+        self.norms[index] += gradient.norm()
 
     def weight(self, name: str) -> float | Tensor:
         """The current weight of a loss; an automatic one is a float32 scalar on the device."""

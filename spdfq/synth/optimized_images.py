@@ -1,5 +1,6 @@
 """The source of optimised images: it checks the teacher, runs the groups and joins their results."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from spdfq.runtime import Advance, Runtime
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.compiled import compiled_passes
 from spdfq.synth.group import Group
+from spdfq.synth.loop import run
+from spdfq.synth.memory import groups_together
 from spdfq.synth.pruning import find_token_layout
 from spdfq.synth.settings import SynthesisSettings
 from spdfq.synth.sources import noise
@@ -101,7 +104,7 @@ class OptimizedImages(SynthesisSettings):
     def synthesize(
         self, teacher: Teacher, runtime: Runtime, folder: Path | None = None, student: StudentFactory | None = None
     ) -> SyntheticImages:
-        """Optimise the groups one after the other; each group has its own student.
+        """Optimise the groups, ``groups_per_pass`` at a time; each group has its own student.
 
         Several ranks share the groups and exchange results through files.
 
@@ -128,18 +131,27 @@ class OptimizedImages(SynthesisSettings):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
 
-        def run(index: int, advance: Advance) -> SyntheticImages:
-            count = min(self.group, self.images - starts[index])
-            return Group(self, teacher, runtime, index, count, student, compiled).run(advance, folder)
+        def made(indices: Sequence[int], advance: Advance) -> dict[int, SyntheticImages]:
+            """The results of the groups with these indices, some groups in each pass."""
+            found: dict[int, SyntheticImages] = {}
+            for first in range(0, len(indices), together):
+                batch = indices[first : first + together]
+                counts = [min(self.group, self.images - starts[index]) for index in batch]
+                pairs = zip(batch, counts, strict=True)
+                groups = [Group(self, teacher, runtime, *pair, student, compiled) for pair in pairs]
+                found |= zip(batch, run(groups, advance, folder), strict=True)
+            return found
 
         own = ranks.share(range(len(starts)))
         progress = runtime.progress("synthesising", len(own) * self.iterations)
-        with teacher.frozen(), compiled_passes(teacher, runtime) as compiled, progress as advance:
-            parts = {index: run(index, advance) for index in own}
-            ranks.wait()
-            # the other ranks' groups are finished, so their results are read from the state files
-            others = [index for index in range(len(starts)) if index not in parts]
-            parts |= {index: run(index, lambda *_, **__: None) for index in others}
+        with teacher.frozen():
+            together = groups_together(self, teacher, runtime)
+            with compiled_passes(teacher, runtime) as compiled, progress as advance:
+                parts = made(own, advance)
+                ranks.wait()
+                # the other ranks' groups are finished, so their results are read from the state files
+                others = [index for index in range(len(starts)) if index not in parts]
+                parts |= made(others, lambda *_, **__: None)
         return _joined([parts[index] for index in range(len(starts))])
 
 

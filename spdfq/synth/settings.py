@@ -1,6 +1,6 @@
 """Settings of the synthesis loop: the recipe keys of ``type = "optimize"`` and the rules between them."""
 
-from typing import Any
+from typing import Any, Literal
 
 from attrs import define, field, validators
 
@@ -17,6 +17,11 @@ LOOP_COLUMNS = ("total", "gradient")
 _RESERVED = {*LOOP_COLUMNS, "steps"}
 
 
+def _groups(_: Any, __: Any, value: Any) -> None:
+    if value != "auto" and value < 1:
+        raise ValueError(f"must be at least 1, or 'auto', got {value!r}")
+
+
 @define(kw_only=True)
 class SynthesisSettings(Source):
     """What the loop reads from the recipe.
@@ -24,6 +29,9 @@ class SynthesisSettings(Source):
     Args:
         images: number of images.
         group: number of images optimised together; losses over a batch are computed over each group.
+        groups_per_pass: number of groups that share each forward pass of the teacher; each keeps its own losses and
+            optimizer. More need more memory and can be faster, and change the last digits. ``auto`` takes what fits
+            into the free memory.
         iterations: optimizer steps of each group.
         losses: what is minimised; the key is the name of the loss.
         sampler: which classes an image shows, and where.
@@ -37,6 +45,7 @@ class SynthesisSettings(Source):
     """
 
     group: int = field(default=32, validator=validators.ge(1))
+    groups_per_pass: int | Literal["auto"] = field(default=1, validator=_groups)
     iterations: int = field(default=1000, validator=validators.ge(1))
     losses: dict[str, Any] = components("loss")
     sampler: Any = component("sampler", default=WholeImageSampler)
@@ -65,6 +74,8 @@ class SynthesisSettings(Source):
             raise ValueError(f"losses.{comparing[0]}: compares with a student; add an empty [synthesis.student]")
         if self.student and not comparing:
             raise ValueError("student: no loss compares with it; add teacher_student_discrepancy, or leave it out")
+        if self.student and self.groups_per_pass not in (1, "auto"):
+            raise ValueError("groups_per_pass: each group trains a student of its own; leave it at 1")
         if automatic and not any(weight > 0 for weight in label_weights.values()):
             raise ValueError("weight = 'auto' balances against a label loss; add soft_cross_entropy or cross_entropy")
 

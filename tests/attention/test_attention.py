@@ -14,6 +14,7 @@ from spdfq.attention import (
     ATTENTION_OUTPUTS,
     CLASS_ATTENTION,
     QUERIES_AND_KEYS,
+    AttentionRecord,
     attend,
     attention_probabilities,
     explicit_attention,
@@ -398,3 +399,15 @@ def test_the_blocks_alone_are_recorded_once_for_each_call():
             assert record.names == NAMES["vit"]
         model.blocks[1](torch.randn(3, 17, 32))
         assert record.names == NAMES["vit"][1:]
+
+
+def test_a_record_is_split_by_images_and_windows_stay_with_their_image():
+    windows = torch.arange(6.0).reshape(6, 1, 1)  # two of each of three images
+    record = AttentionRecord(names=["a", "b"], grids=[(1, 1)] * 2, prefix=1, has_class=True)
+    record.class_attention, record.queries = [windows, windows[::2]], [windows]
+    assert record.split([3]) == [record]
+    first, second = record.split([1, 2])
+    assert [entry.flatten().tolist() for entry in first.class_attention] == [[0, 1], [0]]
+    assert [entry.flatten().tolist() for entry in second.class_attention] == [[2, 3, 4, 5], [2, 4]]
+    assert second.queries[0].flatten().tolist() == [2, 3, 4, 5]
+    assert (second.names, second.prefix, second.has_class, second.keys) == (["a", "b"], 1, True, [])

@@ -15,6 +15,7 @@ from spdfq.runtime import Runtime
 from spdfq.synth import Augmentation, Moment, Optimizer, Sampler, Schedule, Source, Target
 from spdfq.synth.group import Group
 from spdfq.synth.group_state import GroupState, LossWeights
+from spdfq.synth.loop import forward
 
 BASES = {
     "loss": Loss,
@@ -44,7 +45,7 @@ def loss_inputs(loss, images=None):
         group = group_of(loss, teacher)
         if images is not None:
             group.state.images.data.copy_(images)
-        inputs = group._forward(0).scoped("this")
+        inputs = forward([group], 0)[0].scoped("this")
         return group.state.images, with_student(inputs, loss.needs) if loss.needs_student else inputs
 
 
@@ -102,7 +103,7 @@ def test_a_loss_that_needs_a_student_is_refused_in_one_line_without_one(name):
     loss = made("loss", name)
     teacher = tiny_teacher()
     with teacher.frozen():
-        inputs = group_of(loss, teacher)._forward(0).scoped("this")
+        inputs = forward([group_of(loss, teacher)], 0)[0].scoped("this")
         if not loss.needs_student:
             assert loss(inputs).isfinite()
             return

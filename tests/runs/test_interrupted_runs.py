@@ -15,23 +15,23 @@ from spdfq.errors import SpdfqError
 from spdfq.evaluation import accuracy, predictions
 from spdfq.runs.pipeline import evaluate_run, run
 from spdfq.runs.store import lock_folder
-from spdfq.synth import group
+from spdfq.synth import loop
 
 KILLED = """
 import json, os, signal, sys, torch
 from contextlib import contextmanager
 from spdfq.runs.pipeline import run
-from spdfq.synth import group
+from spdfq.synth import loop
 torch.set_num_threads(1)
-group.SAVE_SECONDS = 0.0
-step = group.Group.step
+loop.SAVE_SECONDS = 0.0
+step = loop.step
 
-def dying(group, iteration):
-    if (group.index, iteration) == (1, 2):
+def dying(groups, iteration):
+    if (groups[0].index, iteration) == (1, 2):
         os.kill(os.getpid(), signal.SIGKILL)
-    step(group, iteration)
+    step(groups, iteration)
 
-group.Group.step = dying
+loop.step = dying
 run(json.loads(sys.argv[1]), out=sys.argv[2])
 """
 
@@ -41,10 +41,13 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(finished, recipe, t
     killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(recipe), str(out)])
     assert killed.returncode == -signal.SIGKILL
     assert sorted(path.name for path in out.iterdir()) == [".lock"]
-    done, step = [], group.Group.step
-    monkeypatch.setattr(
-        group.Group, "step", lambda group, iteration: (done.append((group.index, iteration)), step(group, iteration))
-    )
+    done, step = [], loop.step
+
+    def watched(groups, iteration):
+        done.append((groups[0].index, iteration))
+        step(groups, iteration)
+
+    monkeypatch.setattr(loop, "step", watched)
     result = run(recipe, out=out)
     assert done == [(1, 2)]
     assert reused(result) == ["teacher"]

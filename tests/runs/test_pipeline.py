@@ -232,6 +232,7 @@ def test_warnings_are_announced_and_kept(finished, recipe):
     result = again(finished, recipe, "warned", overrides=changes, announce=said.append)
     line = "synthesis: multi_semantic without soft labels is known to lose accuracy; set target = 'soft_label'"
     assert said[0] == f"warning: {line}"
+    assert sum(told.startswith("synthesis: about ") for told in said) == 1  # the memory
     assert json.loads((result.folder / "run.json").read_text())["warnings"] == [line]
     assert check(recipe, overrides=changes) == [line]
 

@@ -38,6 +38,7 @@ def recipe(name, *changes):
     ("name", "changes", "programs"),
     [
         ("psaq_vit", ("synthesis.group=1",), 1),  # two groups share a program
+        ("mimiq", ("synthesis.group=1", "synthesis.groups_per_pass=2"), 1),  # and here a pass
         ("spdfq", ("synthesis.sampler.every=2",), 2),  # with crops and without
         ("smi", ("synthesis.pruning.at=[1]",), 2),  # with all patches and with some
         ("maskaq", (), 1),

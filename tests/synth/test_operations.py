@@ -9,6 +9,7 @@ from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
 from spdfq.synth.group import Group
 from spdfq.synth.group_state import BALANCE_ITERATIONS
+from spdfq.synth.loop import step
 from spdfq.teacher import Teacher
 
 # bare forward and backward passes take 278
@@ -29,7 +30,7 @@ def test_an_iteration_runs_few_operations(teacher, recipe, most):
     with teacher.frozen(), torch.random.fork_rng():
         group = Group(spec, teacher, Runtime(), 0, 2)
         for iteration in range(BALANCE_ITERATIONS):
-            group.step(iteration)
+            step([group], iteration)
         with Operations() as operations:
-            group.step(BALANCE_ITERATIONS)
+            step([group], BALANCE_ITERATIONS)
     assert operations.total <= most, operations.counts.most_common(20)

@@ -12,6 +12,7 @@ from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss
 from spdfq.runs.pipeline import check
 from spdfq.synth import Adam, Augmentation, Flip, Move, SpectralAdam, SyntheticImages, WholeImageSampler
 from spdfq.synth.group import Group
+from spdfq.synth.loop import forward, prune, step
 from spdfq.synth.pruning import TokenPruning, find_token_layout
 from spdfq.teacher import Teacher
 
@@ -65,14 +66,12 @@ def test_patches_with_the_lowest_class_attention_in_the_last_block_are_left_out(
         with record_attention(module) as record:
             module(group.state.images)
         order = record.class_attention[-1].mean(1).argsort(1)
-        group.passes.prune(group.state.images, 2)
-        assert [row.nonzero().flatten().tolist() for row in group.passes.pruner.alive] == order[
-            :, 4:
-        ].sort().values.tolist()
-        before = group.passes.pruner.alive.clone()
-        group.passes.prune(group.state.images, 4)
-    assert group.passes.pruner.alive.sum(1).tolist() == [9, 9]
-    assert (before | group.passes.pruner.alive).equal(before)  # none comes back
+        prune([group], 2)
+        assert [row.nonzero().flatten().tolist() for row in group.pruner.alive] == order[:, 4:].sort().values.tolist()
+        before = group.pruner.alive.clone()
+        prune([group], 4)
+    assert group.pruner.alive.sum(1).tolist() == [9, 9]
+    assert (before | group.pruner.alive).equal(before)  # none comes back
 
 
 def test_patches_with_the_highest_class_attention_can_be_left_out_instead():
@@ -82,8 +81,8 @@ def test_patches_with_the_highest_class_attention_can_be_left_out_instead():
         with record_attention(module) as record:
             module(group.state.images)
         order = record.class_attention[-1].mean(1).argsort(1)
-        group.passes.prune(group.state.images, 2)
-    left = [row.nonzero().flatten().tolist() for row in group.passes.pruner.alive]
+        prune([group], 2)
+    left = [row.nonzero().flatten().tolist() for row in group.pruner.alive]
     assert left == order[:, :12].sort().values.tolist()
 
 
@@ -95,19 +94,19 @@ def test_the_most_attended_patches_are_finished_when_they_are_left_out(optimizer
     with teacher.frozen():
         group = Group(spec, teacher, RUNTIME, 0, 2)
         for iteration in range(2):
-            group.step(iteration)
+            step([group], iteration)
         before = group.state.images.detach().clone()
-        group.step(2)
+        step([group], 2)
     changed = (before != group.state.images).any(1).unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
-    assert changed.any(-1).any(-1).flatten(1).equal(group.passes.pruner.alive)
+    assert changed.any(-1).any(-1).flatten(1).equal(group.pruner.alive)
 
 
 def test_each_image_loses_its_own_patches():
     teacher = tiny_teacher()
     with teacher.frozen():
         group = Group(pruned(), teacher, RUNTIME, 0, 3)
-        group.passes.prune(group.state.images, 2)
-    assert len(group.passes.pruner.alive.unique(dim=0)) == 3
+        prune([group], 2)
+    assert len(group.pruner.alive.unique(dim=0)) == 3
 
 
 # effect on the forward passes
@@ -150,11 +149,11 @@ def test_no_loss_of_the_model_reaches_the_pixels_of_a_patch_that_is_left_out():
     teacher = tiny_teacher()
     with teacher.frozen():
         group = Group(spec, teacher, RUNTIME, 0, 2)
-        group.passes.prune(group.state.images, 2)
-        logits = group._forward(2).logits
+        prune([group], 2)
+        logits = forward([group], 2)[0].logits
     (gradient,) = torch.autograd.grad(logits.square().sum(), group.state.images)
     reached = gradient.abs().amax(1).unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).amax((-2, -1)).flatten(1) > 0
-    assert torch.equal(reached, group.passes.pruner.alive)
+    assert torch.equal(reached, group.pruner.alive)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +165,9 @@ def test_the_patches_move_along_with_the_images(augmentations, shift):
     teacher = tiny_teacher()
     with teacher.frozen():
         group = Group(pruned(augmentations=augmentations), teacher, RUNTIME, 0, 2)
-        group.passes.prune(group.state.images, 2)
-        tokens = group._forward(2).tokens
-    alive = group.passes.pruner.alive.view(2, *GRID)
+        prune([group], 2)
+        tokens = forward([group], 2)[0].tokens
+    alive = group.pruner.alive.view(2, *GRID)
     expected = alive.flip(-1) if shift is None else alive.roll(shift, (1, 2))
     assert torch.equal(torch.zeros(2, 16, dtype=torch.bool).scatter(1, tokens, True), expected.flatten(1))
     assert (tokens.diff() > 0).all()
@@ -179,9 +178,9 @@ def test_a_prior_covers_the_remaining_patches_and_sums_to_one_over_them():
     teacher = tiny_teacher()
     with teacher.frozen():
         group = Group(pruned(losses=losses, augmentations=(PatchRoll(),)), teacher, RUNTIME, 0, 2)
-        whole = losses["prior"].maps(group._forward(0).scoped("prior"), 0)
-        group.passes.prune(group.state.images, 2)
-        inputs = group._forward(2).scoped("prior")
+        whole = losses["prior"].maps(forward([group], 0)[0].scoped("prior"), 0)
+        prune([group], 2)
+        inputs = forward([group], 2)[0].scoped("prior")
         maps = losses["prior"].maps(inputs, 0)
         assert losses["prior"](inputs).isfinite()
     assert maps.shape == inputs.attention.class_attention[0].shape == (2, HEADS, 12)
@@ -194,7 +193,7 @@ def test_a_prior_covers_the_remaining_patches_and_sums_to_one_over_them():
 
 @pytest.mark.parametrize("iteration", [2, 9])
 def test_a_pruned_run_resumes_bit_for_bit(tmp_path, monkeypatch, iteration):
-    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("spdfq.synth.loop.SAVE_SECONDS", 0.0)
     teacher = tiny_teacher()
     with pytest.raises(NonFiniteError):
         acting(lambda inputs: inputs.images.sum() * float("nan"), iteration, pruning=PRUNING).synthesize(

@@ -20,16 +20,17 @@ from spdfq.errors import DataError, NonFiniteError
 from spdfq.runtime import Runtime
 from spdfq.synth import SyntheticImages
 from spdfq.synth.group import Group
+from spdfq.synth.loop import run
 
 INTERRUPTED_AT = sorted(random.Random(0).sample(range(1, ITERATIONS), 3))
 KILLED_AT = 13
 KILLED = f"""
 import os, signal, sys, torch
 from pathlib import Path
-from spdfq.synth import group
+from spdfq.synth import loop
 from support.teachers import RUNTIME, acting, tiny_teacher
 torch.set_num_threads(1)
-group.SAVE_SECONDS = 0.0
+loop.SAVE_SECONDS = 0.0
 dying = acting(lambda _: os.kill(os.getpid(), signal.SIGKILL), {KILLED_AT})
 dying.synthesize(tiny_teacher(), RUNTIME, Path(sys.argv[1]))
 """
@@ -45,14 +46,14 @@ def interrupt(inputs=None):
 
 @pytest.fixture
 def save_always(monkeypatch):
-    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("spdfq.synth.loop.SAVE_SECONDS", 0.0)
 
 
 @pytest.fixture
 def a_second_per_iteration(monkeypatch):
     """A clock that advances by one second each time it is read."""
     ticks = count()
-    monkeypatch.setattr("spdfq.synth.group.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr("spdfq.synth.loop.time", SimpleNamespace(monotonic=lambda: next(ticks)))
 
 
 # resuming
@@ -181,7 +182,7 @@ def test_groups_do_not_depend_on_each_other_and_the_last_one_takes_the_rest():
     together = spec.synthesize(teacher, RUNTIME)
     with teacher.frozen():
         alone = [
-            Group(spec, teacher, RUNTIME, index, size).run(lambda *_, **__: None)
+            run([Group(spec, teacher, RUNTIME, index, size)], lambda *_, **__: None)[0]
             for index, size in enumerate((2, 2, 1))
         ]
     assert torch.equal(together.images, torch.cat([part.images for part in alone]))

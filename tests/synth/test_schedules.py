@@ -8,6 +8,7 @@ from support.teachers import RUNTIME, Acting, not_a_number, recipe, same, tiny_t
 from spdfq.errors import NonFiniteError
 from spdfq.synth import Adam, AdamW, WarmupCosine
 from spdfq.synth.group import Group
+from spdfq.synth.loop import step
 
 
 def test_the_schedule_sets_the_learning_rate_of_the_optimiser():
@@ -57,17 +58,17 @@ def test_the_optimiser_starts_without_moments_in_each_round(rounds, iterations, 
 
 @pytest.mark.parametrize("at", [4, 5, 6])
 def test_a_restarted_optimiser_makes_the_steps_of_a_new_one_and_resumes_bit_for_bit(tmp_path, monkeypatch, at):
-    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("spdfq.synth.loop.SAVE_SECONDS", 0.0)
     spec = recipe(images=2, iterations=10, schedule=WarmupCosine(rounds=2, warmup=0.0), augmentations=())
     teacher = tiny_teacher()
     with teacher.frozen():
         group, late = (Group(spec, teacher, RUNTIME, 0, 2) for _ in range(2))
         for iteration in range(5):
-            group.step(iteration)
+            step([group], iteration)
         late.state.images.data.copy_(group.state.images.detach())
         late.state.loss_weights.norms.copy_(group.state.loss_weights.norms)
         for one in (group, late):
-            one.step(5)
+            step([one], 5)
     assert torch.equal(group.state.images, late.state.images)
     broken = evolve(spec, losses={**spec.losses, "acting": Acting(act=not_a_number, at=at)})
     whole = evolve(spec, losses={**spec.losses, "acting": Acting(act=None, at=-1)})

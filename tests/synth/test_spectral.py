@@ -62,7 +62,7 @@ def test_steps_are_those_of_adam_on_the_coordinates(shape):
 
 
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("spdfq.synth.loop.SAVE_SECONDS", 0.0)
     changes = {"optimizer": SpectralAdam(lr=0.1), "schedule": WarmupCosine(rounds=2)}
     teacher = tiny_teacher()
     with pytest.raises(NonFiniteError):

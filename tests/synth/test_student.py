@@ -22,6 +22,7 @@ from spdfq.runs.stages import ImagesStage, Work
 from spdfq.runtime import Runtime
 from spdfq.synth import Adam, Constant, Flip, Jitter, OptimizedImages, StudentTraining
 from spdfq.synth.group import Group
+from spdfq.synth.loop import forward, prune, step
 from spdfq.synth.pruning import TokenPruning
 from spdfq.synth.student_training import StudentTrainer
 from spdfq.teacher import load_teacher
@@ -67,7 +68,7 @@ def stepped(recipe, own, steps, make=None):
     with own.frozen():
         group = Group(evolve(recipe, iterations=steps), own, RUNTIME, 0, 2, make or factory(own))
         for iteration in range(steps):
-            group.step(iteration)
+            step([group], iteration)
     return group, dict(zip(group.columns, group.state.curve[:steps].T, strict=True))
 
 
@@ -173,7 +174,7 @@ def test_the_student_is_trained_once_in_so_many_iterations():
         for iteration in range(7):
             weights = group.trainer.ready(group.state.images, 0).weights()
             before = {name: weight.detach().clone() for name, weight in weights.items()}
-            group.step(iteration)
+            step([group], iteration)
             after = group.trainer.student.weights()
             changed.append(any(not torch.equal(before[name], after[name]) for name in before))
     assert changed == [False, False, True, False, False, True, False]
@@ -212,7 +213,7 @@ def test_ranges_are_chosen_again_on_the_images_as_they_are():
         group, before = Group(spec(student=StudentTraining(recalibrate=3)), own, RUNTIME, 0, 2, watched), []
         for iteration in range(ITERATIONS):
             before.append(images_of(group))
-            group.step(iteration)
+            step([group], iteration)
     assert len(seen) == 2
     assert torch.equal(seen[0], before[3])
     assert torch.equal(seen[1], before[6])
@@ -251,7 +252,7 @@ def test_attention_of_teacher_and_student_is_compared_for_the_images_alone(name)
     recipe = spec(losses=losses, target=structured("target", "soft_label"))
     with own.frozen():
         group = Group(recipe, own, RUNTIME, 0, 2, factory(own))
-        inputs = group._forward(0)
+        inputs = forward([group], 0)[0]
         for ours, theirs in zip(inputs.attention.queries, inputs.student_attention.queries, strict=True):
             assert ours.shape == theirs.shape
             assert not torch.equal(ours, theirs)
@@ -268,11 +269,11 @@ def test_patches_that_are_left_out_are_left_out_of_the_student_too():
     pruned = spec(losses=losses, target=structured("target", "one_hot"), pruning=TokenPruning(at=(2,), share=0.5))
     with own.frozen():
         group = Group(pruned, own, RUNTIME, 0, 2, factory(own))
-        group.passes.prune(group.state.images, 2)
-        inputs = group._forward(2)
+        prune([group], 2)
+        inputs = forward([group], 2)[0]
         assert inputs.student_attention.keys[0].shape == inputs.attention.keys[0].shape
         assert inputs.attention.keys[0].shape[-2] == 1 + 8
-        group.step(2)
+        step([group], 2)
     assert group.state.images.isfinite().all()
 
 
@@ -281,7 +282,7 @@ def test_patches_that_are_left_out_are_left_out_of_the_student_too():
 
 @pytest.mark.parametrize("iteration", [3])
 def test_an_adversarial_run_resumes_bit_for_bit(tmp_path, monkeypatch, iteration):
-    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS_STUDENT", 0.0)
+    monkeypatch.setattr("spdfq.synth.loop.SAVE_SECONDS_STUDENT", 0.0)
     own = teacher("vit")
     broken = acting(lambda inputs: inputs.images.sum() * float("nan"), iteration)
     whole = acting(None, -1)
@@ -302,7 +303,7 @@ def test_a_finished_group_is_read_back_without_making_a_student(tmp_path):
 
 
 def test_a_student_of_another_back_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("spdfq.synth.group.SAVE_SECONDS_STUDENT", 0.0)
+    monkeypatch.setattr("spdfq.synth.loop.SAVE_SECONDS_STUDENT", 0.0)
     own = teacher("vit")
     with pytest.raises(NonFiniteError):
         acting(lambda inputs: inputs.images.sum() * float("nan"), 4).synthesize(

@@ -33,6 +33,7 @@ from spdfq.synth import (
 )
 from spdfq.synth.group import Group
 from spdfq.synth.group_state import BALANCE_ITERATIONS, LossWeights
+from spdfq.synth.loop import forward, step
 from spdfq.teacher import Teacher
 
 # what an iteration does
@@ -79,7 +80,7 @@ def test_an_automatic_weight_is_the_ratio_of_mean_gradient_norms_and_fixed_after
                     label_norm + gradients[0].norm().item(),
                     prior_norm + gradients[1].norm().item(),
                 )
-            group.step(iteration)
+            step([group], iteration)
             weights.append(float(group.state.loss_weights.weight("prior")))
             assert weights[-1] == pytest.approx(label_norm / prior_norm, rel=1e-4)
             combined = gradients[0] + weights[-1] * gradients[1]
@@ -99,12 +100,12 @@ def test_each_automatic_loss_is_balanced_by_itself_against_all_label_losses():
     teacher = tiny_teacher()
     with teacher.frozen():
         group = Group(recipe(losses=losses), teacher, RUNTIME, 0, 2)
-        inputs = group._forward(0)
+        inputs = forward([group], 0)[0]
         terms = {name: loss(inputs.scoped(name)) for name, loss in losses.items()}
         gradient = {
             name: torch.autograd.grad(term, group.state.images, retain_graph=True)[0] for name, term in terms.items()
         }
-        group.step(0)
+        step([group], 0)
     label = (gradient["soft"] + 0.5 * gradient["hard"]).norm().item()
     for name in ("near", "smooth"):
         expected = pytest.approx(label / gradient[name].norm().item(), rel=1e-4)
@@ -122,7 +123,7 @@ def test_losses_see_the_moved_images_and_maps_that_moved_along():
         for iteration in range(12):
             before = group.state.images.detach().clone()
             spec.losses["spy"].calls = 0
-            group.step(iteration)
+            step([group], iteration)
             inputs = seen.pop()
             order = inputs.follow(marked).long().flatten(1)[0]
             assert torch.equal(inputs.images.flatten(2), before.flatten(2)[..., order])
@@ -137,7 +138,7 @@ def test_losses_see_the_moved_images_and_maps_that_moved_along():
 
 def test_views_are_the_images_and_then_their_crops_each_with_its_classes_and_share():
     group = Group(recipe(), tiny_teacher(), RUNTIME, 0, 6)
-    inputs, plan = group._forward(0), group.plan
+    inputs, plan = forward([group], 0)[0], group.plan
     assert inputs.view_weights[:6].tolist() == pytest.approx([1 / 6] * 6)
     for image in range(6):
         crops = inputs.view_weights[6:][plan.owners == image]
@@ -151,7 +152,7 @@ def test_views_are_the_images_and_then_their_crops_each_with_its_classes_and_sha
 
 def test_crops_that_are_not_due_are_not_forwarded():
     group = Group(recipe(sampler=MultiSemanticSampler(every=2)), tiny_teacher(), RUNTIME, 0, 2)
-    sizes = [len(group._forward(iteration).targets) for iteration in range(4)]
+    sizes = [len(forward([group], iteration)[0].targets) for iteration in range(4)]
     assert sizes == [2 + len(group.plan.boxes), 2] * 2
 
 
@@ -160,13 +161,13 @@ def test_crops_are_redrawn_every_so_many_iterations_independently_of_earlier_dra
     group = Group(spec, tiny_teacher(), RUNTIME, 0, 4)
     boxes = []
     for iteration in range(6):
-        group._forward(iteration)
+        forward([group], iteration)[0]
         boxes.append(group.plan.boxes)
     assert all(torch.equal(boxes[first], boxes[first + 1]) for first in (0, 2, 4))
     assert not torch.equal(boxes[0], boxes[2])
     assert not torch.equal(boxes[2], boxes[4])
     resumed = Group(spec, tiny_teacher(), RUNTIME, 0, 4)
-    resumed._forward(5)
+    forward([resumed], 5)[0]
     assert torch.equal(resumed.plan.boxes, boxes[5])
     result = spec.synthesize(tiny_teacher(), RUNTIME)
     assert not torch.equal(result.boxes, group.plan.boxes), "those of the last iteration are shown"
@@ -195,9 +196,9 @@ def test_the_prior_follows_roll_and_flip():
         values = []
         for augmentations in ((), (PatchRoll(), Flip(probability=1.0))):
             group = Group(evolve(spec, augmentations=augmentations), still, RUNTIME, 0, 2)
-            values.append(losses["prior"](group._forward(0).scoped("prior")).item())
+            values.append(losses["prior"](forward([group], 0)[0].scoped("prior")).item())
         unfollowed = AttentionPriorLoss(blocks="all", prior=GaussianMixturePrior(1), follow=False)
-        stayed = unfollowed(group._forward(0).scoped("prior")).item()
+        stayed = unfollowed(forward([group], 0)[0].scoped("prior")).item()
     assert values[1] == pytest.approx(values[0], rel=1e-5)
     assert stayed != pytest.approx(values[0], rel=1e-2)
 
@@ -237,9 +238,9 @@ def test_an_iteration_runs_as_many_operators_for_many_images_and_reads_no_value_
         for images in (2, 16):
             group = Group(spec, teacher, RUNTIME, 0, images)
             for iteration in range(BALANCE_ITERATIONS):
-                group.step(iteration)
+                step([group], iteration)
             with Operators() as operators:
-                group.step(BALANCE_ITERATIONS)
+                step([group], BALANCE_ITERATIONS)
             ran.append(operators.names)
             assert not operators.read  # an accelerator would have to be waited for
     assert len(ran[0]) > 100

@@ -10,7 +10,8 @@ from support.second_device import second_device, transfers
 from spdfq.api import make_images
 from spdfq.recipe import load_recipe, shipped
 from spdfq.runtime import Runtime
-from spdfq.synth.group import CHECK_EVERY, Group
+from spdfq.synth import loop
+from spdfq.synth.loop import CHECK_EVERY
 from spdfq.teacher import Teacher
 
 # one check lies between the iterations, and the recalibration of a student between two checks
@@ -38,14 +39,14 @@ RECIPES = [name for name in shipped() if name.startswith("images/") and recipe(n
 
 def counted(recipe, monkeypatch, architecture="vit"):
     """What was copied and waited for in each iteration."""
-    step, seen = Group.step, {}
+    step, seen = loop.step, {}
 
-    def watched(group, iteration):
+    def watched(groups, iteration):
         with transfers() as counter:
-            step(group, iteration)
+            step(groups, iteration)
         seen[iteration] = dict(counter)
 
-    monkeypatch.setattr(Group, "step", watched)
+    monkeypatch.setattr(loop, "step", watched)
     depth = {"depths": (1, 1)} if architecture == "swin" else {"depth": 1}
     with second_device() as device:
         network = build(architecture, **depth).to(device)
@@ -92,6 +93,8 @@ def test_nothing_is_copied_between_two_checks(name, architecture, monkeypatch):
     assert not any(seen.values()), seen
 
 
-def test_nothing_is_copied_for_what_no_shipped_recipe_has(monkeypatch):
-    seen = counted(load_recipe(recipe("images/cross_entropy"), RARE), monkeypatch)
+@pytest.mark.parametrize("together", [1, 2])
+def test_nothing_is_copied_for_what_no_shipped_recipe_has(together, monkeypatch):
+    changes = ["synthesis.group=1", f"synthesis.groups_per_pass={together}"] if together > 1 else []
+    seen = counted(load_recipe(recipe("images/cross_entropy"), [*RARE, *changes]), monkeypatch)
     assert not any(seen.values()), seen

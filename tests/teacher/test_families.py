@@ -16,6 +16,7 @@ from spdfq.quantized import QuantizedModel
 from spdfq.quantized.checkpoint import load_quantized, save_quantized
 from spdfq.quantized.visiting import find_sites
 from spdfq.recipe import load_recipe
+from spdfq.synth import loop
 from spdfq.synth.group import Group
 from spdfq.teacher import Teacher
 
@@ -60,7 +61,7 @@ def step(teacher, source):
     recipe = {"extends": ["models/vit_fmnist", f"images/{source}", "backends/blockwise"]}
     with teacher.frozen():
         group = Group(load_recipe(recipe, small).synthesis, teacher, RUNTIME, 0, 2)
-        group.step(0)
+        loop.step([group], 0)
     return dict(zip(group.columns, group.state.curve[0].tolist(), strict=True))
 
 
