@@ -6,9 +6,10 @@ from collections.abc import Callable
 from statistics import mean, median
 from typing import Any
 
-from result_rows import RESULTS, machines, rows_of
+from result_rows import RESULTS, groups_by, machines, rows_of
 from spread import spread
 
+from spdfq.bench.groups import difference
 from spdfq.bench.rows import Row
 
 IMAGES = {
@@ -56,6 +57,22 @@ GOALS = [
 ]
 SOURCES = ("real_fmnist", "spdfq_plus")
 DOCTOR, LISTED = "real_vit_112_doctor", 10
+# a model, its files, and the back-ends that correct the head and that do not
+HEAD = [
+    (
+        "real ViT, W4A4",
+        ("real_vit_112_strong_head", "real_vit_112_strong", "real_vit_112_strong_sources"),
+        "strong_head",
+        "strong",
+    ),
+    (
+        "real ViT, W3A3",
+        ("real_vit_112_strong_head", "real_vit_112_strong"),
+        "strong_head_w3a3",
+        "strong_w3a3",
+    ),
+    ("bundled ViT, W3A3", ("fmnist_vit_strong_head",), "strong_head_w3a3", "strong_w3a3"),
+]
 COMMANDS = {
     "real_vit_112_strong": "`spdfq bench benchmarks/real_vit/strong.toml`",
     "real_vit_112_strong_w4a8": "`spdfq bench benchmarks/real_vit/strong_w4a8.toml`",
@@ -74,6 +91,7 @@ def uniform_block() -> str:
             f"## Goals\n\n{_goals()}",
             *tables,
             f"## Where the error is\n\n{_where()}",
+            f"## Whether the head is corrected\n\n{_head()}",
             f"## What was tried\n\n{_tries()}",
         ]
     )
@@ -152,6 +170,27 @@ def _where() -> str:
         f"RUN`. Data: `benchmarks/results/{DOCTOR}.json`."
     )
     return "\n\n".join(["\n".join(table), "\n".join(blocks), note])
+
+
+def _head() -> str:
+    """Top-1 with and without a regression for the head, paired over seeds and test images."""
+    table = ["| model | images | head corrected | not corrected | difference |", "| --- | --- | ---: | ---: | ---: |"]
+    compared: list[Row] = []
+    for model, files, corrected, left in HEAD:
+        rows = rows_of(*files)
+        groups = groups_by(rows, lambda row: f"{row.axes['images']} {row.axes['backend']}")
+        for images, name in IMAGES.items():
+            before, after = groups.get(f"{images} {corrected}"), groups.get(f"{images} {left}")
+            if before and after:
+                shown = [_cell(list(group.rows.values())) for group in (before, after)]
+                table.append(f"| {model} | {name} | {' | '.join(shown)} | {difference(after, before)} |")
+                compared += [*before.rows.values(), *after.rows.values()]
+    files = ", ".join(f"`benchmarks/results/{name}.jsonl`" for _, names, _, _ in HEAD for name in names)
+    return "\n".join(table) + (
+        f"\n\nTop-1 in percent, simulated, with a 95 % interval over seeds and 1,000 test images. Machine: "
+        f"{machines(compared)}. Reproduce: `spdfq bench benchmarks/fmnist/vit_strong_head.toml`, `spdfq bench "
+        f"benchmarks/real_vit/strong_head.toml`. Rows: {files}."
+    )
 
 
 def _tries() -> str:
