@@ -185,7 +185,10 @@ def _head() -> str:
                 shown = [_cell(list(group.rows.values())) for group in (before, after)]
                 table.append(f"| {model} | {name} | {' | '.join(shown)} | {difference(after, before)} |")
                 compared += [*before.rows.values(), *after.rows.values()]
-    files = ", ".join(f"`benchmarks/results/{name}.jsonl`" for _, names, _, _ in HEAD for name in names)
+    files = ", ".join(
+        f"`benchmarks/results/{name}.jsonl`"
+        for name in dict.fromkeys(name for _, names, _, _ in HEAD for name in names)
+    )
     return "\n".join(table) + (
         f"\n\nTop-1 in percent, simulated, with a 95 % interval over seeds and 1,000 test images. Machine: "
         f"{machines(compared)}. Reproduce: `spdfq bench benchmarks/fmnist/vit_strong_head.toml`, `spdfq bench "
