@@ -20,7 +20,7 @@ LOSSES = {"patch_similarity_entropy": "`patch_similarity_entropy`", "head_simila
 
 def time_block() -> str:
     """One section for each benchmark, with the file of every row."""
-    return "\n\n".join([_closed_form(), _blockwise(), _losses(), _pruning(), _machines()])
+    return "\n\n".join([_closed_form(), _blockwise(), _losses(), _pruning(), _ranks(), _machines()])
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -123,6 +123,22 @@ def _pruned_accuracy() -> str:
         "out the least attended ones, and both lose accuracy.\n\n"
         + _table(["patches left out", *(f"`{name}`" for name in backends)], table)
         + f"\n\nMachine: {machines(rows)}. Reproduce: `spdfq bench benchmarks/fmnist/pruning.toml`."
+    )
+
+
+def _ranks() -> str:
+    """Two processes of one thread against one."""
+    found = _read("ranks.json")
+    rows = []
+    for work in ("images", "evaluation"):
+        one, two = (found[work]["seconds"]["clock"][count] for count in ("1", "2"))
+        rows.append([work, f"{one:.1f}", f"{two:.1f}", f"{found[work]['efficiency']:.2f}"])
+    table = _table(["work", "one process, s", "two, s", "efficiency"], rows)
+    return (
+        "## Two processes on one CPU\n\nGroups of `spdfq_plus` and the evaluation of the bundled ViT, shared by two "
+        f"processes of one thread with torchrun; median of {found['rounds']} rounds.\n\n{table}\n\nMachine: "
+        f"{found['machine']['device']}, otherwise idle. Reproduce: `python benchmarks/ranks.py --rounds 5`. Data: "
+        "`benchmarks/results/ranks.json`."
     )
 
 
