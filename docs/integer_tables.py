@@ -109,7 +109,8 @@ def _speed(name: str) -> str:
     note = (
         "Times faster than float32 in onnxruntime, on one thread: median over the rounds of the ratio of CPU seconds. "
         f"The weights of the ViT-S are random. Machine: {found['device']}, load {found['load_before']} before; "
-        f"onnxruntime {found['onnxruntime']}. Reproduce: `python benchmarks/deploy.py`. Data: "
+        f"onnxruntime {found['onnxruntime']}. Reproduce: `python benchmarks/deploy.py "
+        f"--rounds {data['rounds']}`. Data: "
         f"`benchmarks/results/{name}.json`."
     )
     return "\n\n".join([*parts, note])

@@ -15,12 +15,13 @@ LEFT_OUT = {
     "plus_most_attended": "the most attended, before iterations 20, 40 and 60",
     "plus_most_attended_early": "the most attended, before iterations 10, 20 and 30",
 }
+TOGETHER = ("groups_per_pass.json", "groups_per_pass_vit_small.json")
 LOSSES = {"patch_similarity_entropy": "`patch_similarity_entropy`", "head_similarity": "`head_similarity`"}
 
 
 def time_block() -> str:
     """One section for each benchmark, with the file of every row."""
-    return "\n\n".join([_closed_form(), _blockwise(), _losses(), _pruning(), _ranks(), _machines()])
+    return "\n\n".join([_closed_form(), _blockwise(), _losses(), _pruning(), _together(), _ranks(), _machines()])
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -126,6 +127,21 @@ def _pruned_accuracy() -> str:
     )
 
 
+def _together() -> str:
+    """What several groups in each pass of the teacher gain."""
+    rows = []
+    for name in TOGETHER:
+        found = _read(name)
+        for group in found["groups"]:
+            ratios = ", ".join(f"{ratio:.2f} ({count})" for count, ratio in group["speed_up"].items())
+            rows.append([NAMES.get(found["model"], found["model"]), str(group["images"]), ratios, f"`{name}`"])
+    table = _table(["model", "images in a group", "speed-up (groups in each pass)", "file"], rows)
+    return (
+        "## Several groups in each pass\n\nImages of MimiQ with `synthesis.groups_per_pass`, against one group in each "
+        f"pass, on 1 thread.\n\n{table}"
+    )
+
+
 def _ranks() -> str:
     """Two processes of one thread against one."""
     found = _read("ranks.json")
@@ -145,7 +161,7 @@ def _ranks() -> str:
 def _machines() -> str:
     names = ("backends.json", "backends_one_thread.json", "backends_bfloat16.json", "backends_vit_base.json")
     rows = []
-    for name in (*names, "losses.json", "token_pruning.json"):
+    for name in (*names, "losses.json", "token_pruning.json", *TOGETHER, "ranks.json"):
         machine = _read(name)["machine"]
         versions = f"torch {machine['versions']['torch']}, timm {machine['versions']['timm']}"
         load = f"{machine['load_before']:.1f}"

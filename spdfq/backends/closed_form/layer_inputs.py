@@ -1,5 +1,6 @@
 """The inputs of linear layers in the teacher and in the quantized model, as the sums that least squares needs."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
@@ -13,7 +14,7 @@ from spdfq.backends.blocks import BlockCall, Hidden, block_calls, block_names
 from spdfq.backends.propagation import Propagation, of_images
 from spdfq.errors import ModelError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.sites import INPUT, WEIGHT, input_site
+from spdfq.quantized.sites import INPUT, input_site
 from spdfq.quantized.visiting import Visit, unchanged, visit_sites
 from spdfq.quantizers import Product
 
@@ -33,17 +34,16 @@ class LinearLayer:
     compensated: bool = True
 
 
-def input_rows(model: QuantizedModel, image: Tensor) -> dict[str, int]:
-    """The number of rows ``[rows, d]`` that one image ``[1, C, H, W]`` gives as input to each weight, by its name."""
-    seen: dict[str, int] = {}
+def input_rows(model: QuantizedModel, image: Tensor) -> Counter[str]:
+    """The number of rows ``[rows, d]`` of each product's operand for one image ``[1, C, H, W]``, by its site's name."""
+    rows = Counter[str]()
 
-    def count(name: str, product: Product) -> None:
-        seen[name] = seen.get(name, 0) + product.operand.shape[:-1].numel()
+    def count(site: str, product: Product) -> None:
+        rows[site] += product.operand.shape[:-1].numel()
 
     with visit_sites(model.network, unchanged, points=model.points, on_product=count):
         model.network(image)
-    weights = (name for name, site in model.sites.items() if site.kind == WEIGHT)
-    return {name: seen.get(input_site(name), 0) for name in weights}
+    return rows
 
 
 @define(eq=False)

@@ -17,7 +17,7 @@ from spdfq.backends.weight_grid import WeightGrid
 from spdfq.backends.wiring import wiring
 from spdfq.errors import NonFiniteError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
-from spdfq.quantized.sites import WEIGHT
+from spdfq.quantized.sites import WEIGHT, input_site
 from spdfq.quantizers import GridMseObserver
 from spdfq.recipe.structure import component
 from spdfq.registry import steps
@@ -110,22 +110,24 @@ class Ridge(Step):
         weights = [name for name, site in model.sites.items() if site.kind == WEIGHT]
         others = [name for name in model.weight_names() if name not in linears]
         model.note("ridge", (f"{name} is rounded without correction" for name in others))
-        rows = input_rows(model, images[:1])
-        few = {
-            name: f"{name}: the error of its inputs is not compensated, {len(images) * rows[name]} rows are too few"
-            for name in weights
-            if name in linears and len(images) * rows[name] < self.min_rows * model.weight(name).shape[1]
-        }
-        model.note("ridge", few.values())
-        layers = [
-            LinearLayer(name, linears[name].bias(model.network), name not in few) for name in weights if name in linears
-        ]
+        weights = [name for name in weights if name in linears]
+        few = self._with_few_rows(model, weights, images) if self.min_rows else []
+        layers = [LinearLayer(name, linears[name].bias(model.network), name not in few) for name in weights]
         for layer in layers:
             if layer.weight in model.quantizers:
                 model.affine(layer.weight)  # refused before anything is changed
             if layer.bias:
                 model.bias(layer.bias)
         return layers
+
+    def _with_few_rows(self, model: QuantizedModel, weights: list[str], images: Tensor) -> list[str]:
+        """The weights whose inputs have fewer rows than ``min_rows`` allows; they are noted."""
+        of_an_image = input_rows(model, images[:1])
+        rows = {name: len(images) * of_an_image[input_site(name)] for name in weights}
+        few = [name for name in weights if rows[name] < self.min_rows * model.weight(name).shape[1]]
+        lines = (f"{name}: the error of its inputs is not compensated, {rows[name]} rows are too few" for name in few)
+        model.note("ridge", lines)
+        return few
 
     def _correct(self, model: QuantizedModel, layer: LinearLayer, found: NormalEquations) -> None:
         weight = model.weight(layer.weight)
