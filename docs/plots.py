@@ -29,8 +29,8 @@ BITS = {
         {"strong_w2a4": "W2A4", "strong_w3a3": "W3A3", "strong": "W4A4", "strong_w4a8": "W4A8"},
     ),
     "Real ViT-S at 112 pixels": (
-        ("real_vit_112_strong_first",),
-        {"strong_w3a3": "W3A3", "strong": "W4A4", "strong_w4a8": "W4A8"},
+        ("real_vit_112_strong", "real_vit_112_strong_w4a8", "real_vit_112_strong_sources"),
+        {"strong_w3a3": "W3A3", "strong": "W4A4", "strong_w4a8_penalty_100": "W4A8"},
     ),
 }
 BITS_IMAGES = ("real_fmnist", "spdfq_plus", "gaussian_noise")
