@@ -1,9 +1,10 @@
-"""Compare two processes of one thread each with a single one: synthesis in groups, and evaluation.
+"""Compare two processes of one thread each with a single one: synthesis in groups, evaluation, and learning.
 
     python benchmarks/ranks.py --out benchmarks/results/ranks.json
 
-Both counts make the same images of `bundled:vit_fmnist` with `images/spdfq_plus`, and evaluate its quantized copy on
-the same images. torchrun starts the processes, and the counts take turns. Times leave out the start of the processes.
+Both counts make the same images of `bundled:vit_fmnist` with `images/spdfq_plus`, evaluate its quantized copy on the
+same images, and reconstruct it block by block with batches of 32 images. torchrun starts the processes, and the counts
+take turns. Times leave out the start of the processes.
 Efficiency by the clock is T1 / (2 T2), for the median of each count; it needs two free cores. Efficiency by processor
 time is the time of the single process divided by that of both together. It shows work that is done twice, but not the
 time that a process waits for the other.
@@ -24,7 +25,7 @@ import torch
 from machine import about
 
 from spdfq.api import make_images
-from spdfq.backends import quantize
+from spdfq.backends import Blockwise, Calibration, quantize
 from spdfq.evaluation.accuracy import logits_over
 from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
@@ -44,10 +45,13 @@ def worker(out: Path, groups: int, iterations: int, limit: int) -> None:
     sizes = [f"synthesis.images={groups * group}", f"synthesis.group={group}", f"synthesis.iterations={iterations}"]
     recipe = load_recipe({"extends": PARTS}, [*sizes, f"evaluation.dataset.limit={limit}"])
     teacher, runtime = load_teacher(recipe.model), Runtime(ranks=ranks)
-    model = quantize(teacher, torch.randn(4, *teacher.input_size), recipe.quantization, Runtime())
+    noise = torch.randn(32, *teacher.input_size, generator=torch.Generator().manual_seed(0))
+    model, student = (quantize(teacher, noise, recipe.quantization, Runtime()) for _ in range(2))
+    learning = Calibration(teacher=teacher, images=noise, runtime=runtime)
     parts: dict[str, Callable[[], object]] = {
         "images": lambda: make_images(recipe, teacher, runtime, out / "images"),
         "evaluation": lambda: logits_over(model, teacher, recipe.evaluation, runtime, "quantized", out / "evaluation"),
+        "learning": lambda: Blockwise(iterations=iterations).run(student, learning),
     }
     taken = {name: _seconds(work, ranks) for name, work in parts.items()}
     (out / f"rank-{ranks.rank}.json").write_text(json.dumps(taken))
@@ -79,7 +83,7 @@ def run(count: int, sizes: list[str]) -> dict[str, dict[str, float]]:
 
 def summary(taken: dict[int, list[dict[str, dict[str, float]]]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for part in ("images", "evaluation"):
+    for part in ("images", "evaluation", "learning"):
         median = {
             kind: {count: statistics.median(round_[part][kind] for round_ in taken[count]) for count in COUNTS}
             for kind in ("clock", "processor")

@@ -146,7 +146,9 @@ def _ranks() -> str:
     """Two processes of one thread against one."""
     found = _read("ranks.json")
     rows = []
-    for work in ("images", "evaluation"):
+    for work in ("images", "evaluation", "learning"):
+        if work not in found:
+            continue
         one, two = (found[work]["seconds"]["clock"][count] for count in ("1", "2"))
         rows.append([work, f"{one:.1f}", f"{two:.1f}", f"{found[work]['efficiency']:.2f}"])
     table = _table(["work", "one process, s", "two, s", "efficiency"], rows)

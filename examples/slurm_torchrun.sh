@@ -1,6 +1,6 @@
 #!/bin/bash
-# One job for each recipe, and in each job one process for each GPU of its node: torchrun shares the images and the
-# evaluation batches of a run among them. Submit it with: sbatch examples/slurm_torchrun.sh
+# One job for each recipe, and in each job one process for each GPU of its node: torchrun shares the images, the
+# reconstruction and the evaluation of a run among them. Submit it with: sbatch examples/slurm_torchrun.sh
 #SBATCH --job-name=spdfq
 #SBATCH --array=0-2
 #SBATCH --nodes=1

@@ -50,10 +50,12 @@ class Step(Checked):
     A child defines `run`. It says in ``calibrates`` which ranges it chooses, those of all ``weights`` or of all
     ``activations``. Every range must be chosen before a step that needs it, and at the end of a recipe. A step that is
     ``in_float`` changes the float network, before any range is chosen, to one with the same output; the steps after it
-    compare with that network.
+    compare with that network. A step that is ``shared`` learns in all processes of a run together; a recipe without one
+    is quantized by the first process alone.
     """
 
     in_float: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
 
     @property
     def calibrates(self) -> frozenset[str]:

@@ -20,10 +20,12 @@ class FinishedParts:
     Args:
         model: owns the tensors; `QuantizedModel.tensors` names them.
         path: the file; ``None`` keeps nothing.
+        writes: whether this process writes the file; the first of several does.
     """
 
     model: QuantizedModel
     path: Path | None
+    writes: bool = True
     _tensors: dict[str, Tensor] = field(factory=dict, init=False)
 
     @classmethod
@@ -33,9 +35,11 @@ class FinishedParts:
         Raises:
             DataError: the file is damaged.
         """
-        found = cls(model, calibration.state_file(step))
-        if found.path and found.path.exists():
+        ranks = calibration.runtime.ranks
+        found = cls(model, calibration.state_file(step), ranks.leads)
+        if found.path and ranks.first(found.path.exists):
             found._tensors = read_tensors(found.path, "delete it, or use --fresh")[0]
+            ranks.wait()  # before rank 0 writes the next state
         return found
 
     @torch.no_grad()
@@ -59,5 +63,5 @@ class FinishedParts:
         """Stores the present values of the tensors of a finished part."""
         state = self.model.tensors()
         self._tensors |= {name: state[name].clone() for name in names}
-        if self.path:
+        if self.path and self.writes:
             write_tensors(self.path, self._tensors)

@@ -41,12 +41,19 @@ def quantize(
     teacher.module.to(runtime.device)
     with runtime.own_modes():
         images = images.detach().to(runtime.device, torch.float32, copy=images.is_inference())
-        bits = bits_within(spec.budget, teacher, images, spec, runtime, folder) if spec.budget else None
+        bits = runtime.ranks.first(lambda: _bits(teacher, images, spec, runtime, folder))
         model = place(teacher, spec, bits)
         for index, step in enumerate(spec.steps):
             given = Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index)
             teacher = run_step(step, model, given)
     return model
+
+
+def _bits(
+    teacher: Teacher, images: Tensor, spec: Quantization, runtime: Runtime, folder: Path | None
+) -> dict[str, int] | None:
+    """The width of each site within the section's budget; ``None`` without one."""
+    return bits_within(spec.budget, teacher, images, spec, runtime, folder) if spec.budget else None
 
 
 def check_images(teacher: Teacher, images: Any) -> None:

@@ -23,6 +23,7 @@ from spdfq.runs.provenance import code_digests, data_fingerprints, versions
 from spdfq.runs.store import STATE
 from spdfq.runtime import Runtime
 from spdfq.runtime.files import write_text
+from spdfq.runtime.runtime import ALONE
 from spdfq.synth import SyntheticImages
 from spdfq.teacher import Teacher, load_teacher
 
@@ -159,11 +160,14 @@ class QuantizeStage(Stage):
 
     def make(self, work: Work, folder: Path) -> None:
         """Write ``quantized/``, ``sites.json``, and what the report shows of both."""
-        if not work.runtime.ranks.leads:
+        shared, leads = any(step.shared for step in work.recipe.quantization.steps), work.runtime.ranks.leads
+        if not (shared or leads):
             return
         given = work.results[ImagesStage.name]
-        images = given.images
-        model = quantize(work.teacher, images, work.recipe.quantization, work.runtime, folder / STATE)
+        images, runtime = given.images, work.runtime if shared else evolve(work.runtime, ranks=ALONE)
+        model = quantize(work.teacher, images, work.recipe.quantization, runtime, folder / STATE)
+        if not leads:
+            return
         parts = {key: value for key, value in work.recipe.to_dict().items() if key not in _NO_PART_IN_THE_MODEL}
         save_quantized(model, folder / "quantized", work.teacher, parts)
         write_text(folder / "sites.json", json.dumps(model.site_table(), indent=1) + "\n")

@@ -2,14 +2,17 @@
 
 import atexit
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import frozen
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 T = TypeVar("T")
-# the other processes wait while rank 0 reconstructs
+# the other processes wait while rank 0 chooses ranges
 _PATIENCE = timedelta(days=2)
 
 
@@ -55,6 +58,30 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def add_up(self, tensors: Iterable["Tensor"]) -> None:
+        """Replace each tensor by its sum over the ranks, in place. Every rank gets the same bits."""
+        if self.count == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        every = list(tensors)
+        together = torch.cat([tensor.detach().flatten().float() for tensor in every])
+        dist.all_reduce(together)
+        for tensor, total in zip(every, together.split([tensor.numel() for tensor in every]), strict=True):
+            tensor.detach().copy_(total.view_as(tensor))
+
+    def equalise(self, tensors: Iterable["Tensor"]) -> None:
+        """Replace each tensor by that of rank 0, in place."""
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            sent = tensor.detach().contiguous()
+            dist.broadcast(sent, src=0)
+            tensor.detach().copy_(sent)
+
     def wait(self) -> None:
         """Wait until every rank has called this."""
         self.gathered(None)
@@ -63,8 +90,7 @@ class Ranks:
 def join() -> Ranks:
     """Join the processes that torchrun started into one group; without torchrun there is a single process.
 
-    Processes exchange small Python objects through gloo, also on machines with GPUs. Images and weights are exchanged
-    through files.
+    Processes exchange objects and tensors through gloo, also on machines with GPUs. Images are exchanged through files.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 or "RANK" not in os.environ:

@@ -15,6 +15,7 @@ from spdfq.backends.divergence import divergence
 from spdfq.backends.learning.activation_scales import learnable_activation_scales
 from spdfq.backends.learning.batches import batch_rows, drop_generator
 from spdfq.backends.learning.qdrop import QDrop
+from spdfq.backends.learning.shares import Share
 from spdfq.backends.learning.training import SAVE_SECONDS, LearningRates, Training, adam, take_step, trainable
 from spdfq.errors import ModelError, NonFiniteError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
@@ -53,6 +54,7 @@ class Distill(Step):
     """
 
     calibrates: ClassVar[frozenset[str]] = NEITHER
+    shared: ClassVar[bool] = True
 
     iterations: int = field(default=500, validator=validators.ge(1))
     lr: float = field(default=1e-5, validator=validators.gt(0.0))
@@ -77,6 +79,7 @@ class Distill(Step):
             SpdfqError: a site was not calibrated, or there is nothing to learn.
         """
         model.check_calibrated()
+        calibration.runtime.ranks.equalise(model.tensors().values())
         scaled = learnable_activation_scales(model, "") if self.scale_lr else {}
         named, path = self._parameters(model), calibration.state_file("distill")
         if not named and not scaled:
@@ -89,8 +92,10 @@ class Distill(Step):
         ):
             by_name = dict(zip(scaled, scales, strict=True))
             training = Training({**named, **by_name}, adam((list(named.values()), self.lr), (scales, self.scale_lr)))
-            if path and path.exists():
+            ranks = calibration.runtime.ranks
+            if path and ranks.first(path.exists):
                 training.restore(path)
+                ranks.wait()  # before rank 0 writes the next state
             calls = block_calls(float_network, block_names(model), calibration.images[:1]) if self.features else []
             pair = _TeacherAndStudent(float_network, model, QDrop(model, self.drop), calls, bool(self.structure))
             advance(training.iteration)
@@ -127,6 +132,11 @@ class ForwardResult:
     logits: Tensor
     blocks: list[Tensor]
     maps: list[Tensor]
+
+    def joined(self, share: Share) -> "ForwardResult":
+        """The results for the whole batch, from those of a share."""
+        (logits,) = share.joined([self.logits])
+        return ForwardResult(logits, list(share.joined(self.blocks)), list(share.joined(self.maps)))
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -201,17 +211,17 @@ class _Targets:
     _whole: ForwardResult | None = field(default=None, init=False)
     _logits: Tensor | None = field(default=None, init=False)
 
-    def of(self, chosen: Tensor | slice) -> ForwardResult:
-        """The results for the chosen images; a slice means all of them."""
-        if isinstance(chosen, slice):
+    def of(self, share: Share) -> ForwardResult:
+        """The results for the images of the whole batch; a slice means all of them."""
+        if isinstance(share.rows, slice):
             self._whole = self._whole or self.pair.of_teacher(self.images)
             return self._whole
         if self.pair.calls or self.pair.needs_maps:
-            return self.pair.of_teacher(self.images[chosen])
+            return self.pair.of_teacher(self.images[share.own]).joined(share)
         if self._logits is None:
             parts = self.images.split(self.batch)
             self._logits = torch.cat([self.pair.of_teacher(part).logits for part in parts])
-        return ForwardResult(self._logits[chosen], [], [])
+        return ForwardResult(self._logits[share.rows], [], [])
 
 
 @define(eq=False)
@@ -232,19 +242,27 @@ class _Loop:
         rates = LearningRates(optimizer)
         while self.training.iteration < iterations:
             rates.scale(0.5 * (1 + math.cos(math.pi * self.training.iteration / iterations)))
-            loss = self._loss()
-            take_step(optimizer, loss)
+            share = self._share()
+            loss = self._loss(share)
+            take_step(optimizer, loss, share)
             self.training.iteration += 1
             if self.training.iteration % _CHECK_EVERY == 0 or self.training.iteration == iterations:
                 self._report(float(loss.detach()))
 
-    def _loss(self) -> Tensor:
-        purpose = ("distill", self.calibration.index)
-        chosen = batch_rows(self.calibration, self.spec.batch, self.training.iteration, *purpose)
-        images = self.calibration.images[chosen]
-        self.pair.activations.seed(drop_generator(self.calibration, self.training.iteration, *purpose))
+    @property
+    def _purpose(self) -> tuple[str | int, ...]:
+        return "distill", self.calibration.index
+
+    def _share(self) -> Share:
+        rows = batch_rows(self.calibration, self.spec.batch, self.training.iteration, *self._purpose)
+        return Share.of(self.calibration.runtime.ranks, rows, self.calibration.images)
+
+    def _loss(self, share: Share) -> Tensor:
+        generator = drop_generator(self.calibration, self.training.iteration, *self._purpose)
+        self.pair.activations.seed(generator, share)
         with self.calibration.runtime.autocast():
-            student, teacher = self.pair.of_student(images), self.targets.of(chosen)
+            student = self.pair.of_student(self.calibration.images[share.own]).joined(share)
+            teacher = self.targets.of(share)
         return self.spec.loss(student, teacher, self.calibration.teacher.headless)
 
     def _report(self, loss: float) -> None:
@@ -255,7 +273,7 @@ class _Loop:
                 "runtime.precision='float32'"
             )
         self.advance((done - 1) % _CHECK_EVERY + 1, loss=loss)
-        path = self.calibration.state_file("distill")
+        path = self.calibration.state_file("distill") if self.calibration.runtime.ranks.leads else None
         if path and (done == self.spec.iterations or time.monotonic() - self.saved >= SAVE_SECONDS):
             self.training.save(path)
             self.saved = time.monotonic()

@@ -19,6 +19,7 @@ from spdfq.backends.learning.reconstruction import (
     Reconstruction,
     squared_errors,
 )
+from spdfq.backends.learning.shares import Share
 from spdfq.backends.learning.suffix import Suffix
 from spdfq.backends.learning.training import Training
 from spdfq.backends.propagation import Propagation, joined, of_images
@@ -194,13 +195,13 @@ class GlobalLocalBlock(BlockReconstruction):
         if not bool((self.errors(data, self.held_out) < errors).all()):
             self._restore_state(before)
 
-    def error(self, output: Hidden, data: BlockData, chosen: Tensor | slice, iteration: int) -> Tensor:
+    def error(self, output: Hidden, data: BlockData, share: Share, iteration: int) -> Tensor:
         """The sum of the two errors, each divided by its first value."""
-        local = super().error(output, data, chosen, iteration)
+        local = super().error(output, data, share, iteration)
         if iteration % self.spec.suffix_every:
             return self.spec.local_weight * local / self.first[1]
         with unwatched():
-            final = self.global_error(output, chosen)
+            final = self.global_error(output, share)
         if iteration == 0:
             self.first.copy_(torch.stack([final.detach(), local.detach()]).clamp(min=_TINY))
         return self.spec.suffix_every * final / self.first[0] + self.spec.local_weight * local / self.first[1]
@@ -218,12 +219,12 @@ class GlobalLocalBlock(BlockReconstruction):
         parts = rows.split(self.spec.batch)
         return joined([self._after(of_images(outputs, len(rows), part), part) for part in parts])
 
-    def global_error(self, output: Hidden, chosen: Tensor | slice) -> Tensor:
-        """The error of the feature that the float network computes from the block's output for the chosen images."""
+    def global_error(self, output: Hidden, share: Share) -> Tensor:
+        """The error of the whole batch's feature, which the float network computes from the block's output."""
         with self.calibration.runtime.autocast():
-            found = self._after(output, chosen)
-        wanted = of_images(self.feature, len(self.calibration.images), chosen)
-        return self.spec.distance(found, wanted, None)
+            found = self._after(output, share.own)
+        wanted = of_images(self.feature, len(self.calibration.images), share.rows)
+        return self.spec.distance(share.joined(found), wanted, None)
 
     def _after(self, output: Hidden, chosen: Tensor | slice) -> Hidden:
         """What the float network computes from the block's output for the chosen images."""
@@ -241,7 +242,8 @@ class GlobalLocalBlock(BlockReconstruction):
         for part in rows.split(self.spec.batch):
             with self.model.visiting(self.spec.quantized(self.model)), self.calibration.runtime.autocast():
                 output = self.call.run(self.model.network, of_images(data.inputs, images, part))
-            errors = self.global_error(output, part), super().error(output, data, part, 0)
+            share = Share.whole(part)
+            errors = self.global_error(output, share), super().error(output, data, share, 0)
             total += len(part) * torch.stack(errors)
         return total / len(rows)
 

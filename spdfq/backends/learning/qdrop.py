@@ -5,6 +5,7 @@ from attrs import define, field
 from torch import Tensor
 
 from spdfq.backends.blocks import Hidden
+from spdfq.backends.learning.shares import Share
 from spdfq.quantized.model import QuantizedModel
 
 
@@ -20,10 +21,11 @@ class QDrop:
     model: QuantizedModel
     drop: float
     _generator: torch.Generator | None = field(default=None, init=False)
+    _share: Share = field(factory=lambda: Share.whole(slice(None)), init=False)
 
-    def seed(self, generator: torch.Generator) -> None:
-        """Sets the generator of all following draws; it must be on the device of the activations."""
-        self._generator = generator
+    def seed(self, generator: torch.Generator, share: Share) -> None:
+        """Sets the generator of all following draws, on the device of the activations, and the images they are for."""
+        self._generator, self._share = generator, share
 
     def __call__(self, name: str, kind: str, tensor: Tensor) -> Tensor:
         """The partly quantized tensor of a site; a `Visit`."""
@@ -38,7 +40,5 @@ class QDrop:
     def _mixed(self, plain: Tensor, quantized: Tensor) -> Tensor:
         if not self.drop:
             return quantized
-        in_float = (
-            torch.rand(plain.shape, generator=self._generator, device=plain.device, dtype=torch.float32) < self.drop
-        )
+        in_float = self._share.drawn(plain.shape, self._generator, plain.device) < self.drop
         return torch.where(in_float, plain, quantized)

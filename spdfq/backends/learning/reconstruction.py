@@ -23,6 +23,7 @@ from spdfq.backends.learning.activation_scales import learnable_activation_scale
 from spdfq.backends.learning.batches import batch_rows, drop_generator
 from spdfq.backends.learning.fisher import squared_gradients
 from spdfq.backends.learning.qdrop import QDrop
+from spdfq.backends.learning.shares import Share
 from spdfq.backends.learning.training import SAVE_SECONDS, LearningRates, Training, adam, take_step, trainable
 from spdfq.backends.propagation import Propagation, of_images
 from spdfq.errors import ComponentError, NonFiniteError
@@ -31,6 +32,7 @@ from spdfq.quantized.sites import WEIGHT
 from spdfq.quantized.visiting import Visit
 from spdfq.quantizers import Quantizer, learned_scales
 from spdfq.runtime import Advance
+from spdfq.runtime.ranks import Ranks
 
 _CHECK_EVERY = 10
 
@@ -95,6 +97,7 @@ class Reconstruction(Step, ABC):
     """
 
     calibrates: ClassVar[frozenset[str]] = NEITHER
+    shared: ClassVar[bool] = True
 
     name: ClassVar[str]
     iterations: int = field(default=100, validator=validators.ge(1))
@@ -139,6 +142,7 @@ class Reconstruction(Step, ABC):
             SpdfqError: a site was not calibrated.
         """
         model.check_calibrated()
+        calibration.runtime.ranks.equalise(model.tensors().values())
         finished = FinishedParts.of(model, calibration, self.name)
         with calibration.teacher.frozen() as float_network:
             calls = block_calls(float_network, block_names(model), calibration.images[:1])
@@ -224,7 +228,7 @@ class BlockReconstruction:
         else:
             self.train(BlockData(inputs, teacher_inputs, targets, self._importance(teacher.network)))
             finished.keep(changes)
-            if self.path:
+            if self.path and self.ranks.leads:
                 self.path.unlink(missing_ok=True)
         if self.spec.inputs == "teacher":
             return targets
@@ -270,33 +274,44 @@ class BlockReconstruction:
         for iteration in range(training.iteration, iterations):
             share = iteration / iterations
             rates.scale(self.spec.rate(share))
-            error = self._error(data, iteration)
-            loss = error + self.learner.penalty(share)
-            take_step(training.optimizer, loss)
+            batch = self._share(iteration)
+            error, penalty = self._error(data, batch, iteration), self.learner.penalty(share)
+            loss = error + penalty * batch.of_common
+            take_step(training.optimizer, loss, batch)
             if iteration % _CHECK_EVERY == _CHECK_EVERY - 1 or iteration == iterations - 1:
                 self._report(iteration, float(error.detach()), float(loss.detach()))
-                if self.path and time.monotonic() - saved >= SAVE_SECONDS:
+                if self.path and self.ranks.leads and time.monotonic() - saved >= SAVE_SECONDS:
                     training.iteration, saved = iteration + 1, time.monotonic()
                     training.save(self.path)
 
-    def _error(self, data: BlockData, iteration: int) -> Tensor:
+    def _share(self, iteration: int) -> Share:
+        """The images of an optimiser step."""
+        rows = batch_rows(self.calibration, self.spec.batch, iteration, *self.purpose, among=self.trained_on)
+        return Share.of(self.ranks, rows, self.calibration.images)
+
+    def _error(self, data: BlockData, share: Share, iteration: int) -> Tensor:
         """The error of the block's output on the images of an optimiser step."""
         images = len(self.calibration.images)
-        chosen = batch_rows(self.calibration, self.spec.batch, iteration, *self.purpose, among=self.trained_on)
-        inputs = of_images(data.inputs, images, chosen)
+        inputs = of_images(data.inputs, images, share.own)
         if self.spec.drop:
-            self.activations.seed(drop_generator(self.calibration, iteration, *self.purpose))
-            inputs = self.activations.mixed_inputs(of_images(data.teacher_inputs, images, chosen), inputs)
+            self.activations.seed(drop_generator(self.calibration, iteration, *self.purpose), share)
+            inputs = self.activations.mixed_inputs(of_images(data.teacher_inputs, images, share.own), inputs)
         with self.calibration.runtime.autocast():
             output = self.call.run(self.model.network, inputs)
-        return self.error(output, data, chosen, iteration)
+        return self.error(output, data, share, iteration)
 
-    def error(self, output: Hidden, data: BlockData, chosen: Tensor | slice, iteration: int) -> Tensor:
-        """The error of the block's ``output`` for the chosen images."""
+    def error(self, output: Hidden, data: BlockData, share: Share, iteration: int) -> Tensor:
+        """The error of the whole batch, from the block's ``output`` for the images of a share."""
         images = len(self.calibration.images)
-        targets = of_images(data.targets, images, chosen)
-        importance = data.importance and channels_last(of_images(data.importance, images, chosen), self.width)
-        return self.spec.distance(channels_last(output, self.width), channels_last(targets, self.width), importance)
+        targets = of_images(data.targets, images, share.rows)
+        importance = data.importance and channels_last(of_images(data.importance, images, share.rows), self.width)
+        found = channels_last(share.joined(output), self.width)
+        return self.spec.distance(found, channels_last(targets, self.width), importance)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that learn together."""
+        return self.calibration.runtime.ranks
 
     @property
     def purpose(self) -> tuple[str | int, ...]:
@@ -313,8 +328,9 @@ class BlockReconstruction:
 
     def _restore(self, training: Training) -> None:
         """Restores the state that a killed run stored in the middle of the block."""
-        if self.path and self.path.exists():
+        if self.path and self.ranks.first(self.path.exists):
             training.restore(self.path)
+            self.ranks.wait()  # before rank 0 writes the next state
         if training.iteration:
             self.advance(training.iteration)
 

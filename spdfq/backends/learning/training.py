@@ -8,6 +8,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from spdfq.backends.learning.shares import Share
 from spdfq.errors import DataError
 from spdfq.runtime.files import read_tensors, write_tensors
 
@@ -29,10 +30,17 @@ def trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
             leaf.grad = None
 
 
-def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One optimiser step; the gradient of a tensor that the loss does not depend on is zero."""
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, share: Share) -> None:
+    """One optimiser step; the gradient of a tensor that the loss does not depend on is zero.
+
+    Args:
+        optimizer: of the tensors to learn.
+        loss: of the whole batch; its gradient is that of this process's share.
+        share: of the batch.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    share.add_up(gradients)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()

@@ -16,6 +16,7 @@ from spdfq.backends.learning.adaround import HIGH, LOW, Rounding, rectified_sigm
 from spdfq.backends.learning.fisher import squared_gradients
 from spdfq.backends.learning.qdrop import QDrop
 from spdfq.backends.learning.reconstruction import BlockReconstruction
+from spdfq.backends.learning.shares import Share
 from spdfq.errors import SpdfqError
 from spdfq.quantized import place
 from spdfq.quantizers import Log2Quantizer
@@ -165,7 +166,7 @@ def test_a_share_of_the_activations_is_left_in_float_another_one_each_time():
     x = torch.randn(40, 17, 32, generator=torch.Generator().manual_seed(0))
     drawn = []
     for seed in (1, 1, 2):
-        activations.seed(torch.Generator().manual_seed(seed))
+        activations.seed(torch.Generator().manual_seed(seed), Share.whole(slice(None)))
         drawn.append(activations("blocks.0.attn.qkv.input", "input", x))
     rounded = model.quantizers["blocks.0.attn.qkv.input"](x)
     kept = drawn[0] == x
@@ -178,7 +179,7 @@ def test_a_share_of_the_activations_is_left_in_float_another_one_each_time():
 
 def test_what_enters_a_block_is_mixed_with_the_teachers():
     activations = QDrop(quantized("vit"), 0.5)
-    activations.seed(torch.Generator().manual_seed(0))
+    activations.seed(torch.Generator().manual_seed(0), Share.whole(slice(None)))
     (mixed,) = activations.mixed_inputs((torch.ones(50, 40),), (torch.zeros(50, 40),))
     assert mixed.mean().item() == pytest.approx(0.5, abs=0.04)
     assert QDrop(quantized("vit"), 0.0).mixed_inputs((mixed,), (-mixed,))[0].equal(-mixed)

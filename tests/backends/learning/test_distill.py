@@ -122,7 +122,7 @@ def test_the_output_comes_nearer_to_the_teachers(name):
 
 def test_the_loss_is_that_of_the_quantized_model(monkeypatch):
     chosen, model, losses = teacher("vit"), quantized("vit", UNIFORM), []
-    monkeypatch.setattr(distill, "take_step", lambda optimizer, loss: losses.append(float(loss.detach())))
+    monkeypatch.setattr(distill, "take_step", lambda optimizer, loss, _: losses.append(float(loss.detach())))
     train(model, chosen, evolve(STEP, iterations=1, batch=COUNT))
     assert losses == [pytest.approx(divergence(model, chosen), rel=1e-4)]
 
@@ -258,11 +258,11 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, monkeypatch, a_se
     expected = train(quantized(chosen, UNIFORM), chosen, step)
     steps, take = [], distill.take_step
 
-    def interrupt(optimizer, loss):
+    def interrupt(*args):
         if len(steps) == 12:
             raise Interrupted
-        steps.append(loss)
-        take(optimizer, loss)
+        steps.append(1)
+        take(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(distill, "take_step", interrupt)

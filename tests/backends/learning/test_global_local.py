@@ -16,6 +16,7 @@ from spdfq.backends.learning import global_local, reconstruction
 from spdfq.backends.learning.batches import batch_rows
 from spdfq.backends.learning.global_local import Decayed, GlobalLocalBlock
 from spdfq.backends.learning.reconstruction import BlockReconstruction
+from spdfq.backends.learning.shares import Share
 from spdfq.errors import ComponentError, NonFiniteError, SpdfqError
 from spdfq.runtime.shared_modules import own_hooks
 
@@ -105,7 +106,7 @@ def test_the_gradient_is_that_of_the_whole_network_quantized_up_to_the_block(nam
         rows = torch.arange(COUNT)
         with reconstruction.trainable(parameters), torch.enable_grad():
             with model.visiting(job.visit):
-                ours = job.global_error(job.call.run(model.network, data.inputs), rows)
+                ours = job.global_error(job.call.run(model.network, data.inputs), Share.whole(rows))
             found = torch.autograd.grad(ours, parameters)
             whole = of_whole_network(job)
             wanted = torch.autograd.grad(whole, parameters)
