@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from result_rows import machines, rows_of
@@ -21,7 +22,9 @@ LOSSES = {"patch_similarity_entropy": "`patch_similarity_entropy`", "head_simila
 
 def time_block() -> str:
     """One section for each benchmark, with the file of every row."""
-    return "\n\n".join([_closed_form(), _blockwise(), _losses(), _pruning(), _together(), _ranks(), _machines()])
+    return "\n\n".join(
+        [_closed_form(), _blockwise(), _losses(), _pruning(), _coarse(), _together(), _ranks(), _machines()]
+    )
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -127,6 +130,26 @@ def _pruned_accuracy() -> str:
     )
 
 
+def _coarse() -> str:
+    """What a first part at a smaller size saves, and costs."""
+    found = _read("coarse_to_fine.json")
+    variants = dict.fromkeys((row["coarse"], row["fine"]) for row in found["rows"])
+    backends = list(dict.fromkeys(row["backend"] for row in found["rows"]))
+    table = []
+    for coarse, fine in variants:
+        rows = [row for row in found["rows"] if (row["coarse"], row["fine"]) == (coarse, fine)]
+        tops = [spread([row["top1"] for row in rows if row["backend"] == name], 1) for name in backends]
+        table.append([str(coarse), str(fine), f"{mean(row['seconds'] for row in rows):.1f}", *tops])
+    columns = [f"iterations at {found['side']} pixels", "at 28 pixels", "s", *(f"`{name}`" for name in backends)]
+    return (
+        "## Coarse to fine\n\n`spdfq_plus` on the bundled ViT at W3A3: a first part of the iterations at a smaller "
+        "size. Top-1, simulated, seeds 0 to 2, 1,000 test images; processor seconds of 32 images on one thread. It\n"
+        "trades accuracy for time hardly better than fewer iterations do, so no recipe has such an option.\n\n"
+        f"{_table(columns, table)}\n\nReproduce: `python benchmarks/coarse_to_fine.py`. Data: "
+        "`benchmarks/results/coarse_to_fine.json`."
+    )
+
+
 def _together() -> str:
     """What several groups in each pass of the teacher gain."""
     rows = []
@@ -163,7 +186,7 @@ def _ranks() -> str:
 def _machines() -> str:
     names = ("backends.json", "backends_one_thread.json", "backends_bfloat16.json", "backends_vit_base.json")
     rows = []
-    for name in (*names, "losses.json", "token_pruning.json", *TOGETHER, "ranks.json"):
+    for name in (*names, "losses.json", "token_pruning.json", "coarse_to_fine.json", *TOGETHER, "ranks.json"):
         machine = _read(name)["machine"]
         versions = f"torch {machine['versions']['torch']}, timm {machine['versions']['timm']}"
         load = f"{machine['load_before']:.1f}"
