@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from spdfq.backends.base import Calibration, check_calibrated_by, run_step
@@ -14,6 +15,7 @@ from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.place import attention_warnings, label_warnings, override_bits, place
 from spdfq.recipe import Quantization
 from spdfq.runtime import Runtime
+from spdfq.runtime.runtime import ALONE
 from spdfq.teacher import Teacher
 
 # in widths of the range of pixels: standard normal noise stays nearer even for a model with std 1
@@ -53,7 +55,8 @@ def _bits(
     teacher: Teacher, images: Tensor, spec: Quantization, runtime: Runtime, folder: Path | None
 ) -> dict[str, int] | None:
     """The width of each site within the section's budget; ``None`` without one."""
-    return bits_within(spec.budget, teacher, images, spec, runtime, folder) if spec.budget else None
+    alone = evolve(runtime, ranks=ALONE)  # the first process measures, and the others wait
+    return bits_within(spec.budget, teacher, images, spec, alone, folder) if spec.budget else None
 
 
 def check_images(teacher: Teacher, images: Any) -> None:

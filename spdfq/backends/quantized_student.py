@@ -13,6 +13,7 @@ from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.place import place
 from spdfq.recipe import Quantization
 from spdfq.runtime import Runtime, silent
+from spdfq.runtime.runtime import ALONE
 from spdfq.teacher import Teacher
 
 
@@ -70,7 +71,7 @@ def student_factory(teacher: Teacher, spec: Quantization, runtime: Runtime) -> C
     Raises:
         SpdfqError: when a student is made: no step calibrates it, or a step fails.
     """
-    quiet = evolve(runtime, progress=silent)
+    quiet = evolve(runtime, progress=silent, ranks=ALONE)  # each process has groups of its own
 
     def make(images: Tensor) -> QuantizedStudent:
         model, done, compared = place(teacher, spec), [], teacher

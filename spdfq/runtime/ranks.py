@@ -63,11 +63,10 @@ class Ranks:
         if self.count == 1:
             return
         import torch
-        import torch.distributed as dist
 
         every = list(tensors)
-        together = torch.cat([tensor.detach().flatten().float() for tensor in every])
-        dist.all_reduce(together)
+        together = torch.cat([tensor.detach().flatten().float() for tensor in every]).cpu()
+        self._all_reduce(together)
         for tensor, total in zip(every, together.split([tensor.numel() for tensor in every]), strict=True):
             tensor.detach().copy_(total.view_as(tensor))
 
@@ -75,12 +74,22 @@ class Ranks:
         """Replace each tensor by that of rank 0, in place."""
         if self.count == 1:
             return
+        for tensor in tensors:
+            sent = tensor.detach().cpu().contiguous()
+            self._broadcast(sent)
+            tensor.detach().copy_(sent)
+
+    def _all_reduce(self, tensor: "Tensor") -> None:
+        """Replace a tensor on the CPU by its sum over the ranks."""
         import torch.distributed as dist
 
-        for tensor in tensors:
-            sent = tensor.detach().contiguous()
-            dist.broadcast(sent, src=0)
-            tensor.detach().copy_(sent)
+        dist.all_reduce(tensor)
+
+    def _broadcast(self, tensor: "Tensor") -> None:
+        """Replace a tensor on the CPU by that of rank 0."""
+        import torch.distributed as dist
+
+        dist.broadcast(tensor, src=0)
 
     def wait(self) -> None:
         """Wait until every rank has called this."""

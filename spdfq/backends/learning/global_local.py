@@ -192,7 +192,8 @@ class GlobalLocalBlock(BlockReconstruction):
             return
         before, errors = self._state(), self.errors(data, self.held_out)
         super().train(data)
-        if not bool((self.errors(data, self.held_out) < errors).all()):
+        fell = bool((self.errors(data, self.held_out) < errors).all())
+        if not self.ranks.first(lambda: fell):
             self._restore_state(before)
 
     def error(self, output: Hidden, data: BlockData, share: Share, iteration: int) -> Tensor:

@@ -227,6 +227,8 @@ class BlockReconstruction:
             self.advance(self.spec.iterations)
         else:
             self.train(BlockData(inputs, teacher_inputs, targets, self._importance(teacher.network)))
+            tensors = self.model.tensors()
+            self.ranks.equalise(tensors[name] for name in changes)
             finished.keep(changes)
             if self.path and self.ranks.leads:
                 self.path.unlink(missing_ok=True)
@@ -272,12 +274,11 @@ class BlockReconstruction:
         rates, saved = LearningRates(training.optimizer), time.monotonic()
         self._restore(training)
         for iteration in range(training.iteration, iterations):
-            share = iteration / iterations
-            rates.scale(self.spec.rate(share))
-            batch = self._share(iteration)
-            error, penalty = self._error(data, batch, iteration), self.learner.penalty(share)
-            loss = error + penalty * batch.of_common
-            take_step(training.optimizer, loss, batch)
+            done, share = iteration / iterations, self._share(iteration)
+            rates.scale(self.spec.rate(done))
+            error, penalty = self._error(data, share, iteration), self.learner.penalty(done)
+            loss = error + penalty * share.weight_of_common
+            take_step(training.optimizer, loss, share)
             if iteration % _CHECK_EVERY == _CHECK_EVERY - 1 or iteration == iterations - 1:
                 self._report(iteration, float(error.detach()), float(loss.detach()))
                 if self.path and self.ranks.leads and time.monotonic() - saved >= SAVE_SECONDS:

@@ -1,6 +1,6 @@
 """The images of an optimiser step that this process computes, when several processes learn together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from attrs import frozen
@@ -56,8 +56,8 @@ class Share:
         return cls(Ranks(), rows, rows, 0, 0, False)
 
     @property
-    def of_common(self) -> float:
-        """The part of a term which all processes compute alike that each of them contributes to the sum."""
+    def weight_of_common(self) -> float:
+        """The weight, in each process, of a term that all processes compute alike."""
         return 1 / self.ranks.count if self.split else 1.0
 
     def joined(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -67,27 +67,33 @@ class Share:
         return tuple(_Joined.apply(output, self) for output in outputs)
 
     def drawn(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """Draws from U(0, 1) for this share: the part of what one process would draw for the whole batch."""
-        if not self.split:
+        """Draws from U(0, 1) for this share: the part of what one process would draw for the whole batch.
+
+        That holds if the first axis has the same number of rows for each image. Where the share does not divide it,
+        this process draws for its own tensor.
+        """
+        if not self.split or shape.numel() == 0 or shape[0] % self._images:
             return torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
         start, length, rows = self._place(shape[0])
         whole = torch.rand((rows, *shape[1:]), generator=generator, device=device, dtype=torch.float32)
         return whole[start : start + length]
 
-    def add_up(self, gradients: Iterable[Tensor]) -> None:
-        """Replace the gradients of this process by those of the whole batch, in place."""
+    def summed(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients of the whole batch, from those of this process."""
         if self.ranks.count == 1:
-            return
-        every = list(gradients)
-        self.ranks.add_up(every)
-        if not self.split:
-            for gradient in every:
-                gradient.div_(self.ranks.count)
+            return gradients
+        totals = [gradient.clone() for gradient in gradients]  # autograd may return views of one tensor
+        self.ranks.add_up(totals)
+        return totals if self.split else [total / self.ranks.count for total in totals]
+
+    @property
+    def _images(self) -> int:
+        """Number of images of this share of a split batch."""
+        return len(self.own)  # type: ignore[arg-type]  # a split batch has indices
 
     def _place(self, length: int) -> tuple[int, int, int]:
         """Where the rows of this share start in the whole batch, how many they are, and how many there are in all."""
-        own = len(self.own)  # type: ignore[arg-type]  # a split batch has indices
-        for_image = length // own
+        for_image = length // self._images
         return self.before * for_image, length, self.count * for_image
 
 

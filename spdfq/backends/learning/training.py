@@ -40,8 +40,7 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, share: Share) -> N
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    share.add_up(gradients)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    for parameter, gradient in zip(parameters, share.summed(gradients), strict=True):
         parameter.grad = gradient
     optimizer.step()
 

@@ -11,6 +11,7 @@ from support.backends import RUNTIME, images, quantized, state_of, taken, teache
 from spdfq.backends import AdaRound, Blockwise, Distill, GlobalLocal
 from spdfq.backends.learning import distill, reconstruction
 from spdfq.backends.learning.shares import Share
+from spdfq.backends.learning.training import take_step
 from spdfq.runtime.ranks import Ranks
 from spdfq.runtime.runtime import ALONE
 
@@ -50,21 +51,26 @@ class ThreadRanks(Ranks):
     def first(self, make):
         return self.gathered(make() if self.leads else None)[0]
 
-    def add_up(self, tensors):
-        for tensor in tensors:
-            total = torch.stack(self.gathered(tensor.detach().clone())).sum(0)
-            tensor.detach().copy_(total)
+    def _all_reduce(self, tensor):
+        tensor.copy_(torch.stack(self.gathered(tensor.clone())).sum(0))
 
-    def equalise(self, tensors):
-        for tensor in tensors:
-            tensor.detach().copy_(self.gathered(tensor.detach().clone())[0])
+    def _broadcast(self, tensor):
+        tensor.copy_(self.gathered(tensor.clone())[0])
 
 
 def together(count, work):
     """What each of several ranks returns."""
     room = Room(Barrier(count))
+
+    def guarded(ranks):
+        try:
+            return work(ranks)
+        except BaseException:
+            room.barrier.abort()  # otherwise the others wait for this one
+            raise
+
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(work, [ThreadRanks(rank, count, room=room) for rank in range(count)]))
+        return list(pool.map(guarded, [ThreadRanks(rank, count, room=room) for rank in range(count)]))
 
 
 def learner(name, step):
@@ -95,6 +101,28 @@ def test_processes_learn_what_one_learns(name, label):
         torch.testing.assert_close(first[key], expected, rtol=0, atol=float(1e-2 * moved) + 1e-6)
 
 
+def test_gradients_that_share_memory_are_added_up_once():
+    """As those of a class token and of position embeddings do for one image."""
+
+    def step(ranks):
+        first, second = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+        optimizer = torch.optim.SGD([first, second], lr=1.0)
+        share = Share.of(ranks, torch.tensor([0]), torch.zeros(2, 1))
+        take_step(optimizer, (first + second).sum(), share)
+        return torch.stack([first, second]).detach()
+
+    for learned in together(2, step):
+        assert learned.equal(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (17, 2)])
+def test_a_tensor_that_is_not_split_by_images_is_drawn_for(shape):
+    shares = [Share.of(Ranks(rank, 2), slice(None), images(4)) for rank in range(2)]
+    for share in shares:
+        generator = torch.Generator().manual_seed(0)
+        assert share.drawn(torch.Size(shape), generator, torch.device("cpu")).shape == shape
+
+
 @pytest.mark.parametrize("label", ["global_local", "distill"])
 def test_processes_go_on_where_they_were_killed(label, tmp_path, monkeypatch):
     step = STEPS[label]
@@ -114,7 +142,7 @@ def test_processes_go_on_where_they_were_killed(label, tmp_path, monkeypatch):
 def test_a_batch_is_shared_if_it_has_an_image_for_each_process(rows, own):
     shares = [Share.of(Ranks(rank, 3), torch.tensor(rows), images(5)) for rank in range(3)]
     assert [share.own.tolist() for share in shares] == own
-    assert sum(share.of_common for share in shares) == (1 if len(rows) == 5 else 3)
+    assert sum(share.weight_of_common for share in shares) == (1 if len(rows) == 5 else 3)
     everything = Share.of(Ranks(1, 3), slice(None), images(5))
     assert everything.own.tolist() == [2, 3]
     assert Share.of(Ranks(), slice(None), images(5)).own == slice(None)
