@@ -8,7 +8,7 @@ from spdfq_cli import options
 
 
 @click.command()
-@click.argument("folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @options.as_json
 def card(folder: Path, as_json: bool) -> None:
     """Write a model card for the Hugging Face hub.

@@ -8,7 +8,7 @@ from spdfq_cli import options
 
 
 @click.command()
-@click.argument("folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option(
     "--images", type=click.IntRange(min=1), default=32, show_default=True, help="Calibration images for each site."
 )

@@ -8,7 +8,7 @@ from spdfq_cli import options
 
 
 @click.command()
-@click.argument("folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--format", "format_", default="onnx", show_default=True, help="onnx, pt2 or safetensors.")
 @click.option(
     "--softmax",
@@ -18,7 +18,7 @@ from spdfq_cli import options
     help="Quantizers of activations that are not uniform: float operations, or 8-bit integers instead.",
 )
 @click.option("--check", is_flag=True, help="Run the file on the run's evaluation images.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="The file to write.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The file to write.")
 @options.quiet
 @options.as_json
 def export(folder: Path, format_: str, softmax: str, check: bool, out: Path | None, quiet: bool, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from spdfq_cli import options
 
 
 @click.command()
-@click.argument("folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--to", required=True, metavar="FILE.npz|DIR", help="A file of arrays, or a folder of PNG pictures.")
 @options.as_json
 def images(folder: Path, to: str, as_json: bool) -> None:

@@ -8,12 +8,10 @@ from spdfq_cli import options
 
 
 @click.command()
-@click.argument(
-    "folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--sheet",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     metavar="FILE.png",
     help="Also write a picture with images of each run.",
 )

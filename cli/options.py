@@ -22,9 +22,7 @@ def _named(_: click.Context, __: click.Parameter, value: str | None) -> str | No
     return value
 
 
-out = click.option(
-    "--out", type=click.Path(file_okay=False), callback=_named, metavar="DIR", help="Folder for the results."
-)
+out = click.option("--out", type=click.Path(), callback=_named, metavar="DIR", help="Folder for the results.")
 quiet = click.option("--quiet", is_flag=True, help="No progress bars, and no messages except warnings.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print only the result, as JSON, on standard output.")
 

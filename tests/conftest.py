@@ -9,15 +9,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start, b
 os.environ.pop("SPDFQ_STORE", None)
 
 import pytest
-import torch
 from attrs import evolve
 
-torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # no test's files must survive a power failure; a flush takes milliseconds
 gc.disable()  # what is imported and collected lives until the end; looking for garbage in it takes seconds
 
 
 def pytest_collection_finish():
+    import torch  # only where tests run: the process that starts the others does without, and starts them sooner
+
+    torch.set_num_threads(1)
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)  # by default an eighth of the time goes into looking
     gc.enable()
@@ -48,6 +49,18 @@ def first_run(recipe, tmp_path_factory):
     from spdfq.runs.pipeline import run
 
     return run(recipe, out=tmp_path_factory.mktemp("project") / "runs/first")
+
+
+@pytest.fixture(scope="session")
+def exported_run(first_run, tmp_path_factory):
+    """A copy of the folder of that run with a checked ONNX file of integers, to be copied and not touched."""
+    import support.exports  # noqa: F401  exporting is faster then
+
+    from spdfq.runs.exporting import export_run
+
+    folder = shutil.copytree(first_run.folder, tmp_path_factory.mktemp("exported") / "vit")
+    export_run(folder, softmax="uniform8", check=True)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A component from another package: installed, listed, checked and used like a built-in one."""
+"""Components from other packages: installed, listed, checked and used like built-in ones."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from spdfq_cli.main import main
+from support.docs import ROOT
 from support.recipes import NO_IMAGES
 
 from spdfq import registry
@@ -25,9 +26,11 @@ iterations = 2
 [synthesis.losses.brightness]
 level = 0.5
 """
-# importing torch takes seconds, so one process makes all outputs
+# importing torch takes seconds, so one process makes all outputs and then runs the tests of the example
 SEEN = """
 import json, sys
+import pytest
+from pathlib import Path
 from click.testing import CliRunner
 from spdfq_cli.main import main
 from spdfq.teacher import load_teacher
@@ -42,7 +45,7 @@ def call(*arguments):
 
 recipe = load_recipe(path)
 made = recipe.synthesis.synthesize(load_teacher(recipe.model), Runtime())
-print(json.dumps({
+Path("seen.json").write_text(json.dumps({
     "list": call("list", "loss"),
     "show": call("show", "loss", "brightness"),
     "check": call("check", path),
@@ -51,6 +54,7 @@ print(json.dumps({
     "shape": made.images.shape,
     "losses": made.curves[0, :, 0].tolist(),
 }))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir=example", "example"]))
 """
 
 
@@ -62,23 +66,38 @@ def recipe(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    """Outputs of a process in which the plugin package is installed."""
+def process(tmp_path_factory):
+    """A process, and its folder, in which a plugin package and the one under examples are installed."""
     folder = tmp_path_factory.mktemp("plugin")
-    shutil.copytree(Path(__file__).parent / "plugin_package", folder / "source")
+    built = shutil.ignore_patterns("build", "*.egg-info")
+    for name, source in (("plugin", Path(__file__).parent / "plugin_package"), ("example", ROOT / "examples/d4c")):
+        shutil.copytree(source, folder / name, ignore=built)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", folder / "site", folder / "source"]
-    subprocess.run([*pip, *options], check=True, timeout=120)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", folder / "site"]
+    subprocess.run([*pip, *options, folder / "plugin", folder / "example"], check=True, timeout=120)
     (folder / "brightness.toml").write_text(RECIPE)
     done = subprocess.run(
         [sys.executable, "-c", SEEN, folder / "brightness.toml"],
-        stdout=subprocess.PIPE,
+        cwd=folder,
+        capture_output=True,
         text=True,
-        timeout=120,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(folder / "site"), "COLUMNS": "120"},
+        timeout=300,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(folder / "site"),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "COLUMNS": "120",
+        },
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return done, folder
+
+
+@pytest.fixture(scope="module")
+def seen(process):
+    """What that process has seen."""
+    done, folder = process
+    assert (folder / "seen.json").exists(), done.stderr
+    return json.loads((folder / "seen.json").read_text())
 
 
 @pytest.mark.skipif(bool(find_spec("spdfq_brightness")), reason="the example plugin is installed")
@@ -107,6 +126,12 @@ def test_images_are_optimised_with_the_installed_loss(seen):
     assert seen["shape"] == [2, 1, 28, 28]
     first, second = seen["losses"]
     assert second < first
+
+
+def test_the_example_plugin_installs_and_passes_its_own_tests(process):
+    done, _ = process
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d+ passed", done.stdout)
 
 
 def test_a_plugin_that_fails_to_import_is_named_and_harms_nothing(tmp_path, monkeypatch):

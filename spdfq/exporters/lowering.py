@@ -7,10 +7,12 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from spdfq.exporters.logarithms import LookUp, StoredLogarithm
 from spdfq.quantized.model import QuantizedModel, copied_network
 from spdfq.quantized.sites import KEY, PRODUCT, QUERY, VALUE, WEIGHT
 from spdfq.quantized.visiting import visit_sites
 from spdfq.quantizers import Quantizer, UniformQuantizer
+from spdfq.quantizers.logarithmic import LogarithmicQuantizer
 from spdfq.quantizers.option_checks import BYTE
 
 Quantize = Callable[[Tensor, Tensor, Tensor, int, int, int], Tensor]
@@ -110,9 +112,12 @@ class Lowered(nn.Module):
         model: calibrated, on the CPU; its network is copied and not changed.
         quantize: as `quantize`; ``None`` leaves the quantizers of activations as they are.
         dequantize: as `dequantize`.
+        look_up: as `look_up`.
     """
 
-    def __init__(self, model: QuantizedModel, quantize: Quantize | None, dequantize: Dequantize) -> None:
+    def __init__(
+        self, model: QuantizedModel, quantize: Quantize | None, dequantize: Dequantize, look_up: LookUp
+    ) -> None:
         super().__init__()
         model.check_calibrated()
         self.network = copied_network(model.network).eval().requires_grad_(False)
@@ -126,6 +131,8 @@ class Lowered(nn.Module):
             elif has_integers(quantizer, site.kind) and quantize is not None:
                 middle = bool((quantizer.tensors()["zero_point"] == quantizer.levels // 2).all())
                 self._keep(key, Grid.of(quantizer, len(site.shape), middle and site.kind in _SIGNED))
+            elif isinstance(quantizer, LogarithmicQuantizer):
+                self.others[key] = StoredLogarithm(quantizer, look_up)
             else:
                 self.others[key] = quantizer
 

@@ -1,6 +1,7 @@
 """ONNX with QuantizeLinear and DequantizeLinear, for onnxruntime, OpenVINO and others."""
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from attrs import frozen
 from spdfq.errors import ModelError, first_line, is_out_of_memory
 from spdfq.exporters.base import Exporter, Written
 from spdfq.exporters.containers import container_lines
+from spdfq.exporters.logarithms import look_up
 from spdfq.exporters.lowering import Lowered, dequantize, quantize
 from spdfq.exporters.onnxruntime_model import OnnxRuntimeModel
 from spdfq.exporters.openvino_model import OpenVinoModel
@@ -20,12 +22,14 @@ from spdfq.exporters.program import exported_program
 from spdfq.exporters.runtime_models import RuntimeModel
 from spdfq.extras import installed
 from spdfq.quantized.model import QuantizedModel
+from spdfq.quantizers.log_grid import TINY
 from spdfq.registry import exporters
 from spdfq.runtime.files import replace_file
 from spdfq.teacher import Teacher
 
 OPSET = 21
 INPUT, OUTPUT = "images", "logits"
+_INT32 = 6  # the number of the type in ONNX
 _FULL_RANGES = ((0, 255), (-128, 127), (0, 65535), (-32768, 32767))
 
 
@@ -45,7 +49,7 @@ class OnnxExporter(Exporter):
 
     def write(self, model: QuantizedModel, teacher: Teacher, path: Path, metadata: dict[str, str]) -> Written:
         """Write the file; see `Exporter.write`."""
-        program = exported_program(Lowered(model, quantize, dequantize).eval(), model, teacher)
+        program = exported_program(Lowered(model, quantize, dequantize, look_up).eval(), model, teacher)
         graph, constant = _graph(program, teacher)
         graph.metadata_props.update(metadata)
         graph.graph.name = teacher.name
@@ -114,8 +118,25 @@ def _translations() -> dict[Any, Any]:
     def dequantize_linear(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
         return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
+    def look_up_by_operators(
+        x: Any, scale: Any, edges: Any, values: Any, minus_step: Any, shift: Any = None, top: Any = None
+    ) -> Any:
+        ratio = op.Div(x, scale)
+        logarithm = op.Log(op.Max(ratio if shift is None else op.Add(ratio, shift), op.Constant(value_float=TINY)))
+        octaves = op.Div(logarithm, op.Constant(value_float=math.log(2)))
+        steps_below_top = op.Div(octaves if top is None else op.Sub(octaves, top), minus_step)
+        last, nan_code = (op.Constant(value_float=float(edges.shape[0] - back)) for back in (2, 1))
+        guess = op.Clip(op.Floor(steps_below_top), op.Constant(value_float=0.0), last)
+        guess = op.Cast(op.Where(op.IsNaN(ratio), nan_code, guess), to=_INT32)
+        codes = op.Add(guess, op.Cast(op.LessOrEqual(ratio, op.Gather(edges, guess)), to=_INT32))
+        return op.Gather(values, codes)
+
     own: Any = torch.ops.spdfq
-    return {own.quantize.default: quantize_linear, own.dequantize.default: dequantize_linear}
+    return {
+        own.quantize.default: quantize_linear,
+        own.dequantize.default: dequantize_linear,
+        own.look_up.default: look_up_by_operators,
+    }
 
 
 def _save(graph: Any, path: Path) -> None:

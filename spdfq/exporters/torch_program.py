@@ -17,6 +17,7 @@ from spdfq.exporters.program import exported_program
 from spdfq.exporters.runtime_models import RuntimeModel
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT
+from spdfq.quantizers.log_grid import LogTables
 from spdfq.registry import exporters
 from spdfq.registry import quantizers as registered
 from spdfq.runtime.files import replace_file
@@ -38,7 +39,7 @@ class TorchProgramExporter(Exporter):
 
     def write(self, model: QuantizedModel, teacher: Teacher, path: Path, metadata: dict[str, str]) -> Written:
         """Write the file; see `Exporter.write`."""
-        program = exported_program(Lowered(model, None, plain_dequantize).eval(), model, teacher)
+        program = exported_program(Lowered(model, None, plain_dequantize, LogTables.at).eval(), model, teacher)
         _without_unused(program)
         stored = io.BytesIO()
         torch.export.save(program, stored, extra_files=dict(metadata))

@@ -65,8 +65,9 @@ class AdaptiveLogQuantizer(SearchedQuantizer, LogarithmicQuantizer):
         """The shift."""
         return self.shift
 
-    def _shifted_back(self, values: Tensor) -> Tensor:
-        return values if self.folded else super()._shifted_back(values)
+    def shifted_back(self, values: Tensor) -> Tensor:
+        """The values without the shift, unless that is folded."""
+        return values if self.folded else super().shifted_back(values)
 
     @property
     def choices(self) -> Sequence[int]:

@@ -1,6 +1,7 @@
 """The values of a logarithmic quantizer, and the codes of numbers between them."""
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from attrs import field, frozen
@@ -24,6 +25,31 @@ def power_of_two(numerator: Tensor, fractions: Tensor) -> Tensor:
     parts = len(fractions)
     octaves = torch.exp2(-(numerator // parts).float())
     return octaves * fractions.take(numerator % parts)
+
+
+class LogTables(NamedTuple):
+    """All tensors that give a float32 number its value, for one scale.
+
+    Args:
+        scale: the upper end of the range, ``[]``.
+        edges: those of a `LogGrid`, and NaN after the last code and after that of NaN, ``[n + 1]``.
+        values: of each code and of NaN, ``[n + 1]``.
+        minus_step: the step of the `LogGrid` with the other sign, ``[]``.
+        shift: of the `LogGrid`, ``[]``, or ``None``.
+        top: of the `LogGrid`, ``[]``, or ``None`` without a shift.
+    """
+
+    scale: Tensor
+    edges: Tensor
+    values: Tensor
+    minus_step: Tensor
+    shift: Tensor | None
+    top: Tensor | None
+
+    def at(self, x: Tensor) -> Tensor:
+        """The values of float32 ``x`` of any shape."""
+        codes = _codes(x / self.scale, self.edges, self.minus_step, self.shift, self.top)
+        return _entries(self.values, codes)
 
 
 @frozen(eq=False, slots=False)
@@ -57,18 +83,16 @@ class LogGrid:
 
     def codes(self, ratio: Tensor) -> Tensor:
         """Codes int32 of float32 ``ratio`` of any shape; n for NaN."""
-        # The logarithm may be off by one unit in the last place, so rounding it could give a neighbouring code on
-        # another device. Rounded down, it gives the code or the one before it; comparing with the edge is exact.
-        last, nan_code = len(self.values) - 1, len(self.values)
-        shifted = isinstance(self.shift, Tensor) or self.shift != 0
-        logarithm = (ratio + self.shift if shifted else ratio).clamp(min=TINY).log2_()
-        steps_below_top = (logarithm.sub_(self.top) if shifted else logarithm).div_(self._minus_step)
-        guess = steps_below_top.floor_().clamp_(0, last).nan_to_num_(nan=nan_code).int()
-        return guess.add_(ratio <= _entries(self._all_edges, guess))
+        return _codes(ratio, self._all_edges, self._minus_step, *self._shift_and_top)
 
     @cached_property
     def _minus_step(self) -> Tensor:
         return -self.step
+
+    @cached_property
+    def _shift_and_top(self) -> tuple[Tensor | float | None, Tensor | None]:
+        shifted = isinstance(self.shift, Tensor) or self.shift != 0
+        return (self.shift, self.top) if shifted else (None, None)
 
     @cached_property
     def _all_edges(self) -> Tensor:
@@ -82,6 +106,13 @@ class LogGrid:
             if table.usable:
                 return table.at(x)
         return _entries(self._values_for.of([scale], lambda: self._values_and_nan(scale)), self.codes(x / scale))
+
+    def tables(self, scale: Tensor) -> LogTables:
+        """The tables for a scale ``[]``."""
+        shift, top = self._shift_and_top
+        if isinstance(shift, float):
+            shift = torch.full_like(scale, shift)
+        return LogTables(scale, self._all_edges, self._values_and_nan(scale), self._minus_step, shift, top)
 
     def _values_and_nan(self, scale: Tensor) -> Tensor:
         values = self.values * scale
@@ -101,6 +132,19 @@ class LogGrid:
     def decoded(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The values of whole ``codes`` for a scale; NaN for code n."""
         return _entries(self._values_and_nan(scale), codes)
+
+
+def _codes(
+    ratio: Tensor, edges: Tensor, minus_step: Tensor, shift: Tensor | float | None, top: Tensor | None
+) -> Tensor:
+    """Codes int32 of float32 ``ratio``; ``edges`` as in `LogTables`."""
+    # The logarithm may be off by one unit in the last place, so rounding it could give a neighbouring code on
+    # another device. Rounded down, it gives the code or the one before it; comparing with the edge is exact.
+    last, nan_code = len(edges) - 2, len(edges) - 1
+    logarithm = (ratio if shift is None else ratio + shift).clamp(min=TINY).log2_()
+    steps_below_top = (logarithm if top is None else logarithm.sub_(top)).div_(minus_step)
+    guess = steps_below_top.floor_().clamp_(0, last).nan_to_num_(nan=nan_code).int()
+    return guess.add_(ratio <= _entries(edges, guess))
 
 
 def _entries(table: Tensor, index: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from attrs import define
 from torch import Tensor
 
 from spdfq.quantizers.base import Parameters, Quantizer, straight_through
-from spdfq.quantizers.log_grid import OCTAVES, TINY, LogGrid
+from spdfq.quantizers.log_grid import OCTAVES, TINY, LogGrid, LogTables
 from spdfq.quantizers.remembered import Remembered
 
 _SMALLEST_SCALE = 2.0**-OCTAVES
@@ -72,7 +72,7 @@ class LogarithmicQuantizer(Quantizer):
         exact = grid.decoded(codes.detach().int(), scale)
         shift = grid.shift * scale
         smooth = (exact + shift) * torch.exp2((codes.detach() - codes) * grid.step) - shift
-        return self._shifted_back(straight_through(smooth, exact))
+        return self.shifted_back(straight_through(smooth, exact))
 
     def dequantized(self, x: Tensor, parameters: Parameters) -> Tensor:
         """``reconstruct(encode(x))``, bit for bit, in fewer passes over memory."""
@@ -80,9 +80,15 @@ class LogarithmicQuantizer(Quantizer):
             return super().dequantized(x, parameters)
         shifted = x + self.input_shift if self.input_shift else x
         grid = self._grid.of(list(parameters.values()), lambda: self.grid(parameters))
-        return self._shifted_back(_FakeQuantizeLog.apply(shifted, parameters["scale"], grid))
+        return self.shifted_back(_FakeQuantizeLog.apply(shifted, parameters["scale"], grid))
 
-    def _shifted_back(self, values: Tensor) -> Tensor:
+    def tables(self) -> LogTables:
+        """The tables of the values of ``x + input_shift``; `shifted_back` follows."""
+        parameters = {name: tensor.reshape(()) for name, tensor in self.tensors().items()}
+        return self.grid(parameters).tables(parameters["scale"])
+
+    def shifted_back(self, values: Tensor) -> Tensor:
+        """The values without the shift of the input."""
         return values - self.input_shift if self.input_shift else values
 
 

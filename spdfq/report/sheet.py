@@ -1,5 +1,7 @@
 """A picture with a row of images for each of several runs, to compare methods at a glance."""
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +21,12 @@ _COUNT = 8
 
 
 def check_sheet(path: Path) -> None:
-    """Raise a DataError if a sheet cannot be written to this path: wrong suffix, or no such folder."""
+    """Raise a DataError if a sheet cannot be written to this path: wrong suffix, no such folder, or a folder."""
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise DataError(f"{path}: the sheet is a .png file in a folder that exists")
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
 def write_sheet(path: Path, rows: Sequence[tuple[str, "Tensor"]]) -> None:

@@ -1,8 +1,10 @@
 """The command line: what it prints where, with which exit code, and that it adds nothing of its own."""
 
+import contextlib
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +226,11 @@ def test_check_says_ok_and_warns(small):
         (["check", "{small}", "--set", "model.name='resnetty'"], "model.name: timm "),
         (["check", f"{'x' * 300}.toml"], "xxx"),
         (["run", "{small}", "--out", "{small}/runs"], "{small}"),
+        (
+            ["run", "{small}", "--out", "{small}"],
+            "{small}: cannot be written (it is a file); make it writable, or choose",
+        ),
+        (["measure", "x", "--sheet", "{small}"], "{small}: the sheet is a .png file in a folder that exists"),
         (["show", "loss", "atention_prior"], "unknown loss 'atention_prior'; did you mean 'attention_prior'?"),
         (["list", "losses"], "unknown kind 'losses'; did you mean 'loss'? (kinds: loss, "),
         (["init", "nothing_like_it"], "nothing_like_it: no shipped recipe of that name"),
@@ -234,6 +241,22 @@ def test_a_mistake_is_one_line_on_standard_error_and_exit_code_2(arguments, line
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith(f"error: {line.format(small=small)}")
+    assert result.stderr.count("\n") == 1
+
+
+PATHS = [name for name, each in main.commands.items() if re.search(r"\b(RUN|FILE)\b", each.params[0].metavar or "")]
+MORE = {"images": ["--to", "images.npz"], "predict": ["image.png"]}
+
+
+@pytest.mark.parametrize("path", ["nothing", "a_file"])
+@pytest.mark.parametrize("command", PATHS)
+def test_a_run_or_file_that_is_none_is_one_line_on_standard_error_and_exit_code_2(command, path, tmp_path):
+    (tmp_path / "a_file").write_text("no recipe")
+    (tmp_path / "image.png").write_bytes(b"")
+    with contextlib.chdir(tmp_path):
+        result = spdfq(command, path, *MORE.get(command, []))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {path}: ")
     assert result.stderr.count("\n") == 1
 
 

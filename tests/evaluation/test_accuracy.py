@@ -1,11 +1,9 @@
 """Accuracy on labelled images, unreadable images, and interrupted evaluations."""
 
 import math
+import os
 import signal
-import subprocess
-import sys
 from itertools import count
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +23,6 @@ from spdfq.recipe import Evaluation
 from spdfq.runtime import Runtime
 from spdfq.runtime.ranks import Ranks
 
-TESTS = Path(__file__).parents[1]
 COUNT = 11
 EVALUATOR = LogitsEvaluator()
 
@@ -308,26 +305,15 @@ def test_a_damaged_state_is_one_clear_line(folder, tmp_path, save_always):
         evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state")
 
 
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-from support.accuracy import BATCH, evaluated, stopping
-from support.data import teacher
-from spdfq.evaluation import predictions
-from spdfq.data import ImageFolder
-torch.set_num_threads(1)
-predictions.SAVE_SECONDS = 0.0
-owner = teacher()
-stopping(owner, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
-evaluated(owner.module, owner, ImageFolder(root=sys.argv[1]), BATCH, Path(sys.argv[2]))
-"""
-
-
-def test_a_killed_process_is_taken_up_where_it_stood(folder, tmp_path):
+def test_a_killed_process_is_taken_up_where_it_stood(folder, tmp_path, save_always):
     dataset, owner = eleven(folder), teacher()
-    command = [sys.executable, "-c", KILLED, dataset.root, str(tmp_path / "state")]
-    killed = subprocess.run(command, cwd=TESTS)
-    assert killed.returncode == -signal.SIGKILL
+    if not (child := os.fork()):
+        try:
+            stopping(owner, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state")
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     whole = evaluated(owner.module, owner, dataset, BATCH)
     owner.module.seen = 0
     assert same(evaluated(owner.module, owner, dataset, BATCH, tmp_path / "state"), whole)

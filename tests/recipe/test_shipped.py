@@ -54,6 +54,21 @@ def teachers():
     return {model: load_teacher(f"bundled:{model}") for model in MODELS}
 
 
+@pytest.fixture(scope="module")
+def images_of(teachers):
+    """The images of a recipe; those that differ in their numbers of images and iterations alone are the same here."""
+    made = {}
+
+    def found(recipe, model):
+        sections = recipe.to_dict()
+        key = model, repr([sections["synthesis"], sections["quantization"]])
+        if key not in made:
+            made[key] = make_images(recipe, teachers[model], RUNTIME)
+        return made[key]
+
+    return found
+
+
 def quick(name, model):
     """The recipe with two images, and two iterations where it optimises."""
     recipe = load_recipe({"extends": ["images/gaussian_noise", "backends/blockwise", name, f"models/{model}"]}, QUICK)
@@ -77,14 +92,14 @@ def test_these_are_the_recipes_and_none_is_left_out():
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", MAKES_IMAGES)
-def test_every_recipe_that_makes_images_makes_them_on_both_bundled_models(name, model, teachers):
+def test_every_recipe_that_makes_images_makes_them_on_both_bundled_models(name, model, teachers, images_of):
     recipe, teacher = quick(name, model), teachers[model]
     if name.rpartition("/")[2] in NEEDS_A_CLASS_TOKEN and model == "swin_fmnist":
         with pytest.raises(SpdfqError, match=r"synthesis.pruning: bundled:swin_fmnist has no class token"):
             recipe.synthesis.check(teacher)
         return
     recipe.synthesis.check(teacher)
-    images = make_images(recipe, teacher, RUNTIME)
+    images = images_of(recipe, model)
     assert images.images.shape == (2, 1, 28, 28)
     pixels = images.images * torch.tensor(teacher.std) + torch.tensor(teacher.mean)
     assert pixels.isfinite().all()

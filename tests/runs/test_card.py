@@ -17,7 +17,6 @@ from support.commands import spdfq
 from spdfq.errors import DataError
 from spdfq.recipe import ModelSpec, load_recipe, to_toml
 from spdfq.runs.card import _base, card_run
-from spdfq.runs.exporting import export_run
 from spdfq.teacher import Teacher
 
 
@@ -28,10 +27,9 @@ def run(finished, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def exported(finished, tmp_path_factory):
+def exported(exported_run, tmp_path_factory):
     """A copy of the finished run with a checked ONNX file and its card."""
-    folder = shutil.copytree(finished.folder, tmp_path_factory.mktemp("exported") / "vit")
-    export_run(folder, softmax="uniform8", check=True)
+    folder = shutil.copytree(exported_run, tmp_path_factory.mktemp("exported") / "vit")
     card_run(folder)
     return folder
 

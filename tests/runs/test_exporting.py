@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from attrs import evolve
+from support import exports  # noqa: F401  exporting is faster then
 from support.commands import spdfq
 
 from spdfq.data import FashionMnist, ImageFolder

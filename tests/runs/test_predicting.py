@@ -8,7 +8,6 @@ from support.commands import spdfq
 
 from spdfq.errors import DataError, RecipeError
 from spdfq.inference import image_files
-from spdfq.runs.exporting import export_run
 from spdfq.runs.predicting import load_run
 
 
@@ -36,20 +35,22 @@ def test_a_run_without_an_exported_file_is_simulated(finished, simulated, photos
     assert rows == [f"{100 * each.probability:6.2f} %  {each.label}" for each in best]
 
 
-def test_a_run_with_an_exported_file_uses_it(finished, simulated, photos, tmp_path):
-    export_run(finished.folder, out=tmp_path / "elsewhere.onnx", softmax="uniform8")  # traced in half the time
-    model = load_run(finished.folder)
-    assert (model.source, model.computed.partition(" ")[0]) == (str(tmp_path / "elsewhere.onnx"), "onnxruntime")
+def test_a_run_with_an_exported_file_uses_it(exported_run, simulated, photos, tmp_path):
+    folder = shutil.copytree(exported_run, tmp_path / "run")
+    model = load_run(folder)
+    assert (model.source, model.computed.partition(" ")[0]) == (str(folder / "model.onnx"), "onnxruntime")
     same = [a == b for a, b in zip(first_labels(model, photos), first_labels(simulated, photos), strict=True)]
     assert sum(same) >= 8
-    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    entry = json.loads((folder / "exports.json").read_text())["model.onnx"]
+    elsewhere = shutil.move(folder / "model.onnx", tmp_path / "elsewhere.onnx")  # as if the command had --out
+    (folder / "exports.json").write_text(json.dumps({str(elsewhere): entry}))
+    assert load_run(folder).source == str(elsewhere)
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, "recipe_digest": "another"}))
     with pytest.raises(DataError, match=r"elsewhere.onnx: is of another run; export this run again"):
         load_run(folder)
-    (tmp_path / "elsewhere.onnx").unlink()
-    assert load_run(finished.folder).computed == "simulated"
-    (finished.folder / "exports.json").unlink()
+    elsewhere.unlink()
+    assert load_run(folder).computed == "simulated"
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(finished, tmp_path):

@@ -1,11 +1,17 @@
 """Exported files and what they compute."""
 
+from functools import cache
+
 import torch
+from torch.onnx._internal.exporter import _registration
 
 import spdfq
 from spdfq.exporters.export import exporter_named
 from spdfq.exporters.products import quantized_products
 from support.backends import bits
+
+# for each export torch reads the source code of the same 500 functions again, which takes a third of a second
+_registration.onnxscript_apis.get_torchlib_ops = cache(_registration.onnxscript_apis.get_torchlib_ops)
 
 UNIFORM = "quantization.softmax={type='uniform', bits=8}"
 W8A8 = [*bits(8), UNIFORM]
