@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attrs import evolve, fields, frozen
+from attrs import asdict, evolve, frozen
 from machine import about
 from torch import Tensor
 
@@ -64,8 +64,8 @@ def images_of(teacher: Teacher, iterations: int, seed: int, start: Tensor | None
         {"extends": ["models/vit_fmnist", "images/spdfq_plus", "backends/ridge"]},
         [f"synthesis.iterations={iterations}"],
     ).synthesis
-    optimizer = {name.name: getattr(source.optimizer, name.name) for name in fields(type(source.optimizer))}
-    return spdfq.synthesize(teacher, evolve(source, optimizer=Started(**optimizer, images=start)), seed=seed)
+    optimizer = Started(**asdict(source.optimizer, recurse=False), images=start)
+    return spdfq.synthesize(teacher, evolve(source, optimizer=optimizer), seed=seed)
 
 
 def enlarged(images: Tensor, teacher: Teacher) -> Tensor:

@@ -142,9 +142,9 @@ def _coarse() -> str:
         table.append([str(coarse), str(fine), f"{mean(row['seconds'] for row in rows):.1f}", *tops])
     columns = [f"iterations at {found['side']} pixels", "at 28 pixels", "s", *(f"`{name}`" for name in backends)]
     return (
-        "## Coarse to fine\n\n`spdfq_plus` on the bundled ViT at W3A3: a first part of the iterations at a smaller "
-        "size. Top-1, simulated, seeds 0 to 2, 1,000 test images; processor seconds of 32 images on one thread. It\n"
-        "trades accuracy for time hardly better than fewer iterations do, so no recipe has such an option.\n\n"
+        "## Coarse to fine\n\n`spdfq_plus` on the bundled ViT at W3A3, with a first part of the iterations at a\n"
+        "smaller size. Top-1, simulated, seeds 0 to 2, 1,000 test images; processor seconds of 32 images on one\n"
+        "thread. It trades accuracy for time hardly better than fewer iterations do, so no recipe has it.\n\n"
         f"{_table(columns, table)}\n\nReproduce: `python benchmarks/coarse_to_fine.py`. Data: "
         "`benchmarks/results/coarse_to_fine.json`."
     )
@@ -174,8 +174,8 @@ def _ranks() -> str:
         rows.append([work, f"{one:.1f}", f"{two:.1f}", f"{found[work]['efficiency']:.2f}"])
     table = _table(["work", "one process, s", "two, s", "efficiency"], rows)
     return (
-        "## Two processes on one CPU\n\nGroups of `spdfq_plus` and the evaluation of the bundled ViT, and the "
-        "reconstruction of two blocks of a ViT-S/16 at 224 pixels with 16 images, shared by two "
+        "## Two processes on one CPU\n\nGroups of `spdfq_plus` and the evaluation of the bundled ViT, and the\n"
+        "reconstruction of two blocks of a ViT-S/16 at 224 pixels with 16 images, shared by two\n"
         f"processes of one thread with torchrun; median of {found['rounds']} rounds.\n\n{table}\n\nMachine: "
         f"{found['machine']['device']}, otherwise idle. Reproduce: `python benchmarks/ranks.py`. Data: "
         "`benchmarks/results/ranks.json`."

@@ -3,13 +3,14 @@
 import json
 import re
 from collections.abc import Callable
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 from result_rows import RESULTS, groups_by, machines, rows_of
 from spread import spread
 
 from spdfq.bench.groups import Group, difference
+from spdfq.bench.intervals import difference_over_seeds
 from spdfq.bench.rows import Row
 
 IMAGES = {
@@ -59,8 +60,6 @@ SOURCES = ("real_fmnist", "spdfq_plus")
 ABLATION = "fmnist_vit_strong_ablation"
 # what is added to the name of the back-end `strong_w3a3`, and what it says
 LEARNING = {"global_local": "`global_local`", "guard": "`global_local` with `guard`"}
-# the 97.5 % quantile of Student's t for three seeds
-T_OF_THREE = 4.303
 COUNTS = "synthesis.images"
 SYMMETRY = {True: "symmetric", False: "asymmetric"}
 COMPARED, BASELINE = ("spdfq_plus", "spdfq", "cross_entropy", "mimiq", "gaussian_noise"), "psaq_vit"
@@ -258,7 +257,7 @@ def _ablation() -> str:
         f"Top-1 in percent, simulated, of the bundled ViT at W3A3: full precision {rows[0].measured.fp.top1:.1f} %, "
         f"{rows[0].measured.images:,} test images, seeds 0 to {max(row.seed for row in rows)}. Seconds are those of "
         f"the back-end with {counts[0]} real images. Second table: the mean difference over all settings that have "
-        f"both values, with a 95 % interval over the seeds. Machine: {machines(rows)}. Reproduce: `spdfq bench "
+        f"both values, with a 95 % interval. Machine: {machines(rows)}. Reproduce: `spdfq bench "
         f"benchmarks/fmnist/strong_ablation.toml`. Rows: `benchmarks/results/{ABLATION}.jsonl`."
     )
     return "\n\n".join(["\n".join(table), "\n".join(effects), note])
@@ -274,16 +273,15 @@ def _setting(row: Row) -> tuple[Any, ...]:
 def _effect(cells: dict[tuple[Any, ...], list[Row]], source: str, change: tuple[int, Any, Any]) -> str:
     """The mean difference between two values of one part of the settings."""
     place, without, value = change
-    differences: dict[int, list[float]] = {}
+    own: dict[int, list[float]] = {}
+    other: dict[int, list[float]] = {}
     for setting, rows in cells.items():
-        other = cells.get((*setting[:place], without, *setting[place + 1 :]))
-        if setting[3] == source and setting[place] == value and other:
-            before = {row.seed: row.top1 for row in other}
-            for row in rows:
-                differences.setdefault(row.seed, []).append(row.top1 - before[row.seed])
-    each = [mean(found) for found in differences.values()]
-    half = T_OF_THREE * stdev(each) / len(each) ** 0.5
-    return f"{mean(each):+.1f} [{mean(each) - half:.1f}, {mean(each) + half:.1f}]"
+        before = cells.get((*setting[:place], without, *setting[place + 1 :]))
+        if setting[3] == source and setting[place] == value and before:
+            for tops, side in ((own, rows), (other, before)):
+                for row in side:
+                    tops.setdefault(row.seed, []).append(row.top1)
+    return str(difference_over_seeds(*([mean(tops[seed]) for seed in sorted(tops)] for tops in (own, other))))
 
 
 def _tries() -> str:

@@ -92,10 +92,8 @@ class Distill(Step):
         ):
             by_name = dict(zip(scaled, scales, strict=True))
             training = Training({**named, **by_name}, adam((list(named.values()), self.lr), (scales, self.scale_lr)))
-            ranks = calibration.runtime.ranks
-            if path and ranks.first(path.exists):
-                training.restore(path)
-                ranks.wait()  # before rank 0 writes the next state
+            if path:
+                training.resume(path, calibration.runtime.ranks)
             calls = block_calls(float_network, block_names(model), calibration.images[:1]) if self.features else []
             pair = _TeacherAndStudent(float_network, model, QDrop(model, self.drop), calls, bool(self.structure))
             advance(training.iteration)

@@ -329,9 +329,8 @@ class BlockReconstruction:
 
     def _restore(self, training: Training) -> None:
         """Restores the state that a killed run stored in the middle of the block."""
-        if self.path and self.ranks.first(self.path.exists):
-            training.restore(self.path)
-            self.ranks.wait()  # before rank 0 writes the next state
+        if self.path:
+            training.resume(self.path, self.ranks)
         if training.iteration:
             self.advance(training.iteration)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from spdfq.backends.learning.shares import Share
 from spdfq.errors import DataError
 from spdfq.runtime.files import read_tensors, write_tensors
+from spdfq.runtime.ranks import Ranks
 
 SAVE_SECONDS = 10.0
 _REMEDY = "delete it, or use --fresh"
@@ -107,6 +108,12 @@ class Training:
                 key: value if key == "step" else value.to(leaf.device) for key, value in moments[name].items()
             }
         self.iteration = int(metadata["iteration"])
+
+    def resume(self, path: Path, ranks: Ranks) -> None:
+        """Restores the stored state in every process, if rank 0 finds one."""
+        if ranks.first(path.exists):
+            self.restore(path)
+            ranks.wait()  # before rank 0 writes the next state
 
     @staticmethod
     def _moments(stored: dict[str, Tensor], name: str) -> dict[str, Tensor]:
