@@ -4,8 +4,12 @@
 
 The teacher is exported to ONNX in float. onnxruntime's `quantize_static` and NNCF's `quantize` make a W8A8 file of it
 (QuantizeLinear and DequantizeLinear) from 32 images each. Top-1 is that of the file in onnxruntime on the CPU. Rows
-that --out has are kept. For another model, give timm's name, its weights and its images:
+that --out has are kept. For another model, give timm's name, its weights and its images. The real ViT of
+`benchmarks/real_vit.py`, and a model with images of your own:
 
+    python benchmarks/other_tools.py --tools onnxruntime nncf --model vit_small_patch14_dinov2 --num-classes 10 \\
+        --img-size 112 --checkpoint runs/real_vit/real_vit_112.safetensors \\
+        --dataset '{"type": "fashion_mnist", "limit": 500}' --out benchmarks/results/other_tools_real_vit.json
     python benchmarks/other_tools.py --model vit_small_patch16_224 --checkpoint weights.safetensors --dataset \\
         '{"type": "image_folder", "root": "val", "limit": 500}' --real '{"type": "image_folder", "root": "train"}'
 """

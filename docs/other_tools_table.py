@@ -7,9 +7,13 @@ from typing import Any
 
 from spread import spread
 
-FILE = "benchmarks/results/other_tools.json"
+FILES = ("benchmarks/results/other_tools.json", "benchmarks/results/other_tools_real_vit.json")
 ROOT = Path(__file__).parents[1]
-MODELS = {"bundled:vit_fmnist": "The bundled ViT", "bundled:swin_fmnist": "The bundled Swin"}
+MODELS = {
+    "bundled:vit_fmnist": "The bundled ViT",
+    "bundled:swin_fmnist": "The bundled Swin",
+    "vit_small_patch14_dinov2": "A real ViT-S at 112 pixels",
+}
 SOURCES = {
     ("gaussian_noise", "float32"): "Gaussian noise",
     ("spdfq_plus", "float32"): "`spdfq_plus`",
@@ -26,11 +30,10 @@ WAYS = {
 
 def other_tools_block() -> str:
     """A table of top-1 for each model, and how the numbers were made."""
-    found = json.loads((ROOT / FILE).read_text(encoding="utf-8"))
-    named = {row["model"]: MODELS.get(row["model"], f"`{row['model']}`") for row in found["rows"]}
-    order = [*(name for name in MODELS if name in named), *(name for name in named if name not in MODELS)]
-    tables = [_table(named[name], [row for row in found["rows"] if row["model"] == name]) for name in order]
-    return "\n\n".join([*tables, _caption(found)])
+    found = {file: json.loads((ROOT / file).read_text(encoding="utf-8")) for file in FILES}
+    rows = [row for each in found.values() for row in each["rows"]]
+    tables = [_table(title, [row for row in rows if row["model"] == name]) for name, title in MODELS.items()]
+    return "\n\n".join([*tables, _caption(rows, {file: each["machine"] for file, each in found.items()})])
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> str:
@@ -59,18 +62,16 @@ def _cell(rows: list[dict[str, Any]]) -> str:
     return f"{spread(top1)} ({same:.1f})"
 
 
-def _caption(found: dict[str, Any]) -> str:
-    rows, machine = found["rows"], found["machine"]
+def _caption(rows: list[dict[str, Any]], machines: dict[str, dict[str, Any]]) -> str:
     tools = {name: number for row in rows for name, number in row["tools"].items()}
-    seeds = {model: sorted({row["seed"] for row in rows if row["model"] == model}) for model in MODELS}
-    counted = "; ".join(f"{model}: seeds {', '.join(map(str, each))}" for model, each in seeds.items() if each)
+    seeds = sorted({row["seed"] for row in rows})
     (count,) = {row["calibration_images"] for row in rows}
     named = ", ".join(f"{name} {tools[name]}" for name in sorted(tools))
-    machine = f"{machine['device']}, {machine['threads']} thread"
+    made = "; ".join(f"{each['device']}, {each['threads']} thread (`{file}`)" for file, each in machines.items())
     return (
         f"Top-1 in percent, **measured in onnxruntime {tools['onnxruntime']}** on the CPU: mean ± standard deviation "
-        f"over the seeds (one seed where there is none), in parentheses the agreement with full precision. "
+        f"over seeds {seeds[0]} to {seeds[-1]}, in parentheses the agreement with full precision. "
         f"W8A8, {count} calibration images, weights per output channel, otherwise the defaults of each tool ({named}). "
-        f"{counted}. Machine: {machine}. Reproduce: `python benchmarks/other_tools.py --tools onnxruntime nncf`. "
-        f"Rows: `{FILE}`."
+        f"Rows and machines: {made}. Reproduce: `python benchmarks/other_tools.py --tools onnxruntime nncf`, and for "
+        "the real ViT the options that its docstring names."
     )
