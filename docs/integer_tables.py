@@ -11,6 +11,8 @@ from spread import spread
 from spdfq.bench.rows import Row
 
 MODELS = {"vit_fmnist": "the bundled ViT", "swin_fmnist": "the bundled Swin", "model_112": "a real ViT-S, 112 pixels"}
+# first part of a run's name in self_agreement.json
+SELF = {"vit": "vit_fmnist", "swin": "swin_fmnist", "real": "model_112"}
 VARIANTS = {
     "float32": "float32",
     "w8a8": "W8A8",
@@ -36,7 +38,7 @@ WORK = {
 def integers_block() -> str:
     """Accuracy of the files, how the recipes were chosen, then their speed and size."""
     parts = {
-        "Accuracy": _accuracy("integers"),
+        "Accuracy": "\n\n".join([_accuracy("integers"), _self_agreement()]),
         "Without VNNI": "\n\n".join([_accuracy("integers_no_vnni"), _speed("deploy_no_vnni")]),
         "How the recipes were chosen": _choices(),
         "Speed and size": "\n\n".join([_speed("deploy_amd_vnni"), _speed("deploy")]),
@@ -66,6 +68,29 @@ def _accuracy(name: str) -> str:
         "32 images of `images/spdfq_plus`, 2,000 test images (500 for the real ViT). "
         f"Agreement with the simulation and integer products are those of {runtimes[0]}. Machine: {machines(rows)}. "
         f"Reproduce: `python benchmarks/integers.py`. Rows: `benchmarks/results/{name}.jsonl`."
+    )
+    return "\n".join([*table, "", note])
+
+
+def _self_agreement() -> str:
+    """How often the simulation agrees with itself in float64, and the file with it."""
+    found = json.loads((RESULTS / "self_agreement.json").read_text("utf-8"))
+    machine, runs = found["machine"], found["runs"]
+    table = [
+        "| model | recipe | simulation in float64 | file | difference of the logits: float64 | file | their spread |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, run in runs.items():
+        model, recipe = name.split("_")
+        ways = [run["float64"], run["onnxruntime"]]
+        cells = [MODELS[SELF[model]], f"`backends/{recipe}`"]
+        cells += [f"{way['agreement']:.1f}" for way in ways] + [f"{way['difference']:.3f}" for way in ways]
+        table.append("| " + " | ".join([*cells, f"{run['spread_of_logits']:.1f}"]) + " |")
+    (images,) = {run["images"] for run in runs.values()}
+    note = (
+        f"Agreement with the simulation in float32 in percent, {images} test images, seed 0; mean absolute difference "
+        f"of the logits, and their standard deviation. Machine: {machine['device']}, {machine['threads']} thread. "
+        "Reproduce: `python benchmarks/self_agreement.py RUN...`. Data: `benchmarks/results/self_agreement.json`."
     )
     return "\n".join([*table, "", note])
 
