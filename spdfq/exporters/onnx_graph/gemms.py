@@ -31,8 +31,9 @@ def products_with_biases(graph: ir.Graph) -> None:
         along_outputs = scale.ndim == 0 or attribute(dequantize, "axis", 1) % codes.ndim == 1
         if codes.ndim != 2 or bias is None or bias.shape != codes.shape[1:] or not along_outputs:
             continue
-        integers = integer_bias(graph, str(node.name), bias, data, dequantize)
-        if not inner or None in inner or integers is None:
+        if not inner or None in inner:
+            continue
+        if (integers := integer_bias(graph, str(node.name), bias, data, dequantize)) is None:
             continue
         known = [size for size in inner if size is not None]
         flat = sizes(graph, f"{node.name}_flat", [-1, known[-1]])

@@ -59,7 +59,8 @@ def stripped(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
     DeduplicateInitializersPass(size_limit=_LARGEST_SHARED)(model)
     _own_parameters(graph)
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+    taken = {value for node in graph for value in node.inputs} | set(graph.outputs)  # uses() counts removed nodes too
+    for name in [name for name, value in graph.initializers.items() if value not in taken]:
         graph.initializers.pop(name)
     model.metadata_props.clear()
     graph.metadata_props.clear()
