@@ -19,10 +19,16 @@ from spdfq.bench.rows import Row
 
 FOLDER = Path(__file__).parent / "images"
 HEAT = {
-    "Bundled ViT, W3A3": ("fmnist_vit_w3a3_matrix", ("minmax", "repq", "adalog", "adaround", "blockwise", "ridge")),
-    "Real ViT-S at 112 pixels, W4A4": ("real_vit_112_matrix", ("minmax", "repq", "adalog", "blockwise", "ridge")),
+    "Bundled ViT, W3A3": (
+        ("fmnist_vit_w3a3_matrix",),
+        ("minmax", "repq", "adalog", "adaround", "blockwise", "ridge", "plus_adalog"),
+    ),
+    "Real ViT-S at 112 pixels, W4A4": (
+        ("real_vit_112_repq_ridge", "real_vit_112_strong", "real_vit_112_strong_sources"),
+        ("repq", "ridge", "strong"),
+    ),
 }
-HEAT_IMAGES = ("real_fmnist", "plus_random", "spdfq", "psaq_vit", "mimiq", "gaussian_noise")
+HEAT_IMAGES = ("real_fmnist", "spdfq_plus", "spdfq", "psaq_vit", "mimiq", "gaussian_noise")
 BITS = {
     "Bundled ViT": (
         ("fmnist_vit_strong", "fmnist_vit_strong_others"),
@@ -42,9 +48,10 @@ HASH = "Rows"
 def heat_map() -> Any:
     """Mean top-1 of images and back-ends; a cell without rows is empty."""
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    for axis, (title, (file, backends)) in zip(axes, HEAT.items(), strict=True):
-        rows = rows_of(file)
+    widths = [len(backends) for _, backends in HEAT.values()]
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), width_ratios=widths, layout="constrained")
+    for axis, (title, (files, backends)) in zip(axes, HEAT.items(), strict=True):
+        rows = rows_of(*files)
         table = [[_mean(rows, images, backend) for backend in backends] for images in HEAT_IMAGES]
         axis.imshow([[float("nan") if cell is None else cell for cell in line] for line in table], cmap="cividis")
         known = [cell for line in table for cell in line if cell is not None]
@@ -137,7 +144,7 @@ def study_effects() -> Any:
 
 # file name: what draws it, and the files of rows that it shows
 PLOTS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    "results_heat_map.png": (heat_map, tuple(file for file, _ in HEAT.values())),
+    "results_heat_map.png": (heat_map, tuple(file for files, _ in HEAT.values() for file in files)),
     "results_over_bits.png": (over_bits, tuple(file for files, _ in BITS.values() for file in files)),
     "results_over_seconds.png": (over_seconds, SECONDS[:1]),
     "spdfq_study.png": (study_effects, (SCREENING,)),
