@@ -1,12 +1,13 @@
 """How often a simulation agrees with itself if only the last digits of its numbers change.
 
-    spdfq run my.toml --out runs/my_w8a8
-    spdfq export runs/my_w8a8
-    python benchmarks/self_agreement.py runs/my_w8a8 --out benchmarks/results/self_agreement.json
+    spdfq run my.toml --out runs/vit_w8a8
+    spdfq export runs/vit_w8a8
+    python benchmarks/self_agreement.py runs/vit_w8a8 --out benchmarks/results/self_agreement.json
 
 An activation in the middle of two codes is rounded up or down by its last digits. One such code changes the inputs of
 the next layers, and more codes change there. So a file cannot be expected to agree with the simulation in float32 more
-often than the same simulation in float64 does. Other runs that are in --out are kept.
+often than the same simulation in float64 does (its quantizers still compute in float32). Other runs that are in --out
+are kept. The table of the docs takes the model (vit, swin, real) and the back-end from the name of the run's folder.
 """
 
 import argparse
@@ -58,11 +59,12 @@ def main() -> None:
     rows = {}
     if options.out and options.out.is_file():
         rows = json.loads(options.out.read_text("utf-8"))["runs"]
+    machine = about()
     for folder in options.runs:
-        rows[folder.name] = compared(folder, options.images)
+        rows[folder.name] = {"machine": machine, **compared(folder, options.images)}
         print(folder.name, json.dumps(rows[folder.name]), flush=True)
     if options.out:
-        options.out.write_text(json.dumps({"machine": about(), "runs": rows}, indent=1) + "\n", "utf-8")
+        options.out.write_text(json.dumps({"runs": rows}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

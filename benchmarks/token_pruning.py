@@ -1,6 +1,11 @@
 """Measure how much time token pruning saves (`synthesis.pruning`, from Sparse Model Inversion).
 
-The recipe is `images/smi` on a ViT-S/16 at 224 pixels with random weights; the time does not depend on the weights.
+    python benchmarks/token_pruning.py --images 2 --set 'runtime.precision="float32"'
+    python benchmarks/token_pruning.py --recipe images/patch_rebirth --set synthesis.pruning.share=0.5 \\
+        --set 'runtime.precision="float32"'
+
+The recipe is `images/smi`, or the part that --recipe names, on a ViT-S/16 at 224 pixels with random weights; the time
+does not depend on the weights.
 There is one group of images for each number of remaining patches. The groups take turns in one process, one iteration
 each, so that other work on the machine slows all of them. Times are medians. The speed-up of a whole run weights each
 median by the number of iterations that the recipe has with so many patches, and includes the passes that rank the
@@ -26,9 +31,9 @@ from spdfq.teacher import load_teacher
 MODEL = "vit_small_patch16_224"
 
 
-def recipe(images: int) -> Any:
-    parts = ["models/vit_fmnist", "images/smi", "backends/blockwise"]
-    changes = [f"synthesis.images={images}", f'model.name="{MODEL}"', "model.pretrained=false"]
+def recipe(images: int, part: str, overrides: list[str]) -> Any:
+    parts = ["models/vit_fmnist", part, "backends/blockwise"]
+    changes = [f"synthesis.images={images}", f'model.name="{MODEL}"', "model.pretrained=false", *overrides]
     return load_recipe({"extends": parts}, changes)
 
 
@@ -47,8 +52,8 @@ def seconds(group: Group, iteration: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(images: int, rounds: int, runtime: Runtime) -> dict[str, Any]:
-    whole = recipe(images)
+def measure(whole: Any, rounds: int, runtime: Runtime) -> dict[str, Any]:
+    images = whole.synthesis.images
     spec, teacher = whole.synthesis, load_teacher(ModelSpec(name=MODEL, pretrained=False))
     teacher.module.to(runtime.device)
     starts = [1, *(start + 1 for start in spec.pruning.at)]  # past the ranking pass
@@ -82,13 +87,17 @@ def measure(images: int, rounds: int, runtime: Runtime) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--recipe", default="images/smi", help="recipe part of the images")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write JSON here (benchmarks/results/...)")
     arguments = parser.parse_args()
-    runtime = make_runtime(recipe(arguments.images).runtime, 0, arguments.device)
+    whole = recipe(arguments.images, arguments.recipe, arguments.set)
+    runtime = make_runtime(whole.runtime, 0, arguments.device)
     facts = {**about(arguments.device), "precision": runtime.precision}
-    result = {"machine": facts, **measure(arguments.images, arguments.rounds, runtime)}
+    asked = [arguments.recipe, *arguments.set]
+    result = {"machine": facts, "recipe": asked, **measure(whole, arguments.rounds, runtime)}
     print(json.dumps(result, indent=1))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def _accuracy(name: str) -> str:
 def _self_agreement() -> str:
     """How often the simulation agrees with itself in float64, and the file with it."""
     found = json.loads((RESULTS / "self_agreement.json").read_text("utf-8"))
-    machine, runs = found["machine"], found["runs"]
+    runs = found["runs"]
     table = [
         "| model | recipe | simulation in float64 | file | difference of the logits: float64 | file | their spread |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -87,10 +87,12 @@ def _self_agreement() -> str:
         cells += [f"{way['agreement']:.1f}" for way in ways] + [f"{way['difference']:.3f}" for way in ways]
         table.append("| " + " | ".join([*cells, f"{run['spread_of_logits']:.1f}"]) + " |")
     (images,) = {run["images"] for run in runs.values()}
+    (machine,) = {f"{run['machine']['device']}, {run['machine']['threads']} thread" for run in runs.values()}
     note = (
         f"Agreement with the simulation in float32 in percent, {images} test images, seed 0; mean absolute difference "
-        f"of the logits, and their standard deviation. Machine: {machine['device']}, {machine['threads']} thread. "
-        "Reproduce: `python benchmarks/self_agreement.py RUN...`. Data: `benchmarks/results/self_agreement.json`."
+        f"of the logits, and their standard deviation. Machine: {machine}. "
+        "Images: `images/spdfq_plus`. Reproduce: `python benchmarks/self_agreement.py RUN...`. "
+        "Data: `benchmarks/results/self_agreement.json`."
     )
     return "\n".join([*table, "", note])
 

@@ -1,12 +1,15 @@
 """The tables of the page on time and memory, from the JSON files of the benchmarks."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from result_rows import machines, rows_of
+from result_rows import groups_by, machines, rows_of
 from spread import spread
+
+from spdfq.bench.rows import Row
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 NAMES = {"vit_small_patch16_224": "ViT-S/16", "vit_base_patch16_224": "ViT-B/16"}
@@ -16,6 +19,18 @@ LEFT_OUT = {
     "plus_most_attended": "the most attended, before iterations 20, 40 and 60",
     "plus_most_attended_early": "the most attended, before iterations 10, 20 and 30",
 }
+PRUNED_ACCURACY = (
+    ("bundled ViT, W3A3", ("fmnist_vit_pruning",), ("strong_w3a3", "ridge")),
+    (
+        "real ViT, W4A4",
+        ("real_vit_112_pruning", "real_vit_112_strong", "real_vit_112_repq_ridge"),
+        ("strong", "ridge"),
+    ),
+)
+PRUNED = {
+    "SMI (Sparse Model Inversion): 30 % of the patches each time": "token_pruning.json",
+    "`images/patch_rebirth`, but half of the patches each time": "token_pruning_half.json",
+}
 TOGETHER = ("groups_per_pass.json", "groups_per_pass_vit_small.json")
 LOSSES = {"patch_similarity_entropy": "`patch_similarity_entropy`", "head_similarity": "`head_similarity`"}
 
@@ -23,7 +38,7 @@ LOSSES = {"patch_similarity_entropy": "`patch_similarity_entropy`", "head_simila
 def time_block() -> str:
     """One section for each benchmark, with the file of every row."""
     return "\n\n".join(
-        [_closed_form(), _blockwise(), _losses(), _pruning(), _coarse(), _together(), _ranks(), _machines()]
+        [_closed_form(), _blockwise(), _losses(), _pruning(), _coarse(), _length(), _together(), _ranks(), _machines()]
     )
 
 
@@ -98,35 +113,48 @@ def _losses() -> str:
 
 
 def _pruning() -> str:
-    found = _read("token_pruning.json")
-    machine = found["machine"]
-    columns = zip(found["patches_left"], found["speed_up_of_an_iteration"], found["iterations_spent"], strict=True)
-    rows = [[str(left), f"{faster:.2f}", str(spent), "`token_pruning.json`"] for left, faster, spent in columns]
+    rows = []
+    for name, file in PRUNED.items():
+        found = _read(file)
+        machine = found["machine"]
+        steps = zip(found["patches_left"], found["speed_up_of_an_iteration"], strict=True)
+        times = ", ".join(f"{faster:.2f} ({left})" for left, faster in steps)
+        counts = [str(found["images"]), machine["precision"], f"{machine['load_before']:.1f}"]
+        rows.append([name, *counts, times, f"**{found['speed_up_of_a_run']:.1f}**", f"`{file}`"])
+    *starts, whole = accumulate(found["iterations_spent"])
+    columns = ["images", "how many", "precision", "load", "speed-up of an iteration (patches left)", "of a run", "file"]
     return (
         "## Token pruning\n\n"
-        "The images of SMI (Sparse Model Inversion) on a ViT-S/16 of 224×224 pixels, "
-        f"{found['images']} images, {machine['threads']} thread. "
-        f"A run of the published\nlength becomes **{found['speed_up_of_a_run']:.1f} times** as fast. The machine was "
-        f"busy (load {machine['load_before']:.1f}), so only ratios are given.\n\n"
-        + _table(["patches left", "speed-up of an iteration", "iterations of the run", "file"], rows)
+        f"A ViT-S/16 of 224×224 pixels with {found['patches_left'][0]} patches, {whole:,} iterations, "
+        f"{machine['threads']} thread; patches are left out before\niterations {', '.join(map(str, starts))}. The "
+        "machine was busy, so only ratios are given.\n\n"
+        + _table(columns, rows)
+        + "\n\nReproduce: `python benchmarks/token_pruning.py`, with the options that it names."
         + f"\n\n{_pruned_accuracy()}"
     )
 
 
 def _pruned_accuracy() -> str:
-    rows = rows_of("fmnist_vit_pruning")
-    backends = list(dict.fromkeys(row.axes["backend"] for row in rows))
-    table = []
-    for images, what in LEFT_OUT.items():
-        groups = [[row for row in rows if row.axes == {"images": images, "backend": name}] for name in backends]
-        table.append([what, *(spread([row.top1 for row in group], 1) for group in groups)])
+    shown: list[Row] = []
+    tables = []
+    for name, files, backends in PRUNED_ACCURACY:
+        groups = groups_by(rows_of(*files), lambda row: f"{row.axes['images']} {row.axes['backend']}")
+        lines = []
+        for images, what in LEFT_OUT.items():
+            found = [groups.get(f"{images} {backend}") for backend in backends]
+            rows = [list(group.rows.values()) for group in found if group]
+            if rows:
+                lines.append([what, *(spread([row.top1 for row in own], 1) for own in rows)])
+                shown += [row for own in rows for row in own]
+        tables.append(_table([f"left out, {name}", *(f"`{backend}`" for backend in backends)], lines))
     return (
-        "What it costs: `spdfq_plus` on the bundled ViT at W3A3, half of the remaining patches left out each time.\n"
-        "Top-1, simulated, seeds 0 to 2, 1,000 test images. Leaving out the most attended patches and finishing their\n"
-        "pixels is the idea of Patch Rebirth Inversion (`images/patch_rebirth`). Here it is no better than leaving\n"
-        "out the least attended ones, and both lose accuracy.\n\n"
-        + _table(["patches left out", *(f"`{name}`" for name in backends)], table)
-        + f"\n\nMachine: {machines(rows)}. Reproduce: `spdfq bench benchmarks/fmnist/pruning.toml`."
+        "What it costs: `spdfq_plus` with 100 iterations, half of the remaining patches left out each time. Top-1,\n"
+        "simulated, seeds 0 to 2, 1,000 test images. Leaving out the most attended patches and finishing their\n"
+        "pixels is the idea of Patch Rebirth Inversion (`images/patch_rebirth`). No recipe leaves out patches by "
+        "default.\n\n"
+        + "\n\n".join(tables)
+        + f"\n\nMachine: {machines(shown)}. Reproduce: `spdfq bench benchmarks/fmnist/pruning.toml`, `spdfq bench "
+        "benchmarks/real_vit/pruning.toml`."
     )
 
 
@@ -148,6 +176,35 @@ def _coarse() -> str:
         f"{_table(columns, table)}\n\nReproduce: `python benchmarks/coarse_to_fine.py`. Data: "
         "`benchmarks/results/coarse_to_fine.json`."
     )
+
+
+def _length() -> str:
+    """Accuracy over the number of iterations and of images."""
+    iterations, images = rows_of("fmnist_vit_iterations"), rows_of("fmnist_vit_images")
+    tables = [
+        _over("iterations", iterations, "backend", {"strong_w3a3": "`strong`", "plus_w3a3": "`plus`"}),
+        _over("images", images, "images", {"spdfq_plus": "`spdfq_plus`", "real_fmnist": "real images"}),
+    ]
+    return (
+        "## Iterations and images\n\n"
+        f"`spdfq_plus` on the bundled ViT at W3A3, {iterations[0].measured.images:,} test images, mean ± standard "
+        "deviation of the\nseeds (how many in parentheses), simulated. First 32 images of different lengths under two "
+        "back-ends, then different\nnumbers of images under `strong`, with 100 iterations. There are 256 real "
+        "images, so their last row has the same\nimages with each seed.\n\n"
+        + "\n\n".join(tables)
+        + f"\n\nMachine: {machines([*iterations, *images])}. Reproduce: `spdfq bench "
+        "benchmarks/fmnist/iterations.toml`, `spdfq bench benchmarks/fmnist/images.toml`, `spdfq bench "
+        "benchmarks/fmnist/images_512.toml`."
+    )
+
+
+def _over(what: str, rows: list[Row], kind: str, named: dict[str, str]) -> str:
+    """Top-1 over one key of the synthesis, a column for each value of another axis."""
+    key, lines = f"synthesis.{what}", []
+    for count in sorted({row.axes[key] for row in rows}):
+        groups = [[row.top1 for row in rows if row.axes == {key: count, kind: value}] for value in named]
+        lines.append([f"{count:,}", *(f"{spread(tops, 1)} ({len(tops)})" if tops else "" for tops in groups)])
+    return _table([what, *named.values()], lines)
 
 
 def _together() -> str:
@@ -185,7 +242,7 @@ def _ranks() -> str:
 def _machines() -> str:
     names = ("backends.json", "backends_one_thread.json", "backends_bfloat16.json", "backends_vit_base.json")
     rows = []
-    for name in (*names, "losses.json", "token_pruning.json", "coarse_to_fine.json", *TOGETHER, "ranks.json"):
+    for name in (*names, "losses.json", *PRUNED.values(), "coarse_to_fine.json", *TOGETHER, "ranks.json"):
         machine = _read(name)["machine"]
         versions = f"torch {machine['versions']['torch']}, timm {machine['versions']['timm']}"
         load = f"{machine['load_before']:.1f}"

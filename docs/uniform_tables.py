@@ -27,6 +27,8 @@ IMAGES = {
 BACKENDS = {
     "strong": "`strong`, W4A4",
     "plus": "`plus`, W4A4",
+    "ridge": "`ridge`, W4A4",
+    "repq": "`repq`, W4A4",
     "strong_w3a3": "`strong`, W3A3",
     "plus_w3a3": "`plus`, W3A3",
     "strong_w4a8": "`strong`, W4A8",
@@ -34,6 +36,7 @@ BACKENDS = {
     "w4a8": "`w4a8`",
     "strong_w2a4": "`strong`, W2A4",
 }
+RIDGE = "real_vit_112_repq_ridge"
 TABLES = [
     (
         "A real ViT-S at 112 pixels",
@@ -42,6 +45,7 @@ TABLES = [
             "real_vit_112_strong_w4a8",
             "real_vit_112_plus_report",
             "real_vit_112_strong_sources",
+            RIDGE,
         ],
     ),
     ("The bundled ViT", ["fmnist_vit_strong", "fmnist_vit_strong_others"]),
@@ -58,6 +62,14 @@ GOALS = [
 ]
 SOURCES = ("real_fmnist", "spdfq_plus")
 ABLATION = "fmnist_vit_strong_ablation"
+# a part of `strong` on the real ViT, and the back-end without it
+REAL_ABLATION = "real_vit_112_strong_ablation"
+PARTS = {
+    "`rotate`": "strong_no_rotation",
+    "`smooth`": "strong_no_smoothing",
+    "`ridge`": "strong_no_ridge",
+    "asymmetric weights": "strong_symmetric",
+}
 # what is added to the name of the back-end `strong_w3a3`, and what it says
 LEARNING = {"global_local": "`global_local`", "guard": "`global_local` with `guard`"}
 COUNTS = "synthesis.images"
@@ -85,6 +97,7 @@ COMMANDS = {
     "real_vit_112_strong_w4a8": "`spdfq bench benchmarks/real_vit/strong_w4a8.toml`",
     "real_vit_112_plus_report": "`spdfq bench benchmarks/real_vit/plus_report.toml`",
     "real_vit_112_strong_sources": "`spdfq bench benchmarks/real_vit/strong_sources.toml`",
+    RIDGE: "`spdfq bench benchmarks/real_vit/repq_ridge.toml`",
     "fmnist_vit_strong": "`spdfq bench benchmarks/fmnist/vit_strong.toml`",
     "fmnist_vit_strong_others": "`spdfq bench benchmarks/fmnist/vit_strong_others.toml`",
 }
@@ -99,7 +112,7 @@ def uniform_block() -> str:
             *tables,
             f"## Where the error is\n\n{_where()}",
             f"## Whether the head is corrected\n\n{_head()}",
-            f"## What each part gives\n\n{_ablation()}",
+            f"## What each part gives\n\n{_ablation()}\n\n{_real_ablation()}",
             f"## What was tried\n\n{_tries()}",
         ]
     )
@@ -131,7 +144,7 @@ def _table(files: list[str]) -> str:
 
 
 def _over(files: list[str]) -> str:
-    """The differences of sources to one of them under each uniform back-end, paired over seeds and test images."""
+    """The differences of sources to one of them under each back-end, paired over seeds and test images."""
     groups = groups_by(rows_of(*files), lambda row: f"{row.axes['images']} {row.axes['backend']}")
     backends = [key for key in BACKENDS if f"{BASELINE} {key}" in groups]
     table = [
@@ -162,11 +175,12 @@ def _caption(rows: list[Row], files: list[str]) -> str:
     seeds, (test,) = sorted({row.seed for row in rows}), {row.measured.images for row in rows}
     (full,) = {row.measured.fp.top1 for row in rows}
     (placement,) = {row.backend.placement for row in rows}
-    kept = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation (one seed where there is none)"
+    kept = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard deviation"
     commands = ", ".join(COMMANDS[name] for name in files)
     sources = ", ".join(f"`benchmarks/results/{name}.jsonl`" for name in files)
+    note = "`ridge` has AdaLog's quantizer after GELU, `repq` a uniform one. " if RIDGE in files else ""
     return (
-        f"Top-1 in percent, simulated. Full precision {full:.1f} %, {test:,} test images, {kept}, 32 calibration "
+        f"Top-1 in percent, simulated. {note}Full precision {full:.1f} %, {test:,} test images, {kept}, 32 calibration "
         f"images, placement `{placement}`, first and last layer 8 bits. Machine: {machines(rows)}. "
         f"Reproduce: {commands}. Rows: {sources}."
     )
@@ -261,6 +275,29 @@ def _ablation() -> str:
         f"benchmarks/fmnist/strong_ablation.toml`. Rows: `benchmarks/results/{ABLATION}.jsonl`."
     )
     return "\n\n".join(["\n".join(table), "\n".join(effects), note])
+
+
+def _real_ablation() -> str:
+    """`strong` on the real ViT without each of its parts, and with training."""
+    rows = rows_of(REAL_ABLATION)
+    groups = groups_by([*rows_of(*TABLES[0][1]), *rows], lambda row: f"{row.axes['images']} {row.axes['backend']}")
+    headings = [text for source in SOURCES for text in (IMAGES[source], "what the part gives")]
+    table = ["| real ViT, W4A4 | " + " | ".join(headings) + " |", "| --- |" + " ---: |" * len(headings)]
+    changes = [("`strong`", "strong", 0), *((f"without {part}", backend, 1) for part, backend in PARTS.items())]
+    for change, backend, sign in [*changes, ("with `global_local` before `ridge`", "strong_global_local", -1)]:
+        cells = []
+        for source in SOURCES:
+            whole, other = groups[f"{source} strong"], groups.get(f"{source} {backend}")
+            cells.append(_cell(list(other.rows.values()) if other else None))
+            pair = (whole, other) if sign > 0 else (other, whole)
+            cells.append(str(difference(*pair)) if other and sign else "")
+        table.append(f"| {change} | {' | '.join(cells)} |")
+    return "\n".join(table) + (
+        f"\n\nTop-1 in percent, simulated, {rows[0].measured.images:,} test images, seeds 0 to "
+        f"{max(row.seed for row in rows)}, with 95 % intervals over seeds and test images. Machine: {machines(rows)}. "
+        "Reproduce: `spdfq bench benchmarks/real_vit/strong_ablation.toml`. Rows: "
+        f"`benchmarks/results/{REAL_ABLATION}.jsonl`."
+    )
 
 
 def _setting(row: Row) -> tuple[Any, ...]:
