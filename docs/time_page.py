@@ -38,13 +38,40 @@ LOSSES = {"patch_similarity_entropy": "`patch_similarity_entropy`", "head_simila
 def time_block() -> str:
     """One section for each benchmark, with the file of every row."""
     return "\n\n".join(
-        [_closed_form(), _blockwise(), _losses(), _pruning(), _coarse(), _length(), _together(), _ranks(), _machines()]
+        [
+            _iteration(),
+            _closed_form(),
+            _blockwise(),
+            _losses(),
+            _pruning(),
+            _coarse(),
+            _length(),
+            _together(),
+            _ranks(),
+            _machines(),
+        ]
     )
 
 
 def _read(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return found
+
+
+def _iteration() -> str:
+    """One iteration of SPDFQ against the bare passes of its views."""
+    found = _read("synthesis_overhead.json")
+    median, machine = found["median_ms"], found["machine"]
+    own = 100 * (1 - median["bare_explicit"] / median["full"])
+    return (
+        "## An iteration of SPDFQ\n\n"
+        f"{found['images']} images of the bundled ViT and {found['crops']} crops, {machine['threads']} threads: "
+        f"{median['full']:.0f} ms, median of {found['rounds']} rounds. A bare\nforward and backward pass of as many "
+        f"views takes {median['bare_explicit']:.0f} ms with timm's explicit attention and "
+        f"{median['bare_fused']:.0f} ms with its fused one.\nSo the passes of the model are the largest term, and "
+        f"priors, crops, losses, augmentations and the optimiser together are\n{own:.0f} % of an iteration. "
+        "Reproduce: `python benchmarks/synthesis_overhead.py`. Data: `benchmarks/results/synthesis_overhead.json`."
+    )
 
 
 def _closed_form() -> str:
@@ -242,7 +269,15 @@ def _ranks() -> str:
 def _machines() -> str:
     names = ("backends.json", "backends_one_thread.json", "backends_bfloat16.json", "backends_vit_base.json")
     rows = []
-    for name in (*names, "losses.json", *PRUNED.values(), "coarse_to_fine.json", *TOGETHER, "ranks.json"):
+    for name in (
+        "synthesis_overhead.json",
+        *names,
+        "losses.json",
+        *PRUNED.values(),
+        "coarse_to_fine.json",
+        *TOGETHER,
+        "ranks.json",
+    ):
         machine = _read(name)["machine"]
         versions = f"torch {machine['versions']['torch']}, timm {machine['versions']['timm']}"
         load = f"{machine['load_before']:.1f}"
