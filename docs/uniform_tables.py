@@ -294,7 +294,8 @@ def _real_ablation() -> str:
         table.append(f"| {change} | {' | '.join(cells)} |")
     return "\n".join(table) + (
         f"\n\nTop-1 in percent, simulated, {rows[0].measured.images:,} test images, seeds 0 to "
-        f"{max(row.seed for row in rows)}, with 95 % intervals over seeds and test images. Machine: {machines(rows)}. "
+        f"{max(row.seed for row in rows)} (`global_local`: seed 0), with 95 % intervals over seeds and "
+        f"test images. Machine: {machines(rows)}. "
         "Reproduce: `spdfq bench benchmarks/real_vit/strong_ablation.toml`. Rows: "
         f"`benchmarks/results/{REAL_ABLATION}.jsonl`."
     )
