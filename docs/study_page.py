@@ -95,7 +95,7 @@ def _bed(file: str, title: str) -> str:
     bed = file.removeprefix("spdfq_study_confirm_")
     measured = rows[0].measured
     return (
-        f"### {title}\n\n"
+        f"## {title}\n\n"
         + "\n".join(table)
         + "\n\nTop-1 in percent, simulated, mean ± standard deviation over the seeds (how many); differences with 95 % "
         "intervals over seeds and test images; "
@@ -117,7 +117,7 @@ def _ablation() -> str:
         shown = spread([row.top1 for row in own.rows.values()], 1)
         table.append(f"| {parts} | {shown} | {over} | {paper:.2f} |")
     return (
-        "### The paper's ablation, the bundled ViT at W3A3\n\n"
+        "## The paper's ablation, the bundled ViT at W3A3\n\n"
         + "\n".join(table)
         + "\n\nNone: cross-entropy and total variation, which every row has. Top-1 in percent, simulated, under "
         f"`ridge`, {len(none.rows)} seeds, 32 images, 200 iterations, crops every second one; differences with 95 % "

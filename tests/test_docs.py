@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import tomllib
+from itertools import pairwise
 
 import attrs
 import pytest
@@ -110,6 +111,14 @@ def test_internal_links_lead_to_files_and_headings_that_exist(page):
                 for heading in re.findall(r"^#+ (.*)$", text(path), re.MULTILINE)
             }
             assert anchor in slugs, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_heading_skips_a_level(page):
+    outside_code = re.sub(r"^```\w*\n.*?^```$", "", text(page), flags=re.DOTALL | re.MULTILINE)
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", outside_code, re.MULTILINE)]
+    assert levels[0] == 1
+    assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
 
 
 def test_every_page_is_on_the_index_once_with_a_line_about_it():
