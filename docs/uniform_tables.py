@@ -73,6 +73,7 @@ PARTS = {
 # what is added to the name of the back-end `strong_w3a3`, and what it says
 LEARNING = {"global_local": "`global_local`", "guard": "`global_local` with `guard`"}
 COUNTS = "synthesis.images"
+MANY = "real_vit_112_strong_256"
 SYMMETRY = {True: "symmetric", False: "asymmetric"}
 COMPARED, BASELINE = ("spdfq_plus", "spdfq", "cross_entropy", "mimiq", "gaussian_noise"), "psaq_vit"
 DOCTOR, LISTED = "real_vit_112_doctor", 10
@@ -112,7 +113,7 @@ def uniform_block() -> str:
             *tables,
             f"## Where the error is\n\n{_where()}",
             f"## Whether the head is corrected\n\n{_head()}",
-            f"## What each part gives\n\n{_ablation()}\n\n{_real_ablation()}",
+            f"## What each part gives\n\n{_ablation()}\n\n{_real_ablation()}\n\n{_many()}",
             f"## What was tried\n\n{_tries()}",
         ]
     )
@@ -298,6 +299,20 @@ def _real_ablation() -> str:
         f"test images. Machine: {machines(rows)}. "
         "Reproduce: `spdfq bench benchmarks/real_vit/strong_ablation.toml`. Rows: "
         f"`benchmarks/results/{REAL_ABLATION}.jsonl`."
+    )
+
+
+def _many() -> str:
+    """More images of `spdfq_plus` on the real ViT, in one sentence."""
+    rows = rows_of(MANY)
+    groups = groups_by(rows, lambda row: str(row.axes[COUNTS]))
+    few, many = sorted(groups, key=int)
+    tops = [_cell(list(groups[count].rows.values())) for count in (few, many)]
+    return (
+        f"{many} images of `spdfq_plus` on the real ViT at W4A4 give {tops[1]} with `strong`, {few} give {tops[0]}: "
+        f"{difference(groups[many], groups[few])}. Both are in bfloat16, on the same test images and seeds 0 to "
+        f"{max(row.seed for row in rows)}. Machine: {machines(rows)}. Reproduce: `spdfq bench "
+        f"benchmarks/real_vit/strong_256.toml`. Rows: `benchmarks/results/{MANY}.jsonl`."
     )
 
 
