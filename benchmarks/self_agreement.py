@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from machine import about
 
+from spdfq.evaluation.accuracy import agreement
 from spdfq.exporters.onnxruntime_model import OnnxRuntimeModel
 from spdfq.quantized.checkpoint import load_checkpoint
 from spdfq.registry import datasets
@@ -41,9 +42,8 @@ def compared(folder: Path, count: int) -> dict[str, Any]:
     found: dict[str, Any] = {"images": len(simulated), "spread_of_logits": round(float(simulated.std()), 4)}
     for name, way in ways.items():
         logits = torch.cat([way(images) for images in batches])
-        same = logits.argmax(1) == simulated.argmax(1)
         found[name] = {
-            "agreement": round(100 * float(same.float().mean()), 2),
+            "agreement": round(agreement(logits, simulated), 2),
             "difference": round(float((logits - simulated).abs().mean()), 6),
         }
     return found

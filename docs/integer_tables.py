@@ -74,8 +74,7 @@ def _accuracy(name: str) -> str:
 
 def _self_agreement() -> str:
     """How often the simulation agrees with itself in float64, and the file with it."""
-    found = json.loads((RESULTS / "self_agreement.json").read_text("utf-8"))
-    runs = found["runs"]
+    runs = json.loads((RESULTS / "self_agreement.json").read_text("utf-8"))["runs"]
     table = [
         "| model | recipe | simulation in float64 | file | difference of the logits: float64 | file | their spread |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
