@@ -1,6 +1,5 @@
 """Commands that work on one recipe: run, evaluate, check."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ def run(
 ) -> None:
     """Run a recipe and write its run folder."""
     from spdfq.runs import pipeline
+    from spdfq.runs.finished import finished_record
     from spdfq.runtime.ranks import join
 
     result = pipeline.run(
@@ -44,7 +44,7 @@ def run(
     )
     if not join().leads:
         return
-    record = json.loads((result.folder / "run.json").read_text(encoding="utf-8"))
+    record = finished_record(result.folder)
     if as_json:
         options.print_json({**record, "folder": str(result.folder)})
     else:

@@ -16,7 +16,7 @@ from api_page import api_block
 from integer_tables import integers_block, speed_sentence
 from other_tools_table import other_tools_block
 from readme_table import readme_block
-from results_page import results_block
+from results_page import files_block, results_block
 from schema_page import schema_block
 from spdfq_cli.main import main as cli
 from study_page import study_block
@@ -85,6 +85,7 @@ BLOCKS = {
     ("export.md", "integers"): integers_block,
     ("other-tools.md", "other-tools"): other_tools_block,
     ("results.md", "results"): results_block,
+    ("results-schema.md", "files"): files_block,
     ("results-schema.md", "schema"): schema_block,
     ("spdfq-constants.md", "study"): study_block,
     ("../README.md", "results"): readme_block,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from spdfq.bench.groups import Group
 from spdfq.bench.rows import Row, read_rows
+from spdfq.recipe import load_recipe
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -20,6 +21,11 @@ def groups_by(rows: Iterable[Row], of: Callable[[Row], str]) -> dict[str, Group]
     for row in rows:
         groups.setdefault(of(row), Group("", row.axes, {})).rows[row.seed] = row
     return groups
+
+
+def iterations_of(part: str) -> int:
+    """The iterations of a shipped part that optimises images."""
+    return int(load_recipe({"extends": ["models/vit_fmnist", part, "backends/minmax"]}).synthesis.iterations)
 
 
 def machines(rows: Iterable[Row]) -> str:

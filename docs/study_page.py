@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from result_rows import RESULTS, groups_by, machines, rows_of
+from result_rows import RESULTS, groups_by, iterations_of, machines, rows_of
 from spread import spread
 
 from spdfq.bench.groups import difference
@@ -22,6 +22,15 @@ BEDS = {
     "spdfq_study_confirm_clipart_vit_112": "The same encoder on clip art, W4A4",
 }
 ABLATION = "fmnist_spdfq_ablation"
+FULL_LENGTH = "real_vit_112_full_length"
+LONG = {
+    "real_fmnist": "real images (reference)",
+    "spdfq": "SPDFQ",
+    "psaq_vit": "PSAQ-ViT",
+    "mimiq": "MimiQ",
+    "cross_entropy": "cross-entropy",
+    "gaussian_noise": "Gaussian noise",
+}
 # images, the parts that they have, and what the paper reports with these
 PARTS = {
     "cross_entropy": ("none", 51.73),
@@ -50,7 +59,7 @@ def study_block() -> str:
     rows = rows_of(SCREENING)
     found = study.main_effects(rows)
     beds = [_bed(name, title) for name, title in BEDS.items() if (RESULTS / f"{name}.jsonl").exists()]
-    return "\n\n".join([_screening(rows, found), _readings(found["top1"]), *beds, _ablation()])
+    return "\n\n".join([_screening(rows, found), _readings(found["top1"]), *beds, _full_length(), _ablation()])
 
 
 def _screening(rows: list[Row], found: dict[str, list[dict[str, Any]]]) -> str:
@@ -102,6 +111,38 @@ def _bed(file: str, title: str) -> str:
         f"{study.IMAGES} images, {study.BEDS[bed].iterations} iterations. Full precision {measured.fp.top1:.1f} %, "
         f"{measured.images} test images that played no part in the choice. Machine: {machines(rows)}. Reproduce: "
         f"`spdfq bench benchmarks/spdfq_study/confirm_{bed}.toml`."
+    )
+
+
+def _full_length() -> str:
+    """Sources at their published lengths on the real ViT: accuracy, and the time of the images."""
+    rows = [row for row in rows_of(FULL_LENGTH) if not row.error]
+    groups = groups_by(rows, lambda row: f"{row.axes['images']} {row.axes['backend']}")
+    backends = list(dict.fromkeys(str(row.axes["backend"]) for row in rows))
+    headings = [text for name in backends for text in (f"`{name}`", "over PSAQ-ViT")]
+    table = [f"| images | iterations | minutes | {' | '.join(headings)} |", "| --- |" + " ---: |" * (2 + len(headings))]
+    for images, name in LONG.items():
+        own = [row for row in rows if row.axes["images"] == images]
+        if not own:
+            continue
+        made = [row.stages["images"]["seconds"] for row in own if row.stages and not row.stages["images"]["reused"]]
+        optimised = images not in ("real_fmnist", "gaussian_noise")
+        length = f"{iterations_of(f'images/{images}'):,}" if optimised else ""
+        cells = [length, f"{mean(made) / 60:.0f}" if optimised else ""]
+        for backend in backends:
+            group, psaq = groups.get(f"{images} {backend}"), groups.get(f"psaq_vit {backend}")
+            cells.append(spread([row.top1 for row in group.rows.values()], 1) if group else "")
+            cells.append(str(difference(group, psaq)) if group and psaq and group is not psaq else "")
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    measured, seeds = rows[0].measured, sorted({row.seed for row in rows})
+    return (
+        "## Published lengths, the real ViT-S at 112 pixels, W4A4\n\n"
+        + "\n".join(table)
+        + "\n\nTop-1 in percent, simulated, and differences with 95 % intervals; 32 images; seeds "
+        f"{', '.join(map(str, seeds))}. "
+        f"Minutes are those of the images on one core, beside other work. Full precision {measured.fp.top1:.1f} %, "
+        f"{measured.images:,} test images. Machine: {machines(rows)}. Reproduce: `spdfq bench "
+        f"benchmarks/real_vit/full_length.toml`. Rows: `benchmarks/results/{FULL_LENGTH}.jsonl`."
     )
 
 

@@ -125,7 +125,9 @@ def _goals() -> str:
     for goal, least, name, images, backend in GOALS:
         axes = {"images": images, "backend": backend}
         lines.append(f"| {goal} | {least} | {_cell([row for row in rows_of(name) if row.axes == axes])} |")
-    return "\n".join([*lines, "", "Top-1 in percent, from the tables below."])
+    return "\n".join(
+        [*lines, "", "These were set before the back-end was built. Top-1 in percent, from the tables below."]
+    )
 
 
 def _table(files: list[str]) -> str:

@@ -162,7 +162,7 @@ def evaluate(
 
     Returns:
         As in `spdfq.RunResult`: ``fp`` and ``quantized`` top-1 and top-5 of the teacher and of the model in percent,
-        ``agreement``, ``images``, ``damaged``, and ``simulated``: whether the model is fake-quantized.
+        ``agreement``, ``images``, ``damaged``, ``precision``, and ``simulated``: whether the model is fake-quantized.
 
     Raises:
         SpdfqError: anything the user can fix; the message says where and how.
@@ -187,6 +187,8 @@ def evaluate(
         _warn([*spec.dataset.class_warnings(teacher), *filter(None, [another_order(fp.logits, fp.labels)])])
     if found["damaged"]:
         _warn([left_out(tuple(found["damaged"]))])
+    if found.get("bank_damaged"):
+        _warn([f"evaluation.bank: {left_out(tuple(found['bank_damaged']))}"])
     return found | {"simulated": any(isinstance(part, QuantizedModel) for part in model.modules())}
 
 

@@ -1,10 +1,18 @@
 """Errors whose message tells a user what to do; the command line prints only the message and exits with 2."""
 
+import csv
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+AGAIN = "run the recipe again with --fresh"
+"""What to do about a damaged file of a run."""
+_WRONG_CONTENTS = (
+    *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, csv.Error),
+    RecursionError,  # of brackets nested too deeply
+)
 
 
 class SpdfqError(Exception):
@@ -71,3 +79,24 @@ def writing(place: Path, remedy: str = "make room there, make it writable, or ch
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
         raise DataError(f"{place}: cannot be written ({reason}); {remedy}") from None
+
+
+@contextmanager
+def reading(place: Path, remedy: str = AGAIN) -> Iterator[None]:
+    """Turn what a missing or damaged file makes its reader raise into one line.
+
+    Raises:
+        DataError: the file cannot be read, or its contents are wrong; the message names the place, the reason and the
+            remedy.
+    """
+    try:
+        yield
+    except SpdfqError:  # some are a ValueError too
+        raise
+    except KeyError as error:
+        raise DataError(f"{place}: lacks {error}; {remedy}") from None
+    except OSError as error:
+        what = "cannot be read" if error.errno else "damaged"  # Pillow's errors have no number
+        raise DataError(f"{error.filename or place}: {what} ({error.strerror or error}); {remedy}") from None
+    except _WRONG_CONTENTS as error:
+        raise DataError(f"{place}: damaged ({first_line(error)}); {remedy}") from error  # it may be a fault of ours

@@ -152,13 +152,7 @@ class _Recorder(AttentionMode):
         # first, so that the error names the block at fault and not the token layout of a later block
         self._refuse_unmatched()
         self._record_operands(query, key)
-        # where all probabilities are computed anyway, a product for the class token's row alone would be a waste
-        free = explicit_is_faster(query, key) and query.dtype == torch.float32
-        probabilities = self._record_class_row(query, key, mask, scale, free)
-        if probabilities is None:
-            output = attend(query, key, value, mask, scale)
-        else:
-            output = probabilities.to(value.dtype) @ value
+        output = self._output_and_class_row(query, key, value, mask, scale)
         if ATTENTION_OUTPUTS in self.needs:
             self.record.attention_outputs.append(output[self._recorded_rows(query)])
         return output
@@ -203,23 +197,44 @@ class _Recorder(AttentionMode):
             self.record.queries.append(query[rows])
             self.record.keys.append(key[rows])
 
-    def _record_class_row(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, free: bool = False
-    ) -> Tensor | None:
-        """Record the class attention if it is needed; return all probabilities if they had to be computed for it.
-
-        ``free`` computes all of them for a class token too.
-        """
-        if CLASS_ATTENTION not in self.needs:
-            return None
+    def _output_and_class_row(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """The attention output; records the class attention if it is needed."""
+        explicit = explicit_is_faster(query, key)
+        # where all probabilities are computed anyway, a product for the class token's row alone would be a waste
+        free = explicit and query.dtype == torch.float32
+        if CLASS_ATTENTION not in self.needs or (self.has_class and not free):
+            self._record_class_row(query, key, mask, scale)
+            return attend(query, key, value, mask, scale)
         rows = self._recorded_rows(query)
-        if self.has_class and not free:
-            first = attention_probabilities(query[rows, :, :1], key[rows], _first_query(mask, query, rows), scale)
-            self.record.class_attention.append(first[:, :, 0, self.patch_tokens])
-            return None
+        count = len(query[rows])
+        if explicit or not count < len(query) == len(key) == len(value):
+            return self._explicit_output(query, key, value, mask, scale, rows)
+        # the probabilities of all other images would be kept for the gradient
+        queries, keys, values = (x.split([count, len(x) - count]) for x in (query, key, value))
+        masks = [_of_rows(mask, query, part) for part in (rows, slice(count, None))]
+        output = self._explicit_output(queries[0], keys[0], values[0], masks[0], scale, rows)
+        return torch.cat([output, attend(queries[1], keys[1], values[1], masks[1], scale)])
+
+    def _explicit_output(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, rows: slice
+    ) -> Tensor:
+        """The attention output by explicit products; records the class attention of ``rows``."""
         probabilities = attention_probabilities(query, key, mask, scale)
         self._record_patches(probabilities[rows, ..., self.patch_tokens])
-        return probabilities
+        return probabilities.to(value.dtype) @ value
+
+    def _record_class_row(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+        """Record the class attention if it is needed, from products of the recorded images alone."""
+        if CLASS_ATTENTION not in self.needs:
+            return
+        rows = self._recorded_rows(query)
+        mask = _of_rows(mask, query, rows)
+        query, key = query[rows], key[rows]
+        if self.has_class:
+            query, mask = query[:, :, :1], None if mask is None else mask[..., :1, :]
+        self._record_patches(attention_probabilities(query, key, mask, scale)[..., self.patch_tokens])
 
     def _record_patches(self, patches: Tensor) -> None:
         """Record the class token's row, or the mean row, of probabilities ``[B, heads, q, h*w]`` over patches."""
@@ -312,9 +327,6 @@ class _Recorder(AttentionMode):
         return slice(None) if self.rows is None else slice(self.rows * (len(query) // self.grids.batch))
 
 
-def _first_query(mask: Tensor | None, query: Tensor, rows: slice) -> Tensor | None:
-    """The part of a mask, broadcast or not, that belongs to the first query of the recorded rows."""
-    if mask is None:
-        return None
-    mask = mask[rows] if mask.ndim == 4 and len(mask) == len(query) else mask
-    return mask[..., :1, :]
+def _of_rows(mask: Tensor | None, query: Tensor, rows: slice) -> Tensor | None:
+    """The part of a mask, broadcast or not, that belongs to some rows of the query."""
+    return mask[rows] if mask is not None and mask.ndim == 4 and len(mask) == len(query) else mask

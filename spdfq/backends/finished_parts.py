@@ -7,10 +7,11 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from spdfq.backends.base import Calibration
+from spdfq.backends.base import Calibration, Step
 from spdfq.errors import DataError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.runtime.files import read_tensors, write_tensors
+from spdfq.runtime.state_key import check_state_key
 
 
 @define(eq=False)
@@ -20,25 +21,28 @@ class FinishedParts:
     Args:
         model: owns the tensors; `QuantizedModel.tensors` names them.
         path: the file; ``None`` keeps nothing.
+        key: a hash of what the tensors depend on, which the file holds.
         writes: whether this process writes the file; the first of several does.
     """
 
     model: QuantizedModel
     path: Path | None
+    key: str = ""
     writes: bool = True
     _tensors: dict[str, Tensor] = field(factory=dict, init=False)
 
     @classmethod
-    def of(cls, model: QuantizedModel, calibration: Calibration, step: str) -> "FinishedParts":
-        """The parts that a killed run finished, or none.
+    def of(cls, model: QuantizedModel, calibration: Calibration, step: Step, name: str) -> "FinishedParts":
+        """The parts of a step that a killed run finished, or none; ``name`` is that of the file.
 
         Raises:
-            DataError: the file is damaged.
+            DataError: the file is damaged, or of other work.
         """
         ranks = calibration.runtime.ranks
-        found = cls(model, calibration.state_file(step), ranks.leads)
+        found = cls(model, calibration.state_file(name), calibration.state_key(step), ranks.leads)
         if found.path and ranks.first(found.path.exists):
-            found._tensors = read_tensors(found.path, "delete it, or use --fresh")[0]
+            found._tensors, metadata = read_tensors(found.path, "delete it, or use --fresh")
+            check_state_key(found.path, metadata, found.key)
             ranks.wait()  # before rank 0 writes the next state
         return found
 
@@ -64,4 +68,4 @@ class FinishedParts:
         state = self.model.tensors()
         self._tensors |= {name: state[name].clone() for name in names}
         if self.path and self.writes:
-            write_tensors(self.path, self._tensors)
+            write_tensors(self.path, self._tensors, {"key": self.key})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spdfq.backends.base import Calibration, check_calibrated_by, run_step
 from spdfq.backends.budget.allocation import bits_within, check_budget
+from spdfq.backends.inputs import Inputs
 from spdfq.errors import DataError, RecipeError, SpdfqError, shown
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.place import attention_warnings, label_warnings, override_bits, place
@@ -35,7 +36,8 @@ def quantize(
         folder: where long steps store their state, so that a killed call can continue.
 
     Raises:
-        DataError: there are no images, they do not fit the teacher, or they are not normalised.
+        DataError: there are no images, they do not fit the teacher, or they are not normalised; or the folder holds the
+            state of other work.
         RecipeError: an override matches no site, or the budget cannot be reached.
         SpdfqError: a step fails.
     """
@@ -44,9 +46,18 @@ def quantize(
     with runtime.own_modes():
         images = images.detach().to(runtime.device, torch.float32, copy=images.is_inference())
         bits = runtime.ranks.first(lambda: _bits(teacher, images, spec, runtime, folder))
-        model = place(teacher, spec, bits)
+        model, inputs = place(teacher, spec, bits), Inputs(teacher, images, runtime)
         for index, step in enumerate(spec.steps):
-            given = Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder, index=index)
+            section = evolve(spec, steps=spec.steps[: index + 1])
+            given = Calibration(
+                teacher=teacher,
+                images=images,
+                runtime=runtime,
+                folder=folder,
+                index=index,
+                section=section,
+                inputs=inputs,
+            )
             teacher = run_step(step, model, given)
     return model
 

@@ -16,6 +16,7 @@ from spdfq.bench.rows import Row, read_rows, row_of_run
 from spdfq.bench.table import BOLD, COMPARED, Table, comparison, described, number_columns, numbers
 from spdfq.errors import DataError, SpdfqError
 from spdfq.recipe.structure import structure
+from spdfq.report.json_file import read_json
 from spdfq.runs.finished import finished_record
 
 _AT_MOST = 5
@@ -195,7 +196,10 @@ def _add(groups: dict[tuple[Any, ...], Group], key: tuple[Any, ...], row: Row, n
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    return (row.model.fingerprint, row.images.digest, row.backend.digest, row.measured.test_images, row.precision)
+    found = row.measured
+    # rows from before the precision of the evaluation was recorded have the default one, as far as is known
+    measured = (found.test_images, found.bank_images, found.precision or "float32")
+    return (row.model.fingerprint, row.images.digest, row.backend.digest, *measured, row.precision)
 
 
 def _distinct(groups: list[Group]) -> list[Group]:
@@ -230,7 +234,7 @@ def _shared(benches: list[Path], name: str, cls: type) -> Any:
     found: dict[str, Any] = {}
     for path in benches:
         file = path / "bench.json"
-        data = json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
+        data = read_json(file, "run the bench again").get(name) if file.is_file() else None
         if data:
             problems: list[str] = []
             found.setdefault(json.dumps(data), structure(cls, data, f"{file}: {name}", problems))

@@ -92,7 +92,13 @@ def check_comparable(own: Group, other: Group) -> None:
                 raise SpdfqError(
                     f"{pair}: were measured on different test images ({shown}); compare runs with one [evaluation]"
                 )
-            if (mine.measure, mine.simulated) != (theirs.measure, theirs.simulated):
+            if _differ(mine.bank_images, theirs.bank_images):
+                shown = f"{_bank(one)} and {_bank(two)}"
+                raise SpdfqError(
+                    f"{pair}: sought neighbours among different images ({shown}); compare runs with one [evaluation]"
+                )
+            alike = (mine.measure, mine.simulated) == (theirs.measure, theirs.simulated)
+            if not alike or _differ(mine.precision, theirs.precision):
                 raise SpdfqError(
                     f"{pair}: one is {_how(one)} and one {_how(two)}; compare runs that were measured alike"
                 )
@@ -201,5 +207,12 @@ def _tested(row: Row) -> str:
     return f"{found.images} images {(found.test_images or '')[:8]}".strip()
 
 
+def _bank(row: Row) -> str:
+    found = row.measured
+    return f"{found.bank} images {(found.bank_images or '')[:8]}".strip()
+
+
 def _how(row: Row) -> str:
-    return f"{row.measured.measure}, {'simulated' if row.measured.simulated else 'of an integer runtime'}"
+    found = row.measured
+    how = "simulated" if found.simulated else "of an integer runtime"
+    return f"{found.measure}, {how}{f', in {found.precision}' if found.precision else ''}"

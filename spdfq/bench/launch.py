@@ -65,5 +65,5 @@ def _option(text: str) -> tuple[str, Any]:
     key, separator, value = (part.strip() for part in text.partition("="))
     try:
         return key, tomllib.loads(f"value = {value}")["value"] if separator and key else None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SpdfqError(f"--launcher-option {text}: expected key=value; text needs quotes: '{key}=\"...\"'") from None

@@ -13,12 +13,13 @@ from spdfq.bench.over_bits import over_bits
 from spdfq.bench.plan import Plan
 from spdfq.bench.rows import Row
 from spdfq.bench.table import BOLD, caption, groups_of, table
-from spdfq.errors import SpdfqError, writing
+from spdfq.errors import SpdfqError
 from spdfq.recipe import shipped
 from spdfq.recipe.describe import recipe_summary
 from spdfq.report.explained import EXPLAINED_FILE, Explained
 from spdfq.report.page import PAGE, duration, percent, style, templates
 from spdfq.report.pictures import SHOWN, tiles_of
+from spdfq.runtime.files import write_text
 
 _PICTURES = 8
 
@@ -38,9 +39,7 @@ def write_page(folder: Path, plan: Plan, rows: list[Row]) -> Path:
         DataError: a file of a cell is damaged, or the page cannot be written.
     """
     path = folder / PAGE
-    with writing(path):
-        text = templates().get_template("bench.html").render(_content(folder, plan, rows))
-        path.write_text(text, encoding="utf-8")
+    write_text(path, templates().get_template("bench.html").render(_content(folder, plan, rows)))
     return path
 
 

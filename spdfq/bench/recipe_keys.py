@@ -7,6 +7,7 @@ from typing import Any
 from attrs import frozen
 
 from spdfq.bench.groups import Group
+from spdfq.errors import reading
 from spdfq.recipe import read, toml
 
 # a run's seed is a column of its own, and how it ran is not part of the method
@@ -41,8 +42,10 @@ def differing_keys(groups: list[Group]) -> tuple[list[KeyDifference], list[str]]
 
 
 def _flat_recipe(folder: Path) -> dict[str, str]:
-    data = read(str(folder / "recipe.toml"))
-    return dict(_flat({key: value for key, value in data.items() if key not in _NOT_COMPARED}))
+    path = folder / "recipe.toml"
+    data = read(str(path))
+    with reading(path):  # a date is TOML, and not a value of a recipe
+        return dict(_flat({key: value for key, value in data.items() if key not in _NOT_COMPARED}))
 
 
 def _flat(table: dict[str, Any] | list[Any], path: str = "") -> Iterator[tuple[str, str]]:

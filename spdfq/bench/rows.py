@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from attrs import field, frozen, validators
 
-from spdfq.errors import DataError
+from spdfq.errors import DataError, first_line, reading
 from spdfq.recipe.structure import structure
 from spdfq.runtime.files import write_text
 
@@ -124,13 +124,16 @@ class Metrics:
         test_images: a hash of these images and of their order.
         damaged: those that could not be read, with reasons.
         measure: ``top-1``, or ``k-NN top-1`` of a model without a head.
-        bank: number of labelled images among which neighbours are sought.
+        bank: number of labelled images among which neighbours are sought, without those that could not be read.
+        bank_images: a hash of these images and of their order.
+        bank_damaged: those that could not be read, with reasons.
         fp: accuracy of the full-precision model.
         quantized: accuracy of the quantized model.
         agreement: share of the test images that both put in the same class, in percent.
         similarity: mean cosine of the features of both, for a model without a head.
         divergence: Kullback-Leibler divergence of the predictions from those of the full-precision model, in nats.
         simulated: true if quantization was computed in float, false if a runtime computed with integers.
+        precision: of the forward passes on the test images.
         correct: which images each model classifies correctly.
     """
 
@@ -139,12 +142,15 @@ class Metrics:
     damaged: tuple[str, ...] | None = None
     measure: str = "top-1"
     bank: int | None = field(default=None, validator=_COUNT)
+    bank_images: str | None = None
+    bank_damaged: tuple[str, ...] | None = None
     fp: Accuracy
     quantized: Accuracy
     agreement: float | None = field(default=None, validator=_PERCENT)
     similarity: float | None = None
     divergence: float | None = None
     simulated: bool
+    precision: str | None = None
     correct: Correct | None = None
 
 
@@ -204,6 +210,10 @@ class Row:
     def __attrs_post_init__(self) -> None:
         if (self.metrics is None) == (self.error is None):
             raise ValueError("a row has either metrics or an error")
+        for name, stage in (self.stages or {}).items():
+            known = stage if isinstance(stage, dict) else {}
+            if not (isinstance(known.get("seconds"), (int, float)) and isinstance(known.get("reused"), bool)):
+                raise ValueError(f"stages.{name}: expected its seconds and whether it was reused")
 
     @property
     def measured(self) -> Metrics:
@@ -250,8 +260,10 @@ def row_of_run(record: dict[str, Any], **identity: Any) -> Row:
             **{key: record[key] for key in ("device_name", "threads", "precision", "versions", "git_commit")},
             "recipe_digest": record["recipe_digest"],
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise DataError(f"run.json: has no {error}; run the recipe again with this version") from None
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"run.json: damaged ({first_line(error)}); run the recipe again with this version") from None
     return checked_row(data, "run.json")
 
 
@@ -276,10 +288,8 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: it is missing or damaged, or was written by an older version.
     """
-    try:
+    with reading(path, "give a file of result rows"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file of result rows") from None
     return [_row(path, number, line) for number, line in enumerate(lines, 1)]
 
 
@@ -292,7 +302,7 @@ def _row(path: Path, number: int, line: str) -> Row:
     place = f"{path}, line {number}"
     try:
         data = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{place}: not JSON; remove the line, or the file") from None
     if isinstance(data, dict) and "schema" not in data:
         raise OldRowError(f"{place}: a row of an older version; python tools/convert_rows.py {path} converts it")

@@ -21,6 +21,7 @@ from spdfq.bench.workers import Workers
 from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.recipe import ModelSpec, Recipe, digest, load_recipe
 from spdfq.runs import pipeline
+from spdfq.runs.finished import finished_record
 from spdfq.runs.provenance import code_digests, data_fingerprints, versions
 from spdfq.runs.store import lock_folder, store_beside
 from spdfq.runtime import pick_device, pick_precision, silent
@@ -285,7 +286,7 @@ def _run(cell: Cell, folder: Path, device: str | None, progress: Any) -> Row:
     try:
         store = store_beside(folder).root
         pipeline.run(cell.recipe, out=cell.folder, store=store, device=device, progress=progress)
-        return row_of_run(json.loads((cell.folder / "run.json").read_text(encoding="utf-8")), **identity)
+        return row_of_run(finished_record(cell.folder), **identity)
     except SpdfqError as error:
         said = "; ".join(str(error).splitlines())
     except Exception as error:

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -68,13 +68,14 @@ class Workers(Generic[T, R]):
         process = get_context("spawn").Process(target=_serve, args=(theirs, self.work, threads), daemon=True)
         process.start()
         theirs.close()
-        ours.send(task)
+        with suppress(OSError):  # it died at once; `_heard` finds that out, and its task is lost
+            ours.send(task)
         return _Worker(process, ours, task)
 
     def _heard(self, worker: _Worker[T], waiting: deque[T]) -> Iterator[tuple[T, R]]:
         try:
             kind, value = worker.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # an OSError if it died in the middle of a message
             worker.process.join()
             self._running.remove(worker)
             yield worker.task, self.lost(worker.task, _reason(worker.process.exitcode))
@@ -82,14 +83,18 @@ class Workers(Generic[T, R]):
         if kind == "stage":
             worker.stage = value
             return
-        task = worker.task
-        if waiting:
-            worker.task, worker.stage = waiting.popleft(), ""
-            worker.connection.send(worker.task)
-        else:
-            worker.connection.send(None)
+        task, following = worker.task, waiting.popleft() if waiting else None
+        try:
+            worker.connection.send(following)
+        except OSError:  # it died after it sent its result, so another process does the next task
+            if following is not None:
+                waiting.appendleft(following)
+                following = None
+        if following is None:
             self._running.remove(worker)
             worker.process.join()
+        else:
+            worker.task, worker.stage = following, ""
         yield task, value
 
 

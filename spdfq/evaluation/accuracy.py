@@ -183,7 +183,8 @@ class LogitsEvaluator:
         """Accuracy of a quantized model and of the teacher, in percent, on the images that can be read.
 
         ``simulated`` is true because the quantized model computes in float. ``correct`` has one bit for each image and
-        model (see `spdfq.evaluation.correctness`), and ``test_images`` is a hash of the images.
+        model (see `spdfq.evaluation.correctness`), ``test_images`` is a hash of the images, and ``precision`` that of
+        the forward passes.
 
         Args:
             model: the quantized model.
@@ -206,6 +207,7 @@ class LogitsEvaluator:
             "quantized": accuracy(found.logits, found.labels),
             "agreement": agreement(found.logits, fp.logits),
             "simulated": True,
+            "precision": spec.precision,
             "correct": {
                 "fp": packed(fp.logits, fp.labels),
                 "quantized": packed(found.logits, found.labels),
@@ -213,15 +215,20 @@ class LogitsEvaluator:
         }
 
 
-def check_same_images(damaged: tuple[str, ...], before: tuple[str, ...]) -> None:
+def check_same_images(damaged: tuple[str, ...], before: tuple[str, ...], key: str = "evaluation.dataset") -> None:
     """Check that two models were measured on the same images.
+
+    Args:
+        damaged: the images that could not be read for one model.
+        before: the same for the other model.
+        key: of the images in a recipe.
 
     Raises:
         DataError: an image could be read for only one of the two models, so their accuracies cannot be compared.
     """
     if changed := sorted(set(damaged) ^ set(before)):
         raise DataError(
-            f"evaluation.dataset: {shortened(changed)} could be read for only one of the two models; check the disk, "
+            f"{key}: {shortened(changed)} could be read for only one of the two models; check the disk, "
             "then measure both models again (spdfq run with --fresh)"
         )
 

@@ -5,17 +5,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attrs import frozen
+from attrs import evolve, frozen
 from einops import rearrange, reduce
 from torch import Tensor
 
 from spdfq.attention import QUERIES_AND_KEYS, record_attention
 from spdfq.errors import DataError, ModelError, SpdfqError
+from spdfq.evaluation.accuracy import left_out
 from spdfq.losses.head_similarity import recorded_head_similarity
 from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher, evaluation_mode
 
 _FEWEST_RINGS = 3
+# values of the spectra held in memory at once: 32 MiB in complex float64
+_CHUNK = 2**21
 
 
 @frozen(eq=False)
@@ -25,10 +28,12 @@ class Centroids:
     Args:
         means: float32 ``[K, D]``.
         counts: int64 ``[K]``, the number of images of each class.
+        damaged: the images that cannot be read, with reasons; they are in no mean.
     """
 
     means: Tensor
     counts: Tensor
+    damaged: tuple[str, ...] = ()
 
 
 def class_centroids(features: Tensor, labels: Tensor, classes: int) -> Centroids:
@@ -90,8 +95,10 @@ def spectrum_slope(pixels: Tensor) -> float | None:
     """
     height, width = pixels.shape[-2:]
     side = min(height, width)
-    power = torch.fft.fft2(pixels.double()).abs().square()
-    power = reduce(power, "n c h w -> h w", "mean")
+    power = torch.zeros(height, width, dtype=torch.float64, device=pixels.device)
+    for part in pixels.split(max(1, _CHUNK // pixels[0].numel())):
+        power += reduce(torch.fft.fft2(part.double()).abs().square(), "n c h w -> h w", "sum")
+    power /= pixels.shape[0] * pixels.shape[1]
     down, right = (torch.fft.fftfreq(n, dtype=torch.float32, device=power.device) for n in (height, width))
     frequency = (down.unsqueeze(-1).square() + right.square()).sqrt()
     ring = (frequency * side).round().long().flatten()
@@ -144,23 +151,29 @@ def dataset_centroids(teacher: Teacher, spec: Any, runtime: Runtime) -> Centroid
     """Centroids of an evaluation spec's dataset; ``None`` for a model without a head, which predicts no class.
 
     Raises:
-        DataError: the dataset's classes are not the model's.
+        DataError: the dataset's classes are not the model's, or none of its images can be read.
+        ModelError: the module lacks timm's ``forward_features`` or ``forward_head``.
     """
     if teacher.headless:
         return None
     spec.dataset.check_classes(teacher)
     labels: list[Tensor] = []
+    unread: list[str] = []
     with runtime.progress("real images", len(spec.dataset)) as advance:
 
         def images() -> Iterator[Tensor]:
             for batch, found, damaged in spec.dataset.batches(teacher, spec.batch):
+                unread.extend(damaged)
                 if len(batch):
                     labels.append(found)
                     yield batch
                 advance(len(found) + len(damaged))
 
-        features = torch.cat([found for found, _ in class_features(teacher, images(), runtime)])
-    return class_centroids(features, torch.cat(labels), teacher.num_classes)
+        features = [found for found, _ in class_features(teacher, images(), runtime)]
+    if not features:
+        raise DataError(f"evaluation.dataset: none of the {len(unread)} images can be read, the first is {unread[0]}")
+    means = class_centroids(torch.cat(features), torch.cat(labels), teacher.num_classes)
+    return evolve(means, damaged=tuple(unread))
 
 
 def image_head_similarity(teacher: Teacher, batches: Iterable[Tensor], runtime: Runtime) -> float:
@@ -201,10 +214,12 @@ def measure_images(
     if centroids is None:
         notes.append("semantic_alignment: the model has no head, so it predicts no class")
     else:
-        features, logits = map(torch.cat, zip(*class_features(teacher, images.split(batch), runtime), strict=True))
+        if centroids.damaged:
+            notes.append(f"semantic_alignment: of the real images, {left_out(centroids.damaged)}")
         try:
+            features, logits = map(torch.cat, zip(*class_features(teacher, images.split(batch), runtime), strict=True))
             alignment = semantic_alignment(features, logits.argmax(1), centroids)
-        except DataError as error:
+        except (DataError, ModelError) as error:
             notes.append(f"semantic_alignment: {error}")
     try:
         heads = image_head_similarity(teacher, images.split(batch), runtime)

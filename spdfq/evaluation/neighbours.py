@@ -55,14 +55,24 @@ class FeaturePredictions(Predictions):
 
     Args:
         features: float32 ``[n, D]``, on the CPU.
+        bank_labels: int64 ``[m]``, of the images of the bank that could be read.
+        bank_damaged: the images of the bank that cannot be read, with reasons; they are not among the ``m``.
     """
 
     features: Tensor = field(kw_only=True)
+    bank_labels: Tensor = field(kw_only=True)
+    bank_damaged: tuple[str, ...] = field(kw_only=True)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
-        tensors = {"features": self.features, "logits": self.logits, "labels": self.labels}
-        write_tensors(path, tensors, {"damaged": json.dumps(self.damaged)})
+        tensors = {
+            "features": self.features,
+            "logits": self.logits,
+            "labels": self.labels,
+            "bank_labels": self.bank_labels,
+        }
+        names = {"damaged": self.damaged, "bank_damaged": self.bank_damaged}
+        write_tensors(path, tensors, {key: json.dumps(value) for key, value in names.items()})
 
     @classmethod
     def load(cls, path: Path) -> "FeaturePredictions":
@@ -72,7 +82,11 @@ class FeaturePredictions(Predictions):
             DataError: the file is damaged or missing.
         """
         tensors, metadata = read_tensors(path, REMEDY)
-        return cls(**tensors, damaged=tuple(json.loads(metadata["damaged"])))
+        return cls(
+            **tensors,
+            damaged=tuple(json.loads(metadata["damaged"])),
+            bank_damaged=tuple(json.loads(metadata["bank_damaged"])),
+        )
 
 
 class NeighboursEvaluator:
@@ -120,20 +134,24 @@ class NeighboursEvaluator:
         """k-NN accuracy of a quantized model and of the teacher, in percent; each uses its own features of the bank.
 
         ``similarity`` is the mean cosine similarity of the quantized model's features to the teacher's. ``simulated``
-        is true because the quantized model computes in float. ``correct`` and ``test_images`` are as in
-        `LogitsEvaluator.measure`.
+        is true because the quantized model computes in float. ``bank`` is the number of images of the bank that could
+        be read, and ``bank_images`` a hash of them. The others are as in `LogitsEvaluator.measure`.
 
         Raises:
             DataError: the images that can be read have changed since the teacher was measured.
         """
         found = _predictions(model, teacher, spec, runtime, "quantized", folder)
         check_same_images(found.damaged, fp.damaged)
+        check_same_images(found.bank_damaged, fp.bank_damaged, "evaluation.bank")
         return {
             "measure": "k-NN top-1",
             "images": len(found.labels),
             "test_images": images_digest(spec.dataset, found.labels, found.damaged),
             "damaged": list(found.damaged),
-            "bank": len(spec.bank),
+            "bank": len(found.bank_labels),
+            "bank_images": images_digest(spec.bank, found.bank_labels, found.bank_damaged),
+            "bank_damaged": list(found.bank_damaged),
+            "precision": spec.precision,
             "fp": {"top1": accuracy(fp.logits, fp.labels)["top1"]},
             "quantized": {"top1": accuracy(found.logits, found.labels)["top1"]},
             "agreement": agreement(found.logits, fp.logits),
@@ -181,7 +199,14 @@ def _predictions(
     classes = spec.dataset.classes or spec.bank.classes or 1 + int(torch.cat([bank.labels, found.labels]).max())
     _check_labels(classes, bank.labels, found.labels)
     votes = nearest_neighbours(found.logits, bank.logits, bank.labels, classes)
-    return FeaturePredictions(votes, found.labels, found.damaged, features=found.logits)
+    return FeaturePredictions(
+        votes,
+        found.labels,
+        found.damaged,
+        features=found.logits,
+        bank_labels=bank.labels,
+        bank_damaged=bank.damaged,
+    )
 
 
 def _check_labels(classes: int, bank: Tensor, labels: Tensor) -> None:

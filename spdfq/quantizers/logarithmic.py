@@ -46,7 +46,7 @@ class LogarithmicQuantizer(Quantizer):
 
     @abstractmethod
     def grid(self, parameters: Parameters) -> LogGrid:
-        """The values for parameters ``[]`` each, relative to the scale."""
+        """The values for parameters ``[]`` each, relative to the scale: on its device, but the same for every scale."""
 
     def fitted(self, low: Tensor, high: Tensor) -> Parameters:
         """Scale for ranges that end at ``high``, float32 ``[C]``; ``low`` is not used."""
@@ -60,7 +60,7 @@ class LogarithmicQuantizer(Quantizer):
 
     def encode(self, x: Tensor, parameters: Parameters) -> Tensor:
         """Codes of float32 ``x``, from 0 for the upper end to n - 1 for zero."""
-        grid, ratio = self.grid(parameters), (x + self.input_shift) / parameters["scale"]
+        grid, ratio = self._grid_of(parameters), (x + self.input_shift) / parameters["scale"]
         codes = grid.codes(ratio.detach()).float()
         inside = (ratio > grid.smallest_edge) & (ratio <= 1)
         ratio = torch.where(inside, ratio, ratio.detach().clamp(TINY, 1))
@@ -68,7 +68,7 @@ class LogarithmicQuantizer(Quantizer):
 
     def reconstruct(self, codes: Tensor, parameters: Parameters) -> Tensor:
         """Values of float32 ``codes``, from the table."""
-        grid, scale = self.grid(parameters), parameters["scale"]
+        grid, scale = self._grid_of(parameters), parameters["scale"]
         exact = grid.decoded(codes.detach().int(), scale)
         shift = grid.shift * scale
         smooth = (exact + shift) * torch.exp2((codes.detach() - codes) * grid.step) - shift
@@ -79,8 +79,7 @@ class LogarithmicQuantizer(Quantizer):
         if parameters["scale"].requires_grad:
             return super().dequantized(x, parameters)
         shifted = x + self.input_shift if self.input_shift else x
-        grid = self._grid.of(list(parameters.values()), lambda: self.grid(parameters))
-        return self.shifted_back(_FakeQuantizeLog.apply(shifted, parameters["scale"], grid))
+        return self.shifted_back(_FakeQuantizeLog.apply(shifted, parameters["scale"], self._grid_of(parameters)))
 
     def tables(self) -> LogTables:
         """The tables of the values of ``x + input_shift``; `shifted_back` follows."""
@@ -90,6 +89,11 @@ class LogarithmicQuantizer(Quantizer):
     def shifted_back(self, values: Tensor) -> Tensor:
         """The values without the shift of the input."""
         return values - self.input_shift if self.input_shift else values
+
+    def _grid_of(self, parameters: Parameters) -> LogGrid:
+        """The grid, made again only if a parameter other than the scale changes: a learned scale does in every step."""
+        others = [parameter for name, parameter in parameters.items() if name != "scale"]
+        return self._grid.of(others, lambda: self.grid(parameters), parameters["scale"].device)
 
 
 class _FakeQuantizeLog(torch.autograd.Function):

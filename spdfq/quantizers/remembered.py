@@ -19,11 +19,11 @@ class Remembered(Generic[Value]):
     def __init__(self) -> None:
         self._last: tuple[list[Tensor], list[Any], Value] | None = None
 
-    def of(self, tensors: list[Tensor], make: Callable[[], Value]) -> Value:
-        """``make()``, which must depend on these tensors alone and is called without autograd."""
+    def of(self, tensors: list[Tensor], make: Callable[[], Value], device: torch.device | None = None) -> Value:
+        """``make()``, which must depend on these tensors and this device alone and is called without autograd."""
         if is_traced() or any(tensor.is_inference() for tensor in tensors):  # the latter do not count their changes
             return make()
-        state = [(tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
+        state = [device, *((tensor._version, tensor.dtype, tensor.device) for tensor in tensors)]
         last = self._last
         if last is None or last[1] != state or any(a is not b for a, b in zip(last[0], tensors, strict=True)):
             with torch.inference_mode(False), torch.no_grad():

@@ -110,7 +110,8 @@ class TwinUniformQuantizer(SearchedQuantizer):
             value = self.reconstruct(self.encode(x, parameters), parameters)
         if not x.requires_grad:
             return value
-        last_codes = torch.tensor([self.grid_size - 1.0, self.levels - 1.0], device=x.device, dtype=x.dtype)
+        # made on the device: a list would be copied to it, which waits for all earlier work
+        last_codes = torch.arange(self.grid_size - 1, self.levels, self.grid_size, device=x.device, dtype=x.dtype)
         ends = self.reconstruct(last_codes, parameters)
         inside = (x >= (ends[0] if self.signed else 0.0)) & (x <= ends[1])
         return straight_through(torch.where(inside, x, x.detach()), value)

@@ -89,7 +89,7 @@ def write_card(folder: Path, run: dict[str, Any], facts: CardFacts) -> Path:
     check_card(folder)
     try:
         text = _templates().get_template("card.md").render(_content(folder, run, facts)).rstrip() + "\n"
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{folder}: run.json or exports.json is damaged ({error}); run the recipe again") from None
     write_text(folder / CARD_FILE, f"{text}\n{_MARK}{_digest(text)} -->\n")
     return folder / CARD_FILE

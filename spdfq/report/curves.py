@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from spdfq.errors import DataError
+from spdfq.errors import reading
 
 Array = np.ndarray[Any, Any]
 
@@ -34,14 +34,12 @@ def curves(path: Path, named: Callable[[str], Markup] = escape) -> Markup:
     """
     if not path.is_file():
         return Markup()
-    try:
+    with reading(path):
         names, values = _read(path)
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); run the recipe again with --fresh") from None
-    groups, iterations = values.shape[:2]
-    if not values.size:
-        return Markup()
-    panels = [_panel(name, named(name), values[..., index]) for index, name in enumerate(names)]
+        groups, iterations = values.shape[:2]
+        if not values.size:
+            return Markup()
+        panels = [_panel(name, named(name), values[..., index]) for index, name in enumerate(names)]
     # the names are escaped
     return Markup(f'<div class="panels">{"".join(panels)}</div>{_legend(groups, iterations)}')
 

@@ -1,14 +1,15 @@
 """Explanations of the names on the page, which it shows on hover or tap."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from attrs import define, field, frozen
 from markupsafe import Markup, escape
 
-from spdfq.errors import DataError
+from spdfq.errors import reading
+from spdfq.report.json_file import read_json
 from spdfq.report.terms import STAGES, TERMS
 
 EXPLAINED_FILE = "explained.json"
@@ -56,11 +57,9 @@ class Explained:
         path = folder / EXPLAINED_FILE
         if not path.is_file():
             return cls()
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(dict(found["names"]), dict(found["keys"]))
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}: damaged; run the recipe again with --fresh") from None
+        with reading(path):
+            found = read_json(path)
+            return cls(_texts(found["names"]), _texts(found["keys"]))
 
     def name(self, text: object) -> Markup:
         """A text in which the whole, or each part between commas, opens its explanation."""
@@ -112,3 +111,7 @@ class Explained:
             return escape(name)
         note = self.used.setdefault(about, Note(f"term{len(self.used)}", name, about))
         return Markup('<button class="term" popovertarget="{}" title="{}">{}</button>').format(note.id, about, name)
+
+
+def _texts(table: Any) -> dict[str, str]:
+    return {name: str(text) for name, text in table.items()}

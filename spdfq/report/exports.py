@@ -1,12 +1,14 @@
 """The exported files of a run, as the page shows them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from spdfq.errors import DataError
+from spdfq.report.json_file import read_json
 
 EXPORTS_FILE = "exports.json"
+EXPORT_AGAIN = "remove it and export again"
+"""What to do about a damaged file."""
 COLUMNS = (
     *("file", "format", "MB", "runtime", "test images", "top-1", "simulated", "agreement", "ms/image", "FP ms/image"),
     "integer products",
@@ -21,12 +23,9 @@ def known_exports(folder: Path) -> dict[str, Any]:
         DataError: the file is damaged.
     """
     path = folder / EXPORTS_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: damaged; remove it and export again")
+    found = read_json(path, EXPORT_AGAIN) if path.is_file() else {}
+    if wrong := [name for name, entry in found.items() if not isinstance(entry, dict)]:
+        raise DataError(f"{path}: damaged ({wrong[0]}: expected an object); {EXPORT_AGAIN}")
     return found
 
 
@@ -39,7 +38,7 @@ def exports_section(found: dict[str, Any]) -> dict[str, Any] | None:
     if not found:
         return None
     rows = [row for name, entry in found.items() for row in _rows(name, entry)]
-    notes = {name: entry["notes"] for name, entry in found.items() if entry["notes"]}
+    notes = {name: list(entry["notes"]) for name, entry in found.items() if entry["notes"]}
     floating = [
         f"{name}, {_runtime(row)}: computed in float: {float_products(row)}"
         for name, entry in found.items()

@@ -32,5 +32,5 @@ def quality_section(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "facts": {name: value for name, value in values.items() if value is not None},
         "real_images": found["real_images"],
-        "notes": found["notes"],
+        "notes": list(found["notes"]),
     }

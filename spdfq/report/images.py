@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import frozen
 
-from spdfq.errors import DataError
+from spdfq.errors import reading
 from spdfq.report.pictures import tiles_of
 
 CLASSES_FILE, REAL_FILE = "image_classes.json", "real.png"
@@ -56,21 +56,18 @@ def pictures(folder: Path, names: Sequence[str]) -> Pictures | None:
 
     Raises:
         DataError: a file is damaged.
-        KeyError: ``image_classes.json`` lacks a value.
     """
     path = folder / CLASSES_FILE
     if not (path.is_file() and (folder / "synthetic.png").is_file()):
         return None
-    try:
+    with reading(path):
         classes: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise DataError(f"{path}: damaged; run the recipe again with --fresh") from None
-    shown = _encoded(folder / "synthetic.png", len(classes))
-    real = _encoded(folder / REAL_FILE, len(classes)) if (folder / REAL_FILE).is_file() else [None] * len(classes)
-    found = [
-        Picture(image or "", beside, _name(each["class"], names), f"{each['percent']:.0f} %", _drawn(each, names))
-        for image, beside, each in zip(shown, real, classes, strict=True)
-    ]
+        shown = _encoded(folder / "synthetic.png", len(classes))
+        real = _encoded(folder / REAL_FILE, len(classes)) if (folder / REAL_FILE).is_file() else [None] * len(classes)
+        found = [
+            Picture(image or "", beside, _name(each["class"], names), f"{each['percent']:.0f} %", _drawn(each, names))
+            for image, beside, each in zip(shown, real, classes, strict=True)
+        ]
     return Pictures(found[:_FIRST], found[_FIRST:])
 
 

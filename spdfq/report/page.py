@@ -4,29 +4,31 @@ This module collects what the page says; the templates say how it looks.
 """
 
 import base64
-import json
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from spdfq.errors import DataError, writing
+from spdfq.errors import DataError, reading
 from spdfq.report.curves import curves
 from spdfq.report.diagnosis import DIAGNOSIS_FILE, diagnosis_section
 from spdfq.report.explained import Explained
-from spdfq.report.exports import EXPORTS_FILE, exports_section, known_exports, measured_lines
+from spdfq.report.exports import EXPORT_AGAIN, EXPORTS_FILE, exports_section, known_exports, measured_lines
 from spdfq.report.image_quality import MEASURES_FILE, quality_section
-from spdfq.report.images import CLASSES_FILE, pictures
+from spdfq.report.images import pictures
+from spdfq.report.json_file import read_json
 from spdfq.report.pictures import SHOWN
 from spdfq.report.site_noise import NOISE_FILE, heat_map
 from spdfq.report.sites import site_tables
 
+T = TypeVar("T")
+
 PAGE = "report.html"
 """Name of the page in the folder of a run, and of a bench."""
-_OPTIONAL = (EXPORTS_FILE, MEASURES_FILE, NOISE_FILE, CLASSES_FILE)
 
 
 def write_report(folder: Path) -> Path:
@@ -41,20 +43,16 @@ def write_report(folder: Path) -> Path:
     Raises:
         DataError: ``run.json`` is missing, a file of the folder is damaged, or the page cannot be written.
     """
-    run = _read_json(folder / "run.json")
-    if run is None:
+    from spdfq.runtime.files import write_text  # imports torch, which this package does not need otherwise
+
+    path = folder / "run.json"
+    if not path.is_file():
         raise DataError(f"{folder}: has no run.json; give the folder of a finished run")
-    try:
-        content = _content(folder, run)
-    except KeyError as error:
-        raise DataError(
-            f"{folder}: run.json, sites.json, {', '.join(_OPTIONAL)} or {DIAGNOSIS_FILE} lacks {error}; run the recipe "
-            "again with --fresh"
-        ) from None
-    path = folder / PAGE
-    with writing(path):
-        path.write_text(templates().get_template("page.html").render(content), encoding="utf-8")
-    return path
+    run = read_json(path)
+    with reading(path):  # the other files are checked as they are read
+        text = templates().get_template("page.html").render(_content(folder, run))
+    write_text(folder / PAGE, text)
+    return folder / PAGE
 
 
 @cache
@@ -72,10 +70,11 @@ def templates() -> Environment:
 
 def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """The values of the template's variables."""
-    metrics, measures = run["metrics"], _read_json(folder / MEASURES_FILE)
-    diagnosis, noise = _read_json(folder / DIAGNOSIS_FILE), _read_json(folder / NOISE_FILE)
-    stages, exports = run.get("stages", {}), known_exports(folder)
-    names = Explained.of(folder)
+    metrics, stages, names = run["metrics"], run.get("stages", {}), Explained.of(folder)
+    with reading(folder / EXPORTS_FILE, EXPORT_AGAIN):
+        exports = known_exports(folder)
+        files, export_tables = measured_lines(exports), exports_section(exports)
+    diagnosis = _read(folder / DIAGNOSIS_FILE, lambda found: found)
     return {
         "style": style(),
         "names": names,
@@ -88,22 +87,22 @@ def _content(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "measured": _measured(metrics),
         "bars_of_controls": _bars(run),
         "outcome": _outcome(run),
-        "files": measured_lines(exports),
+        "files": files,
         "warnings": run.get("warnings", ()),
         "controls": _controls(run),
         "measure": metrics.get("measure", "top-1"),
-        "pictures": pictures(folder, run["model"].get("class_names") or ()),
+        "pictures": pictures(folder, list(run["model"].get("class_names") or ())),
         "images": _encoded(folder / "synthetic.png"),
         "images_caption": _images_caption(run["images"]["count"]),
-        "measures": None if measures is None else quality_section(measures),
-        "diagnosis": None if diagnosis is None else diagnosis_section(diagnosis),
-        "noise": None if noise is None else heat_map(noise, diagnosis),
-        "exports": exports_section(exports),
+        "measures": _read(folder / MEASURES_FILE, quality_section),
+        "diagnosis": _read(folder / DIAGNOSIS_FILE, diagnosis_section),
+        "noise": _read(folder / NOISE_FILE, lambda found: heat_map(found, diagnosis)),
+        "exports": export_tables,
         "attention": _encoded(folder / "attention.png"),
         "losses": curves(folder / "losses.csv", names.name),
         "stages": _stages(stages),
         "total_time": duration(sum(stage["seconds"] for stage in stages.values())),
-        "sites": site_tables(_read_json(folder / "sites.json") or {}),
+        "sites": _read(folder / "sites.json", site_tables) or site_tables({}),
         "recipe": list(names.recipe(_lines(folder / "recipe.toml"))),
         "environment": _environment(run),
     }
@@ -142,16 +141,12 @@ def duration(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _read(path: Path, shown: Callable[[dict[str, Any]], T]) -> T | None:
+    """What the page shows of a JSON file; ``None`` without the file."""
+    if not path.is_file():
         return None
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); run the recipe again with --fresh") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: damaged; run the recipe again with --fresh")
-    return found
+    with reading(path):
+        return shown(read_json(path))
 
 
 def _encoded(path: Path) -> str | None:
@@ -160,7 +155,10 @@ def _encoded(path: Path) -> str | None:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not path.is_file():
+        return []
+    with reading(path):
+        return path.read_text(encoding="utf-8").splitlines()
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange, reduce, repeat
 from PIL import Image, ImageDraw, ImageFont
 
-from spdfq.errors import DataError
+from spdfq.errors import reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,10 +63,10 @@ def write_pictures(folder: Path, images: "SyntheticImages", teacher: "Teacher") 
     for name in ("attention.png", "losses.csv"):
         (folder / name).unlink(missing_ok=True)
     shown = _pixels(images, teacher)
-    _contact_sheet(shown).save(folder / "synthetic.png", optimize=True)
+    save_png(folder / "synthetic.png", _contact_sheet(shown))
     written = ["synthetic.png"]
     if images.prior.numel():
-        _attention_sheet(shown, images).save(folder / "attention.png", optimize=True)
+        save_png(folder / "attention.png", _attention_sheet(shown, images))
         written.append("attention.png")
     if images.curves.numel():
         _write_losses(folder / "losses.csv", images)
@@ -82,7 +82,18 @@ def write_real_images(path: Path, pixels: "list[Tensor | None]") -> None:
         pixels: for each calibration image shown ``[C, H, W]`` in 0..1, or ``None``, which leaves its place empty.
     """
     tiles = [None if each is None else _small(to_bytes(each.unsqueeze(0))[0]) for each in pixels]
-    _sheet(tiles).save(path, optimize=True)
+    save_png(path, _sheet(tiles))
+
+
+def save_png(path: Path, picture: Image.Image) -> None:
+    """Write a PNG file, completely or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    from spdfq.runtime.files import replace_file  # imports torch, which this package does not need otherwise
+
+    replace_file(path, lambda temporary: picture.save(temporary, "PNG", optimize=True))
 
 
 def tiles_of(path: Path, count: int) -> list[bytes | None]:
@@ -95,20 +106,18 @@ def tiles_of(path: Path, count: int) -> list[bytes | None]:
     Raises:
         DataError: the file is damaged.
     """
-    try:
+    with reading(path):
         with Image.open(path) as found:
             sheet = found.copy()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged ({error}); run the recipe again with --fresh") from None
-    columns = _columns(count)
-    width, height = (sheet.width + _GUTTER) // columns, (sheet.height + _GUTTER) // -(-count // columns)
-    tiles = []
-    for index in range(count):
-        left, top = index % columns * width, index // columns * height
-        tile = sheet.crop((left, top, left + width - _GUTTER, top + height - _GUTTER))
-        file = io.BytesIO()
-        tile.convert(tile.mode.removesuffix("A")).save(file, "PNG", optimize=True)
-        tiles.append(file.getvalue() if tile.getchannel("A").getbbox() else None)
+        columns = _columns(count)
+        width, height = (sheet.width + _GUTTER) // columns, (sheet.height + _GUTTER) // -(-count // columns)
+        tiles = []
+        for index in range(count):
+            left, top = index % columns * width, index // columns * height
+            tile = sheet.crop((left, top, left + width - _GUTTER, top + height - _GUTTER))
+            file = io.BytesIO()
+            tile.convert(tile.mode.removesuffix("A")).save(file, "PNG", optimize=True)
+            tiles.append(file.getvalue() if tile.getchannel("A").getbbox() else None)
     return tiles
 
 
@@ -252,9 +261,12 @@ def _maps(prior: Array, reached: Array) -> Image.Image:
 
 
 def _write_losses(path: Path, images: "SyntheticImages") -> None:
-    with open(path, "w", newline="", encoding="utf-8") as handle:
-        table = csv.writer(handle, lineterminator="\n")
-        table.writerow(("group", "iteration", *images.columns))
-        for group, curve in enumerate(images.curves.tolist()):
-            for iteration, values in enumerate(curve):
-                table.writerow((group, iteration, *(f"{value:.6g}" for value in values)))
+    from spdfq.runtime.files import write_text
+
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("group", "iteration", *images.columns))
+    for group, curve in enumerate(images.curves.tolist()):
+        for iteration, values in enumerate(curve):
+            table.writerow((group, iteration, *(f"{value:.6g}" for value in values)))
+    write_text(path, text.getvalue())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from spdfq.errors import DataError, writing
-from spdfq.report.pictures import INK, to_bytes, to_rgb
+from spdfq.report.pictures import INK, save_png, to_bytes, to_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +46,7 @@ def write_sheet(path: Path, rows: Sequence[tuple[str, "Tensor"]]) -> None:
     if not rows:
         raise DataError(f"{path}: there is no run to show")
     sheet = _sheet([name for name, _ in rows], [_tiles(pixels[:_COUNT]) for _, pixels in rows])
-    with writing(path):
-        sheet.save(path, optimize=True)
+    save_png(path, sheet)
 
 
 def _sheet(names: list[str], tiles: list[list[Image.Image]]) -> Image.Image:

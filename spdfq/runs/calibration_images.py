@@ -6,7 +6,7 @@ from typing import Any
 from attrs import asdict
 
 from spdfq.calibration_data import CalibrationImages
-from spdfq.errors import DataError
+from spdfq.errors import reading
 from spdfq.runs.finished import finished_recipe, finished_record
 from spdfq.synth import SyntheticImages
 
@@ -27,10 +27,8 @@ def export_images(folder: str | Path, to: str | Path) -> dict[str, Any]:
     """
     finished_recipe(folder)
     record = finished_record(folder)
-    try:
-        mean, std, source = record["model"]["mean"], record["model"]["std"], record["images"]["type"]
-    except (KeyError, TypeError):
-        raise DataError(f"{Path(folder) / 'run.json'}: damaged; run the recipe again with --fresh") from None
+    with reading(Path(folder) / "run.json"):
+        mean, std, source = list(record["model"]["mean"]), list(record["model"]["std"]), record["images"]["type"]
     images = SyntheticImages.load(Path(folder) / "synthetic.safetensors").images
     found = CalibrationImages(images=images.float(), mean=mean, std=std, source=str(folder))
     lost = found.save(to)
@@ -38,8 +36,8 @@ def export_images(folder: str | Path, to: str | Path) -> dict[str, Any]:
         "file": str(to),
         "images": len(found),
         "size": list(found.size),
-        "mean": list(mean),
-        "std": list(std),
+        "mean": mean,
+        "std": std,
         "source": source,
         "rounding": None if lost is None else asdict(lost),
     }

@@ -57,7 +57,7 @@ def card_run(folder: str | Path) -> dict[str, Any]:
     teacher = verified(folder / "quantized")["teacher"]
     try:
         facts = _facts(recipe, run, teacher, base, exports, free)
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{folder}: run.json or exports.json is damaged ({error}); run the recipe again") from None
     lock = lock_folder(folder)
     try:

@@ -35,8 +35,12 @@ def checked_teacher(recipe: Recipe) -> tuple[Teacher, list[str]]:
     # data first: a missing folder is reported before weights are downloaded
     data_fingerprints((recipe.synthesis, recipe.controls, recipe.evaluation))
     teacher = load_teacher(recipe.model)
-    shared = [line for key, source in recipe.sources() for line in _shared_images(key, source, recipe)]
-    return teacher, [*check_fit(recipe, teacher), *notes(recipe.model, teacher.module), *shared]
+    doubts = [
+        line
+        for key, source in recipe.sources()
+        for line in (*_shared_images(key, source, recipe), *_other_task(key, source, recipe, teacher))
+    ]
+    return teacher, [*check_fit(recipe, teacher), *notes(recipe.model, teacher.module), *doubts]
 
 
 def check_fit(recipe: Recipe, teacher: Teacher) -> list[str]:
@@ -100,3 +104,16 @@ def _shared_images(key: str, source: Any, recipe: Recipe) -> list[str]:
         return []
     first = f"the first of them {min(shared)}"
     return [f"{key}.dataset: {len(shared):,} of its images are evaluation.dataset's too, {first}; give others"]
+
+
+def _other_task(key: str, source: Any, recipe: Recipe, teacher: Teacher) -> list[str]:
+    """A warning if real calibration images are of another dataset than the evaluation's, with other classes."""
+    dataset = getattr(source, "dataset", None)
+    if dataset is None or teacher.headless or type(dataset) is type(recipe.evaluation.dataset):
+        return []
+    if dataset.classes in (None, 1, teacher.num_classes):  # 1: a folder of calibration images
+        return []
+    return [
+        f"{key}.dataset: has {dataset.classes:,} classes, {teacher.name} knows {teacher.num_classes:,}; give images "
+        "that the model is meant for, or leave this source out"
+    ]

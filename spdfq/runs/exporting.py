@@ -11,7 +11,7 @@ import torch
 from attrs import define, evolve
 from torch import nn
 
-from spdfq.errors import ModelError, SpdfqError
+from spdfq.errors import ModelError, SpdfqError, reading
 from spdfq.evaluation.accuracy import accuracy
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.exporters.base import Exporter
@@ -76,7 +76,8 @@ def export_run(
     try:
         images = SyntheticImages.load(folder / "synthetic.safetensors").images if softmax == "uniform8" else None
         names = saved_class_names(record, teacher, recipe)
-        details = {"recipe_digest": record.get("recipe_digest"), "simulated": _simulated(record)}
+        with reading(folder / "run.json"):
+            details = {"recipe_digest": record.get("recipe_digest"), "simulated": _simulated(record)}
         done = write_export(
             model, teacher, path, exporter, softmax=softmax, images=images, class_names=names, details=details
         )

@@ -1,15 +1,15 @@
 """Finished runs: their recipe, their record, and whether a model is still their teacher."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from spdfq.data.classes import class_names
-from spdfq.errors import DataError, RecipeError, shown
+from spdfq.errors import AGAIN, DataError, RecipeError, shown
 from spdfq.recipe import Recipe, load_recipe
 from spdfq.recipe.files import listed
 from spdfq.recipe.toml import value
+from spdfq.report.json_file import read_json
 from spdfq.teacher import Teacher
 
 
@@ -63,7 +63,7 @@ def check_teacher(folder: str | Path, found: dict[str, Any], fingerprint: str) -
     """
     model = found.get("model", {})
     if not isinstance(model, dict):
-        raise DataError(f"{Path(folder) / 'run.json'}: damaged; run the recipe again with --fresh")
+        raise DataError(f"{Path(folder) / 'run.json'}: damaged; {AGAIN}")
     if model.get("fingerprint") not in (None, fingerprint):
         raise DataError(
             f"{folder}: recipe.toml or the weights have changed, so its model is no longer the one that was quantized; "
@@ -74,12 +74,22 @@ def check_teacher(folder: str | Path, found: dict[str, Any], fingerprint: str) -
 def finished_record(folder: str | Path, remedy: str = "give the folder of a finished run") -> dict[str, Any]:
     """The contents of a run folder's ``run.json``.
 
+    Args:
+        folder: of the run.
+        remedy: the end of the message if there is no ``run.json``.
+
     Raises:
-        DataError: it is missing or damaged; the message ends with the remedy.
+        DataError: it is missing or damaged.
     """
-    found = run_record(folder)
-    if not found:
+    path = Path(folder) / "run.json"
+    if not path.is_file():
         raise DataError(f"{folder}: has no run.json; {remedy}")
+    found = read_json(path)
+    if not found:
+        raise DataError(f"{path}: damaged (it is empty); {AGAIN}")
+    for section in ("model", "metrics"):
+        if not isinstance(found.get(section, {}), dict):
+            raise DataError(f"{path}: damaged ({section}: expected an object, got {shown(found[section])}); {AGAIN}")
     return found
 
 
@@ -90,9 +100,7 @@ def saved_class_names(record: dict[str, Any], teacher: Teacher, recipe: Recipe) 
 
 def run_record(folder: str | Path) -> dict[str, Any]:
     """The contents of a run folder's ``run.json``; empty if it is missing or damaged."""
-    path = Path(folder) / "run.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
+        return read_json(Path(folder) / "run.json")
+    except DataError:
         return {}
-    return found if isinstance(found, dict) else {}

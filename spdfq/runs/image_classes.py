@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spdfq.errors import reading
 from spdfq.evaluation.predictions import Predictions
 from spdfq.report.images import CLASSES_FILE, REAL_FILE
 from spdfq.report.pictures import SHOWN, write_real_images
@@ -51,10 +52,14 @@ def show_real_images(folder: Path, teacher: Teacher, evaluation: Any, prediction
         teacher: gives the mean and standard deviation of the images.
         evaluation: the recipe's section.
         predictions: of the teacher on the section's dataset, with the labels.
+
+    Raises:
+        DataError: the file of the classes is damaged.
     """
     if not (folder / CLASSES_FILE).is_file():
         return
-    classes = [each["class"] for each in json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))]
+    with reading(folder / CLASSES_FILE):
+        classes = [int(each["class"]) for each in json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))]
     places = _places(classes, predictions.labels)
     wanted = {place: each for place, each in zip(places, classes, strict=True) if place is not None}
     found: dict[int, Tensor] = {}

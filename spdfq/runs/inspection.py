@@ -8,13 +8,13 @@ from typing import Any
 from attrs import define, field
 from torch import Tensor
 
-from spdfq.errors import DataError, SpdfqError
+from spdfq.errors import DataError, SpdfqError, reading
 from spdfq.evaluation.measures import Centroids, dataset_centroids, measure_images, prior_overlap
 from spdfq.recipe import Recipe, digest
 from spdfq.recipe.files import listed
 from spdfq.report import check_sheet, write_report, write_sheet
 from spdfq.report.image_quality import MEASURES_FILE
-from spdfq.runs.finished import check_teacher, finished_recipe, run_record
+from spdfq.runs.finished import check_teacher, finished_recipe, finished_record
 from spdfq.runs.provenance import data_fingerprints
 from spdfq.runs.store import lock_folder
 from spdfq.runtime import Progress, Runtime, make_runtime, own_threads, pick_progress
@@ -87,13 +87,9 @@ class _Run:
     @classmethod
     def found(cls, folder: Path, overrides: tuple[str, ...], device: str | None, progress: Progress) -> "_Run":
         recipe = finished_recipe(folder, overrides)
-        if not (folder / "run.json").is_file():
-            raise DataError(f"{folder}: has no run.json; measure a finished run")
-        record = run_record(folder)
-        try:
+        record = finished_record(folder, "measure a finished run")
+        with reading(folder / "run.json"):
             record["images"]["type"], record["metrics"]["quantized"]["top1"]
-        except (KeyError, TypeError):
-            raise DataError(f"{folder / 'run.json'}: damaged; run the recipe again with --fresh") from None
         images = SyntheticImages.load(folder / "synthetic.safetensors")
         return cls(folder, recipe, record, images, make_runtime(recipe.runtime, recipe.seed, device, progress))
 

@@ -14,7 +14,7 @@ from spdfq.errors import SpdfqError, first_line, shown, writing
 from spdfq.evaluation.accuracy import accuracy, another_order, left_out
 from spdfq.evaluation.evaluator import evaluator_for
 from spdfq.evaluation.published import check_full_precision
-from spdfq.quantized.checkpoint import load_checkpoint
+from spdfq.quantized.checkpoint import CONFIG, TENSORS, load_checkpoint
 from spdfq.quantized.place import place
 from spdfq.recipe import Recipe, digest, load_recipe, to_toml
 from spdfq.recipe.files import listed
@@ -46,7 +46,7 @@ from spdfq.runs.stages import (
 from spdfq.runs.store import StageRecord, Store, lock_folder, store_beside
 from spdfq.runs.tracking import tracked
 from spdfq.runtime import Progress, make_runtime, own_threads, pick_progress
-from spdfq.runtime.files import write_text
+from spdfq.runtime.files import copy_file, write_text
 from spdfq.runtime.peak_memory import peak_memory, restart_peak
 from spdfq.runtime.ranks import join
 from spdfq.synth import GaussianNoise, RealImages
@@ -349,6 +349,8 @@ class _Run:
         self.announce(f"full precision: {by}top-1 {accuracy(fp.logits, fp.labels)['top1']:.2f} %")
         if fp.damaged:
             self._warn(f"evaluation.dataset: {left_out(fp.damaged)}")
+        if work.teacher.headless and fp.bank_damaged:
+            self._warn(f"evaluation.bank: {left_out(fp.bank_damaged)}")
         if line := check_full_precision(work.recipe, work.teacher, fp.logits, fp.labels):
             self.announce(line)
         if not work.teacher.headless and (line := another_order(fp.logits, fp.labels)):
@@ -370,11 +372,10 @@ class _Run:
             write_pictures(folder, images, work.teacher)
             for stale in _STALE:
                 (folder / stale).unlink(missing_ok=True)
-            shutil.copytree(stored / "quantized", folder / "quantized", dirs_exist_ok=True)
-            shutil.copy(stored / "sites.json", folder / "sites.json")
-            for name in (NOISE_FILE, CLASSES_FILE):
-                if (stored / name).is_file():  # not in the store of an older version
-                    shutil.copy(stored / name, folder / name)
+            (folder / "quantized").mkdir(exist_ok=True)
+            for name in (f"quantized/{TENSORS}", f"quantized/{CONFIG}", "sites.json", NOISE_FILE, CLASSES_FILE):
+                if (stored / name).is_file():  # the last two are not in the store of an older version
+                    copy_file(stored / name, folder / name)
             write_text(folder / EXPLAINED_FILE, json.dumps(explained(work.recipe), indent=1) + "\n")
             show_real_images(folder, work.teacher, work.recipe.evaluation, work.results[TeacherStage.name])
 

@@ -1,6 +1,5 @@
 """What a run writes about itself: ``run.json``."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from spdfq.quantized.checkpoint import TENSORS
 from spdfq.recipe import digest
 from spdfq.recipe.structure import unstructure
 from spdfq.runs.provenance import device_name, git_commit, versions
-from spdfq.runs.stages import EvaluateStage, ImagesStage, QuantizeStage, Work
+from spdfq.runs.stages import EvaluateStage, ImagesStage, QuantizeStage, Work, percent_in_float
 from spdfq.runs.store import StageRecord
 from spdfq.teacher.state import persistent_tensors
 
@@ -97,11 +96,10 @@ def _images(work: Work) -> dict[str, Any]:
 
 def _backend(work: Work) -> dict[str, Any]:
     spec = unstructure(work.recipe.quantization)
-    sites = json.loads((work.results[QuantizeStage.name] / "sites.json").read_text(encoding="utf-8"))
     return {
         "label": work.recipe.quantization.label,
         "digest": digest(spec),
-        "percent_in_float": sites["multiplications"]["percent_in_float"],
+        "percent_in_float": percent_in_float(work.results[QuantizeStage.name] / "sites.json"),
         "placement": spec["placement"]["type"],
         "steps": [step["type"] for step in spec["steps"]],
     }

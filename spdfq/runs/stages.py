@@ -12,11 +12,13 @@ from spdfq.api import make_images
 from spdfq.backends import quantize
 from spdfq.backends.quantized_student import student_section
 from spdfq.backends.site_noise import site_noise
+from spdfq.errors import reading
 from spdfq.evaluation.evaluator import Evaluator, evaluator_for
 from spdfq.quantized.checkpoint import load_checkpoint, save_quantized, verified
 from spdfq.recipe import Recipe, digest
 from spdfq.recipe.structure import unstructure
 from spdfq.report.images import CLASSES_FILE
+from spdfq.report.json_file import read_json
 from spdfq.report.site_noise import NOISE_FILE
 from spdfq.runs.image_classes import image_classes
 from spdfq.runs.provenance import code_digests, data_fingerprints, versions
@@ -178,9 +180,20 @@ class QuantizeStage(Stage):
             write_text(folder / name, json.dumps(content) + "\n")
 
     def load(self, work: Work, folder: Path) -> Path:
-        """Check the saved model."""
+        """Check the saved model and its list of sites."""
         verified(folder / "quantized")
+        percent_in_float(folder / "sites.json")
         return folder
+
+
+def percent_in_float(sites: Path) -> float:
+    """The share of the multiplications with an operand in float, from a ``sites.json``.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    with reading(sites):
+        return float(read_json(sites)["multiplications"]["percent_in_float"])
 
 
 class EvaluateStage(Stage):
@@ -207,8 +220,7 @@ class EvaluateStage(Stage):
 
     def load(self, work: Work, folder: Path) -> dict[str, Any]:
         """Read the metrics."""
-        metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return metrics
+        return read_json(folder / "metrics.json")
 
 
 STAGES: tuple[Stage, ...] = (TeacherStage(), ImagesStage(), QuantizeStage(), EvaluateStage())

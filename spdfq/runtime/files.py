@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def _umask() -> int:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file atomically."""
+    replace_file(path, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from spdfq.errors import DataError
 from spdfq.losses.base import Loss
 from spdfq.runtime.files import read_tensors, write_tensors
+from spdfq.runtime.state_key import check_state_key
 
 BALANCE_ITERATIONS = 10
 _REMEDY = "delete it or use --fresh; the group then starts again"
@@ -85,6 +86,7 @@ class GroupState:
         curve: ``[iterations, columns]``, the losses so far.
         iteration: the next iteration.
         others: other parts to store, by name; ``None`` if the group has no such part.
+        key: a hash of what the state depends on, which the file holds.
     """
 
     images: Tensor
@@ -93,6 +95,7 @@ class GroupState:
     curve: Tensor
     iteration: int = 0
     others: dict[str, Resumable | None] = field(factory=dict)
+    key: str = ""
 
     def save(self, path: Path) -> None:
         """Write the state. A crash leaves either the old file or the new one."""
@@ -100,17 +103,19 @@ class GroupState:
         moments = {f"{_MOMENTS}{name}": value for name, value in state if isinstance(value, Tensor)}
         stored = {name: other.tensors() for name, other in self.others.items() if other}
         others = {f"{name}.{key}": value for name, tensors in stored.items() for key, value in tensors.items()}
-        write_tensors(path, {**self._tensors(), **moments, **others}, {"iteration": str(self.iteration)})
+        metadata = {"iteration": str(self.iteration), "key": self.key}
+        write_tensors(path, {**self._tensors(), **moments, **others}, metadata)
 
     def restore(self, path: Path) -> None:
         """Load what `save` wrote.
 
         Raises:
-            DataError: the file is damaged or belongs to another group.
+            DataError: the file is damaged, or belongs to another group or to other work.
         """
         tensors, metadata = read_tensors(path, _REMEDY)
         iteration = metadata.get("iteration", "")
         self._check(path, tensors, iteration)
+        check_state_key(path, metadata, self.key)
         self.iteration = int(iteration)
         with torch.no_grad():
             for name, own in self._tensors().items():

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from attrs import define
+from attrs import define, evolve
 
 from spdfq.attention import AttentionRecord, record_attention
 from spdfq.errors import RecipeError, SpdfqError
 from spdfq.registry import augmentations, losses, samplers, sources
 from spdfq.runtime import Advance, Runtime
+from spdfq.runtime.state_key import state_key
 from spdfq.synth.base import SyntheticImages
 from spdfq.synth.compiled import compiled_passes
 from spdfq.synth.group import Group
@@ -118,7 +119,7 @@ class OptimizedImages(SynthesisSettings):
             SpdfqError: the teacher or the settings do not fit; see `check`.
             SpdfqError: ``runtime.compile`` is set, and the teacher cannot be compiled.
             NonFiniteError: a loss or a gradient.
-            DataError: a state file is damaged.
+            DataError: a state file is damaged, or of other work.
         """
         with runtime.own_modes():
             return self._synthesized(teacher, runtime, folder, student)
@@ -130,6 +131,7 @@ class OptimizedImages(SynthesisSettings):
         starts, ranks = range(0, self.images, self.group), runtime.ranks
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
+        key = self._state_key(teacher, runtime) if folder else ""
 
         def made(indices: Sequence[int], advance: Advance) -> dict[int, SyntheticImages]:
             """The results of the groups with these indices, some groups in each pass."""
@@ -139,6 +141,8 @@ class OptimizedImages(SynthesisSettings):
                 counts = [min(self.group, self.images - starts[index]) for index in batch]
                 pairs = zip(batch, counts, strict=True)
                 groups = [Group(self, teacher, runtime, *pair, student, compiled) for pair in pairs]
+                for group in groups:
+                    group.state.key = key
                 found |= zip(batch, run(groups, advance, folder), strict=True)
             return found
 
@@ -153,6 +157,11 @@ class OptimizedImages(SynthesisSettings):
                 others = [index for index in range(len(starts)) if index not in parts]
                 parts |= made(others, lambda *_, **__: None)
         return _joined([parts[index] for index in range(len(starts))])
+
+    def _state_key(self, teacher: Teacher, runtime: Runtime) -> str:
+        """A hash of what the state of a group depends on: not on how many groups there are, or share a pass."""
+        settings = evolve(self, images=1, groups_per_pass=1)
+        return state_key(settings, teacher.fingerprint(), runtime.seed, runtime.precision, runtime.compile)
 
 
 def _joined(parts: list[SyntheticImages]) -> SyntheticImages:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from support.attention import BOTH, NAMES, images_for
 from support.backends import images as colour_images
-from support.backends import quantized
+from support.backends import quantized, teacher
 from support.memory import Largest
 from support.networks import ARCHITECTURES, build
 from torch import nn
@@ -19,6 +19,7 @@ from spdfq.attention import (
     attention_probabilities,
     explicit_attention,
     fused_attention,
+    operations,
     prefix_tokens,
     record_attention,
 )
@@ -54,7 +55,7 @@ def expected_rows(name, probabilities):
 
 def largest_gap(found, expected):
     assert [x.shape for x in found] == [x.shape for x in expected]
-    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    return max(float((a - b).detach().abs().max()) for a, b in zip(found, expected, strict=True))
 
 
 # recorded values
@@ -200,6 +201,65 @@ def test_a_mask_of_each_image_goes_with_its_row(rows):
     assert (row == 0).nonzero()[:, [0, 2]].tolist() == [[image, image] for image in range(len(row)) for _ in range(2)]
 
 
+LARGE = {  # more tokens than explicit products are computed for
+    "swin": {"img_size": 40, "patch_size": 2, "window_size": 10},
+    "vit": {"img_size": 48, "patch_size": 4, "class_token": False, "global_pool": "avg"},
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("learnable", [False, True])
+def test_without_a_class_token_the_other_images_are_computed_as_the_reference_says(name, learnable):
+    model = build(name, **LARGE[name]).requires_grad_(learnable)
+    images = images_for(model, 5).requires_grad_()
+
+    def results(probabilities, merged, logits):
+        rows = [p[: len(p) // 5 * 2].mean(-2) for p in probabilities]
+        loss = logits.square().sum() + sum((row * torch.linspace(-1, 1, row.shape[-1])).sum() for row in rows)
+        outputs = [output[: len(output) // 5 * 2] for output in merged]
+        return [logits, *rows, *outputs], torch.autograd.grad(loss, images)[0]
+
+    probabilities, merged, logits = unfused(model, images)
+    assert (name == "swin") == any(bool((p == 0).any()) for p in probabilities), "a mask of each window"
+    expected, gradient = results(probabilities, merged, logits)
+    with record_attention(model, BOTH, rows=2) as record:
+        logits = model(images)
+    rows, outputs = record.class_attention, [x.transpose(1, 2).flatten(2) for x in record.attention_outputs]
+    loss = logits.square().sum() + sum((row * torch.linspace(-1, 1, row.shape[-1])).sum() for row in rows)
+    assert largest_gap([logits, *rows, *outputs], expected) < 1e-4
+    (found,) = torch.autograd.grad(loss, images)
+    assert float((found - gradient).abs().max() / gradient.abs().max()) < 1e-4
+
+
+def test_all_images_may_share_their_keys():
+    class Shared(nn.Module):
+        def forward(self, tokens):
+            return F.scaled_dot_product_attention(tokens, tokens[:1], tokens[:1])
+
+    tokens = torch.randn(3, 2, 81, 4, generator=torch.Generator().manual_seed(0))
+    model = Shared()
+    with record_attention(model, rows=2) as record:
+        output = model(tokens)
+    probabilities = (tokens @ tokens[:1].mT / 2).softmax(-1)
+    assert largest_gap([output], [probabilities @ tokens[:1]]) < 1e-5
+    assert largest_gap(record.class_attention, [probabilities[:2].mean(-2)]) < 1e-5
+
+
+def test_a_quantized_model_has_no_probabilities_computed_for_images_that_are_not_recorded(monkeypatch):
+    student, sizes = quantized(teacher("vit", class_token=False, global_pool="avg"), count=3), []
+    with record_attention(student) as record:
+        student(colour_images(3))
+        expected = [row[:1] for row in record.class_attention]
+    scores = operations.attention_scores
+    monkeypatch.setattr(
+        operations, "attention_scores", lambda query, *rest: sizes.append(len(query)) or scores(query, *rest)
+    )
+    with record_attention(student, rows=1) as record:
+        student(colour_images(3))
+    assert largest_gap(record.class_attention, expected) < 1e-6
+    assert sizes == [1, 3] * 2, "what is recorded, and what is multiplied by the values"
+
+
 @torch.no_grad()
 def test_each_call_replaces_the_record():
     model = build("vit")
@@ -302,6 +362,15 @@ def test_recording_the_class_row_allocates_no_square_tensor_forward_or_backward(
     recorded = largest_while(model, images, recording=True)
     assert plain < SQUARE / 4
     assert recorded == plain, "the largest tensor must be one the model makes anyway"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_without_a_class_token_only_recorded_images_have_square_tensors(name):
+    shape = {"swin": {"depths": (1, 1), "num_heads": (8, 8)}, "vit": {"depth": 1, "num_heads": 8}}[name]
+    model = build(name, **LARGE[name], **shape).requires_grad_(False)
+    images = images_for(model, 6).requires_grad_()
+    windows, tokens = (4, 100) if name == "swin" else (1, 144)
+    assert largest_while(model, images, recording=True) == BATCH * windows * HEADS * tokens**2
 
 
 def test_the_dispatch_mode_of_the_test_above_sees_square_tensors():

@@ -128,6 +128,29 @@ def test_runs_on_different_test_images_are_refused_in_one_line(a_run):
         compare([noise, real])
 
 
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        (
+            {"bank_images": "v", "bank": 30},
+            r"real and noise: sought neighbours among different images \(30 images v and",
+        ),
+        (
+            {"precision": "bfloat16"},
+            r"one is top-1, simulated, in bfloat16 and one top-1, simulated, in float32; compare",
+        ),
+    ],
+)
+def test_runs_with_another_bank_or_precision_of_the_evaluation_are_refused_in_one_line(a_run, known, said):
+    noise, real = a_run("noise", "noise", 0, 0.5), a_run("real", "real", 0, 0.8)
+    for folder, more in ((noise, {"bank_images": "u", "bank": 40, "precision": "float32"}), (real, known)):
+        record = json.loads((folder / "run.json").read_text())
+        record["metrics"] |= more
+        (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SpdfqError, match=said):
+        compare([noise, real])
+
+
 def test_an_older_run_is_refused_with_its_folder(a_run):
     noise, real = a_run("noise", "noise", 0, 0.5), a_run("real", "real", 0, 0.8)
     record = json.loads((real / "run.json").read_text())
@@ -166,6 +189,45 @@ def test_benches_with_different_gaps_are_refused(a_bench):
     second = a_bench("second", {"mine": 0.7}, gap={**GAP, "floor": "zero"})
     with pytest.raises(SpdfqError, match=r"the benches have different \[gap\] tables"):
         compare([first, second])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("bench.json", b'{"gap": nul', "damaged (JSONDecodeError: "),
+        ("bench.json", b"[]", "damaged (expected an object, got [])"),
+        ("bench.json", b"\xff", "damaged (UnicodeDecodeError: "),
+        ("bench.json", b"[" * 100_000, "damaged (RecursionError: "),
+        ("bench.json", b'{"gap": 5}', "gap: expected a table, got 5"),
+        ("results.jsonl", b"\xff", "damaged (UnicodeDecodeError: "),
+    ],
+)
+def test_a_damaged_file_of_a_bench_is_one_line_with_its_name(a_bench, name, content, said):
+    folder = a_bench("first", {"noise": 0.4, "real": 0.8})
+    (folder / name).write_bytes(content)
+    result = CliRunner().invoke(main, ["compare", str(folder)])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {folder / name}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("run.json", "{", "damaged (JSONDecodeError: "),
+        ("run.json", "[]", "damaged (expected an object, got [])"),
+        ("run.json", "{}", "damaged (it is empty)"),
+        ("recipe.toml", "seed = ", "not valid TOML: "),
+        ("recipe.toml", "[model]\nname = 2026-01-01\n", "damaged (TypeError: a date is not a recipe value)"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line_with_its_name(a_run, name, content, said):
+    noise, real = a_run("noise", "noise", 0, 0.5), a_run("real", "real", 0, 0.8)
+    (real / name).write_text(content)
+    result = CliRunner().invoke(main, ["compare", str(noise), str(real)])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {real / name}: {said}")
 
 
 def test_rows_without_per_image_results_say_so(a_bench, tmp_path):

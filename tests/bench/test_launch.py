@@ -53,6 +53,7 @@ def test_without_submitit_the_error_has_the_command_that_installs_it(small, monk
     [
         (["timeout_min=later"], "text needs quotes"),
         (['cluster="local"', "no_such_option=1"], "--launcher submitit: "),
+        ([f"a={'[' * 2000}"], "text needs quotes"),
         (['cluster="slurm"'], "--launcher submitit: "),
     ],
 )

@@ -1,6 +1,7 @@
 """The page of a bench: what it shows of rows, intervals, bits and the folders of its cells."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -14,6 +15,7 @@ from spdfq.bench.over_bits import over_bits
 from spdfq.bench.page import write_page
 from spdfq.bench.plan import read_plan
 from spdfq.bench.rows import Backend, Images
+from spdfq.errors import DataError
 from spdfq.report.explained import EXPLAINED_FILE, Explained
 from spdfq.report.pictures import _contact_sheet
 
@@ -128,6 +130,30 @@ def test_runs_are_linked_and_their_images_and_explanations_shown(tmp_path):
     assert [found["href"] for tag, found in tags if tag == "a"] == [f"{rows()[0].folder}/report.html"]
     assert [tag for tag, _ in tags].count("img") == 2
     assert 'title="Recipe part images/gaussian_noise: ' in html
+
+
+def test_a_kill_in_the_middle_of_the_page_leaves_the_old_one(tmp_path, monkeypatch):
+    before = page(tmp_path)
+
+    def replace(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        page(tmp_path, rows()[1:])
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
+
+
+def test_a_damaged_file_of_a_cell_is_one_line_with_its_name(tmp_path):
+    cell = tmp_path / rows()[0].folder
+    cell.mkdir(parents=True)
+    (cell / EXPLAINED_FILE).write_bytes(b"\xff")
+    with pytest.raises(DataError, match=rf"{EXPLAINED_FILE}: damaged \(UnicodeDecodeError: .*; run the recipe again"):
+        page(tmp_path)
+    (cell / EXPLAINED_FILE).unlink()
+    (cell / "synthetic.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"synthetic.png: damaged \(.*; run the recipe again"):
+        page(tmp_path)
 
 
 def groups(*cells):

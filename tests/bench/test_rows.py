@@ -39,6 +39,7 @@ def test_what_is_not_known_is_null_in_the_file():
         ({"error": "no"}, "a row has either metrics or an error"),
         ({"metrics": {"images": 5}}, "metrics.fp: is required (and 2 more)"),
         ({"threads": -1}, "threads: 'threads' must be >= 0"),
+        ({"stages": {"images": 3}}, "stages.images: expected its seconds and whether it was reused"),
     ],
 )
 def test_a_wrong_row_is_one_line_with_its_place(tmp_path, changes, said):
@@ -67,6 +68,18 @@ def test_a_row_without_a_schema_is_an_older_one(tmp_path):
 def test_a_missing_file_is_one_line():
     with pytest.raises(DataError, match=r"nowhere.jsonl: cannot be read"):
         read_rows(Path("nowhere.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"\xff\n", "rows.jsonl: damaged (UnicodeDecodeError: "), (b"[" * 100_000, "not JSON")]
+)
+def test_a_file_that_is_no_text_or_nested_too_deeply_is_one_line(tmp_path, content, said):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        read_rows(path)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_record_of_an_older_run_is_refused():

@@ -15,7 +15,9 @@ from support.backends import images as colour_images
 from support.backends import teacher
 
 from spdfq.attention import QUERIES_AND_KEYS, record_attention
+from spdfq.data import ImageFolder
 from spdfq.errors import DataError, ModelError, RecipeError, SpdfqError
+from spdfq.evaluation import measures
 from spdfq.evaluation.measures import (
     Centroids,
     channel_statistics,
@@ -29,7 +31,7 @@ from spdfq.evaluation.measures import (
     spectrum_slope,
 )
 from spdfq.losses.functional import head_similarity
-from spdfq.recipe import load_recipe, to_toml
+from spdfq.recipe import Evaluation, load_recipe, to_toml
 from spdfq.report import write_report, write_sheet
 from spdfq.report.image_quality import quality_section
 from spdfq.runs.inspection import measure_runs
@@ -134,6 +136,13 @@ def test_images_without_a_spectrum_have_no_slope(pixels):
     assert spectrum_slope(pixels) is None
 
 
+def test_the_slope_does_not_depend_on_how_many_images_are_transformed_at_once(monkeypatch):
+    images = spectrum(-2)
+    whole = spectrum_slope(images)
+    monkeypatch.setattr(measures, "_CHUNK", 1)
+    assert spectrum_slope(images) == pytest.approx(whole, rel=1e-9)
+
+
 # priors and heads
 
 
@@ -187,6 +196,27 @@ def test_images_of_a_class_without_real_images_are_measured_without_alignment():
     assert found["semantic_alignment"] is None
     assert "has no real image; measure on a larger dataset" in found["notes"][0]
     assert 0 < found["head_similarity"] < 1
+
+
+def test_real_images_that_cannot_be_read_are_named_and_none_is_an_error(tmp_path):
+    chosen = teacher("vit")
+    for index in range(10):
+        (tmp_path / f"c{index}").mkdir()
+        Image.new("RGB", (32, 32), (20 * index, 0, 0)).save(tmp_path / f"c{index}/1.png")
+    (tmp_path / "c3/1.png").write_bytes(b"no picture")
+    spec = Evaluation(dataset=ImageFolder(root=str(tmp_path)))
+    centroids = dataset_centroids(chosen, spec, RUNTIME)
+    found = measure_images(colour_images(3), chosen, RUNTIME, centroids)
+    assert found["real_images"] == 9
+    assert found["notes"][0].startswith(
+        "semantic_alignment: of the real images, 1 image cannot be read and is left out: c3/1.png ("
+    )
+    for path in tmp_path.glob("*/1.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(
+        DataError, match=r"^evaluation.dataset: none of the 10 images can be read, the first is c0/1.png"
+    ):
+        dataset_centroids(chosen, spec, RUNTIME)
 
 
 def test_a_model_without_a_head_names_no_class_and_is_measured_without_alignment():
@@ -341,12 +371,12 @@ def test_no_measures_stay_whose_report_cannot_be_written(noisy):
 
 def test_damaged_measures_are_one_clear_error(noisy):
     (noisy / "measures.json").write_text("{}")
-    with pytest.raises(SpdfqError, match=r"measures\.json, .* or diagnosis\.json lacks 'semantic_alignment'"):
+    with pytest.raises(SpdfqError, match=r"measures\.json: lacks 'semantic_alignment'"):
         write_report(noisy)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"images": 3}'])
 def test_a_damaged_record_is_one_clear_error(noisy, text):
     (noisy / "run.json").write_text(text)
-    with pytest.raises(DataError, match=r"run.json: damaged; run the recipe again with --fresh"):
+    with pytest.raises(DataError, match=r"run.json: damaged \(.*\); run the recipe again with --fresh"):
         measure_runs([noisy])

@@ -101,7 +101,9 @@ def test_a_stored_reference_reads_back(tmp_path):
     fp = EVALUATOR.reference(own(), EVALUATION, Runtime())
     fp.save(tmp_path / "reference.safetensors")
     again = EVALUATOR.load_reference(tmp_path / "reference.safetensors")
-    assert all(torch.equal(getattr(fp, name), getattr(again, name)) for name in ("features", "logits", "labels"))
+    tensors = ("features", "logits", "labels", "bank_labels")
+    assert all(torch.equal(getattr(fp, name), getattr(again, name)) for name in tensors)
+    assert again.bank_damaged == fp.bank_damaged == ()
 
 
 # banks
@@ -135,6 +137,35 @@ def test_a_bank_with_too_few_images_or_other_classes_is_refused(tmp_path):
     (tmp_path / "only").mkdir()
     with pytest.raises(DataError, match=r"evaluation.bank: has 1 classes, evaluation.dataset 10"):
         EVALUATOR.reference(own(), evolve(EVALUATION, bank=ImageFolder(root=str(tmp_path))), Runtime())
+
+
+def test_images_of_the_bank_that_cannot_be_read_are_counted_out_named_and_the_same_for_both_models(tmp_path):
+    for index in range(24):
+        path = tmp_path / f"class{index % 2}" / f"{index:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (28, 28), 10 * index).save(path)
+    broken, teacher = tmp_path / "class0/02.png", own()
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:40])
+    val = tmp_path / "val"
+    for name in ("class0", "class1"):
+        (val / name).mkdir(parents=True)
+        Image.new("L", (28, 28), 255).save(val / name / "1.png")
+    (tmp_path / "bank").mkdir()
+    for name in ("class0", "class1"):
+        (tmp_path / name).rename(tmp_path / "bank" / name)
+    spec = evolve(EVALUATION, dataset=ImageFolder(root=str(val)), bank=ImageFolder(root=str(tmp_path / "bank")))
+    fp = EVALUATOR.reference(teacher, spec, Runtime())
+    metrics = EVALUATOR.measure(teacher.module, teacher, spec, Runtime(), fp)
+    assert (metrics["bank"], metrics["damaged"]) == (23, [])
+    (line,) = metrics["bank_damaged"]
+    assert line.startswith("class0/02.png (")
+    (tmp_path / "bank/class0/02.png").write_bytes(whole)
+    with pytest.raises(DataError, match=r"^evaluation\.bank: class0/02.png .* could be read for only one of the two"):
+        EVALUATOR.measure(teacher.module, teacher, spec, Runtime(), fp)
+    again = EVALUATOR.measure(teacher.module, teacher, spec, Runtime(), EVALUATOR.reference(teacher, spec, Runtime()))
+    assert (again["bank"], again["test_images"]) == (24, metrics["test_images"])
+    assert again["bank_images"] != metrics["bank_images"]
 
 
 def test_a_bank_of_other_class_folders_is_refused_by_the_first_that_differs(tmp_path):

@@ -71,5 +71,5 @@ def test_the_page_has_the_section_and_a_damaged_file_is_an_error(finished, tmp_p
     assert "<h2>Diagnosis</h2>" in page
     assert "&lt;much&gt;" in page
     (tmp_path / "diagnosis.json").write_text(json.dumps({"kl": 1}))
-    with pytest.raises(DataError, match=r"diagnosis.json lacks 'heldout'"):
+    with pytest.raises(DataError, match=r"diagnosis.json: lacks 'heldout'"):
         write_report(tmp_path)

@@ -52,7 +52,7 @@ def test_a_run_that_is_not_finished_or_damaged_is_refused(finished, tmp_path):
     with pytest.raises(DataError, match=r"has no run.json; give the folder of a finished run"):
         export_images(tmp_path, tmp_path / "a.npz")
     (tmp_path / "run.json").write_text('{"model": {}}')
-    with pytest.raises(DataError, match=r"run.json: damaged; run the recipe again with --fresh"):
+    with pytest.raises(DataError, match=r"run.json: lacks 'mean'; run the recipe again with --fresh"):
         export_images(tmp_path, tmp_path / "a.npz")
     (tmp_path / "run.json").write_bytes((finished.folder / "run.json").read_bytes())
     with pytest.raises(DataError, match=r"synthetic.safetensors: damaged or missing"):

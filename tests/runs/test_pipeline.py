@@ -19,6 +19,7 @@ import spdfq
 from spdfq.errors import DataError, RecipeError, SpdfqError
 from spdfq.quantized.checkpoint import save_quantized
 from spdfq.recipe import digest, load_recipe
+from spdfq.runs.checks import checked_teacher
 from spdfq.runs.inspection import measure_runs
 from spdfq.runs.pipeline import check, evaluate_run, run
 from spdfq.runtime import pick_precision
@@ -224,6 +225,27 @@ def test_calibrating_on_the_images_of_the_evaluation_is_told(finished, recipe, p
     result = run(real, out=finished.folder.parent / "real")
     (line,) = json.loads((result.folder / "run.json").read_text())["warnings"]
     assert line.startswith("synthesis.dataset: 10 of its images are evaluation.dataset's too, the first of them ")
+
+
+def test_real_images_of_another_task_are_told(recipe, photos, tmp_path):
+    for name in ("0", "1"):
+        shutil.copytree(photos / name, tmp_path / "two" / name)
+    own = {"type": "image_folder", "root": str(tmp_path / "two")}
+    real = {"type": "real", "images": 2}
+    two = {
+        **recipe,
+        "model": {"name": "vit_tiny_patch16_224", "pretrained": False, "num_classes": 2, "img_size": 32},
+        "evaluation": {"dataset": own},
+        "controls": {
+            "clothes": {**real, "dataset": {"type": "fashion_mnist", "split": "train"}},
+            "own": {**real, "dataset": own},
+        },
+    }
+    found = [line for line in checked_teacher(load_recipe(two))[1] if "classes" in line]
+    assert found == [
+        "controls.clothes.dataset: has 10 classes, vit_tiny_patch16_224 knows 2; give images that the model is meant "
+        "for, or leave this source out"
+    ]
 
 
 def test_warnings_are_announced_and_kept(finished, recipe):

@@ -6,6 +6,7 @@ import torch
 from spdfq.backends import Calibration, quantize
 from spdfq.recipe import load_recipe
 from spdfq.runtime import Runtime
+from spdfq.runtime.files import read_tensors, write_tensors
 from spdfq.teacher import Teacher
 from support.networks import ARCHITECTURES, build
 
@@ -73,6 +74,12 @@ def taken(step, model, chosen, **changes):
 
 def state_of(model):
     return {name: value.detach().clone() for name, value in model.tensors().items()}
+
+
+def flatten_tensors(path):
+    """Give the tensors of a state file other shapes, and leave its metadata as they are."""
+    tensors, metadata = read_tensors(path, "")
+    write_tensors(path, {name: value.flatten() for name, value in tensors.items()}, metadata)
 
 
 class Interrupted(Exception):

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from attrs import define, evolve
+from attrs import define, evolve, field
 from torch import nn
 
 from spdfq.losses import AttentionPriorLoss, Loss, SoftCrossEntropyLoss, TotalVariationLoss
@@ -67,9 +67,10 @@ def tiny_teacher(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25)):
 class Acting(Loss):
     """Calls a function in a given iteration, and adds nothing to the sum."""
 
-    act: object
-    at: int
-    calls: int = 0
+    # not part of the key of a state file, so that another run can go on without them
+    act: object = field(eq=False)
+    at: int = field(eq=False)
+    calls: int = field(default=0, eq=False)
 
     def __call__(self, inputs):
         self.calls += 1

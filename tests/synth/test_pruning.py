@@ -10,6 +10,7 @@ from spdfq.attention import record_attention
 from spdfq.errors import DataError, NonFiniteError, SpdfqError
 from spdfq.losses import AttentionPriorLoss, SoftCrossEntropyLoss
 from spdfq.runs.pipeline import check
+from spdfq.runtime.files import read_tensors, write_tensors
 from spdfq.synth import Adam, Augmentation, Flip, Move, SpectralAdam, SyntheticImages, WholeImageSampler
 from spdfq.synth.group import Group
 from spdfq.synth.loop import forward, prune, step
@@ -205,8 +206,12 @@ def test_a_pruned_run_resumes_bit_for_bit(tmp_path, monkeypatch, iteration):
     assert not same(resumed, acting(None, -1).synthesize(teacher, RUNTIME))
 
 
-def test_the_state_of_a_run_without_pruning_is_refused(tmp_path):
-    recipe().synthesize(tiny_teacher(), RUNTIME, tmp_path)
+def test_a_state_without_the_remaining_patches_is_refused(tmp_path):
+    pruned().synthesize(tiny_teacher(), RUNTIME, tmp_path)
+    path = tmp_path / "group-00000.safetensors"
+    tensors, metadata = read_tensors(path, "")
+    del tensors["pruning.alive"]
+    write_tensors(path, tensors, metadata)
     with pytest.raises(
         DataError, match=r"the remaining patches are missing, expected \[2, 16\]; delete it or use --fresh"
     ):

@@ -17,10 +17,13 @@ from safetensors import safe_open
 from support.teachers import ITERATIONS, RUNTIME, SIDE, acting, idle, recipe, same, tiny_teacher
 
 from spdfq.errors import DataError, NonFiniteError
+from spdfq.losses import TotalVariationLoss
 from spdfq.runtime import Runtime
-from spdfq.synth import SyntheticImages
+from spdfq.runtime.files import read_tensors, write_tensors
+from spdfq.synth import Adam, SyntheticImages
 from spdfq.synth.group import Group
 from spdfq.synth.loop import run
+from spdfq.synth.pruning import TokenPruning
 
 INTERRUPTED_AT = sorted(random.Random(0).sample(range(1, ITERATIONS), 3))
 KILLED_AT = 13
@@ -172,6 +175,42 @@ def test_a_state_of_another_recipe_is_refused(tmp_path, change):
     recipe().synthesize(tiny_teacher(), RUNTIME, tmp_path)
     with pytest.raises(DataError, match="delete it or use --fresh"):
         recipe(**change).synthesize(tiny_teacher(), RUNTIME, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "runtime", "std"),
+    [
+        ({"losses": {"total_variation": TotalVariationLoss(weight=0.06)}}, RUNTIME, 0.2),
+        ({"optimizer": Adam(lr=0.9)}, RUNTIME, 0.2),
+        ({"pruning": TokenPruning(at=(2,))}, RUNTIME, 0.2),
+        ({}, evolve(RUNTIME, seed=8), 0.2),
+        ({}, RUNTIME, 0.21),
+    ],
+    ids=["losses", "optimizer", "pruning", "seed", "teacher"],
+)
+def test_a_state_of_other_work_is_refused(tmp_path, change, runtime, std):
+    made = recipe(losses={"total_variation": TotalVariationLoss(weight=0.05)})
+    made.synthesize(tiny_teacher(std=(0.2,) * 3), RUNTIME, tmp_path)
+    with pytest.raises(DataError, match=r"group-00000.*: is the state of another model, .*; give another folder, or"):
+        evolve(made, **change).synthesize(tiny_teacher(std=(std,) * 3), runtime, tmp_path)
+
+
+def test_a_state_of_an_older_version_is_refused(tmp_path):
+    first = recipe().synthesize(tiny_teacher(), RUNTIME, tmp_path)
+    for path in tmp_path.iterdir():
+        tensors, metadata = read_tensors(path, "")
+        del metadata["key"]
+        write_tensors(path, tensors, metadata)
+    with pytest.raises(DataError, match=r"or of an older version; give another folder, or delete it$"):
+        recipe().synthesize(tiny_teacher(), RUNTIME, tmp_path)
+    assert same(recipe().synthesize(tiny_teacher(), RUNTIME, tmp_path / "another"), first)
+
+
+def test_more_images_go_on_with_the_groups_that_are_there(tmp_path):
+    idle(images=2).synthesize(tiny_teacher(), RUNTIME, tmp_path)
+    more = idle(images=4)
+    more.synthesize(tiny_teacher(), RUNTIME, tmp_path)
+    assert more.losses["acting"].calls == ITERATIONS
 
 
 # groups and seeds

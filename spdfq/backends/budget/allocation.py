@@ -38,20 +38,21 @@ def bits_within(
         budget: the recipe's.
         teacher: the float model.
         images: ``[n, C, H, W]``, normalised.
-        spec: the recipe's quantization section; its first ``calibrate`` step says how ranges are chosen.
+        spec: the recipe's quantization section; its last ``calibrate`` steps say how ranges are chosen.
         runtime: progress.
         folder: where measurements are stored, so that a killed run can continue.
 
     Raises:
         RecipeError: the budget cannot be reached.
         NonFiniteError: the output is not finite.
+        DataError: the folder holds the measurements of other work.
     """
     placed = place(teacher, spec)
     fixed = override_bits(teacher, spec, placed.sites)
     items = check_budget(placed, budget, fixed, images[:1])
     sites = [site for item in items for site in item.sites if site not in fixed]
-    calibration = Calibration(teacher=teacher, images=images, runtime=runtime)
-    return allocated(items, budget, fixed, measured_sensitivity(sites, spec, budget, calibration, folder))
+    calibration = Calibration(teacher=teacher, images=images, runtime=runtime, folder=folder)
+    return allocated(items, budget, fixed, measured_sensitivity(sites, spec, budget, calibration))
 
 
 @frozen

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from attrs import define, evolve, field, frozen
@@ -15,6 +16,7 @@ from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.place import place
 from spdfq.recipe import Budget, Quantization
 from spdfq.runtime.files import read_tensors, write_tensors
+from spdfq.runtime.state_key import check_state_key, state_key
 
 Sensitivity = dict[tuple[str, int], float]
 """The change of the output when one site alone is quantized, by site and bits."""
@@ -22,21 +24,23 @@ Sensitivity = dict[tuple[str, int], float]
 
 @torch.no_grad()
 def measured_sensitivity(
-    sites: Sequence[str], spec: Quantization, budget: Budget, calibration: Calibration, folder: Path | None
+    sites: Sequence[str], spec: Quantization, budget: Budget, calibration: Calibration
 ) -> Sensitivity:
     """The mean `divergence` from the teacher's output when one site alone is quantized, for all choices of bits.
 
     Args:
         sites: names of the sites.
-        spec: the recipe's quantization section; its first ``calibrate`` step says how ranges are chosen.
+        spec: the recipe's quantization section. The last ``calibrate`` step that covers weights says how their ranges
+            are chosen, and the last one that covers activations how theirs are.
         budget: the recipe's, with the choices of bits and the number of images.
-        calibration: teacher, images and runtime.
-        folder: where measurements are stored, so that a killed run can continue.
+        calibration: teacher, images, runtime, and the folder where measurements are stored, so that a killed run can
+            continue.
 
     Raises:
         NonFiniteError: the output is not finite.
+        DataError: the folder holds the measurements of other work.
     """
-    measured = _Measured(folder / "sensitivity.safetensors" if folder else None)
+    measured = _Measured.of(spec, budget, calibration)
     total = len(sites) * len(budget.choices)
     with calibration.runtime.progress("measuring sensitivity", total) as advance:
         for bits in budget.choices:
@@ -47,17 +51,22 @@ def measured_sensitivity(
                 for step in spec.steps:
                     if step.in_float:
                         step.run(model, calibration)
-                _calibrate_step(spec, budget).run(model, calibration)
+                for calibrate in _calibrate_steps(spec, budget):
+                    calibrate.run(model, calibration)
                 for site, value in _divergences(model, missing, calibration, budget.images):
                     measured.add(site, bits, value)
                     advance()
     return measured.found
 
 
-def _calibrate_step(spec: Quantization, budget: Budget) -> Calibrate:
-    """The recipe's first ``calibrate`` step, for the sites that the budget counts."""
-    step = next((step for step in spec.steps if isinstance(step, Calibrate)), Calibrate())
-    return evolve(step, sites="all" if budget.weights is None else "weights")
+def _calibrate_steps(spec: Quantization, budget: Budget) -> list[Calibrate]:
+    """For each kind of site that the budget counts, the recipe's last ``calibrate`` step that covers it."""
+    counted: list[Literal["weights", "activations"]] = ["weights", "activations"]
+    if budget.weights is not None:
+        counted.remove("activations")
+    steps = [step for step in reversed(spec.steps) if isinstance(step, Calibrate)]
+    last = (next((step for step in steps if kind in step.calibrates), Calibrate()) for kind in counted)
+    return [evolve(step, sites=kind) for kind, step in zip(counted, last, strict=True)]
 
 
 def _divergences(
@@ -88,16 +97,26 @@ class _QuantizeOne:
 
 @define(eq=False)
 class _Measured:
-    """Measurements, in memory and in a file."""
+    """Measurements, in memory and in a file that holds the key of what they depend on."""
 
-    path: Path | None
+    path: Path | None = None
+    key: str = ""
     found: Sensitivity = field(factory=dict, init=False)
+
+    @classmethod
+    def of(cls, spec: Quantization, budget: Budget, calibration: Calibration) -> "_Measured":
+        if not calibration.folder:
+            return cls()
+        # the choices of bits and the limit change no measurement
+        key = state_key(calibration.inputs.digest, evolve(spec, budget=None), budget.images)
+        return cls(calibration.folder / "sensitivity.safetensors", key)
 
     def __attrs_post_init__(self) -> None:
         if self.path and self.path.exists():
-            stored = read_tensors(self.path, "delete it, or use --fresh")[0]
-            keys = {key: key.rpartition(" ") for key in stored}
-            self.found = {(site, int(bits)): float(stored[key]) for key, (site, _, bits) in keys.items()}
+            stored, metadata = read_tensors(self.path, "delete it, or use --fresh")
+            check_state_key(self.path, metadata, self.key)
+            names = {name: name.rpartition(" ") for name in stored}
+            self.found = {(site, int(bits)): float(stored[name]) for name, (site, _, bits) in names.items()}
 
     def add(self, site: str, bits: int, value: float) -> None:
         self.found[site, bits] = value
@@ -106,4 +125,4 @@ class _Measured:
                 f"{name} {width}": torch.tensor(one, dtype=torch.float64, device="cpu")
                 for (name, width), one in self.found.items()
             }
-            write_tensors(self.path, stored)
+            write_tensors(self.path, stored, {"key": self.key})

@@ -52,6 +52,7 @@ class Ridge(Step):
     """
 
     calibrates: ClassVar[frozenset[str]] = NEITHER
+    changes_weights: ClassVar[bool] = True
 
     penalty: float = field(default=1000.0, validator=validators.gt(0.0))
     rounding_penalty: float | None = field(default=None, validator=validators.optional(validators.gt(0.0)))
@@ -64,6 +65,7 @@ class Ridge(Step):
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuses weights whose values are not evenly spaced, and ranges that were not chosen before."""
+        super().check(model, before)
         check_calibrated_by(before, model)
         for name in model.weight_names():
             if model.weight(name).ndim == 2:
@@ -80,7 +82,7 @@ class Ridge(Step):
         """
         model.check_calibrated()
         layers = self._layers(model, calibration.images)
-        finished = FinishedParts.of(model, calibration, "ridge")
+        finished = FinishedParts.of(model, calibration, self, "ridge")
         with (
             calibration.teacher.frozen() as float_network,
             calibration.runtime.progress("correcting layers", len(layers)) as advance,

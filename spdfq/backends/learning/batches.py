@@ -1,9 +1,12 @@
 """Which images an optimiser step uses, and the seed of what it draws at random."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from spdfq.backends.base import Calibration
+from spdfq.runtime import generator
 
 
 def batch_rows(
@@ -24,9 +27,15 @@ def batch_rows(
     if count <= batch:
         return slice(None) if among is None else among
     epoch, step = divmod(iteration, -(-count // batch))
-    order = torch.randperm(count, generator=calibration.runtime.generator(*purpose, epoch), device="cpu")
-    chosen = order[step * batch : (step + 1) * batch].to(calibration.images.device)
+    order = _order(calibration.runtime.seed, (*purpose, epoch), count, calibration.images.device)
+    chosen = order[step * batch : (step + 1) * batch]
     return chosen if among is None else among[chosen]
+
+
+@lru_cache(maxsize=1)
+def _order(seed: int, purpose: tuple[str | int, ...], count: int, device: torch.device) -> Tensor:
+    """The random order of an epoch; kept, so that it is drawn and copied to the device once and not in every step."""
+    return torch.randperm(count, generator=generator(seed, *purpose), device="cpu").to(device)
 
 
 def drop_generator(calibration: Calibration, iteration: int, *purpose: str | int) -> torch.Generator:

@@ -21,12 +21,13 @@ from spdfq.errors import ModelError, NonFiniteError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import SOFTMAX, WEIGHT
 from spdfq.quantized.visiting import Visit, unchanged, visit_sites
-from spdfq.quantizers import learned_scales
+from spdfq.quantizers import Quantizer, learned_scales
 from spdfq.registry import steps
 from spdfq.runtime import Advance
 from spdfq.runtime.shared_modules import own_hooks
 
 _CHECK_EVERY = 10
+_NO_MAPS = "distill: structure compares attention maps; this model has none; set structure = 0"
 # the constants of structural similarity for values in 0..1
 _C1, _C2 = 0.01**2, 0.03**2
 
@@ -54,6 +55,7 @@ class Distill(Step):
     """
 
     calibrates: ClassVar[frozenset[str]] = NEITHER
+    changes_weights: ClassVar[bool] = True
     shared: ClassVar[bool] = True
 
     iterations: int = field(default=500, validator=validators.ge(1))
@@ -66,8 +68,15 @@ class Distill(Step):
     scale_lr: float = field(default=0.0, validator=validators.ge(0.0))
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
-        """Refuses ranges that were not chosen before."""
+        """Refuses ranges that were not chosen before, a loss that the model cannot have, and nothing to learn."""
+        super().check(model, before)
         check_calibrated_by(before, model)
+        if self.features:
+            block_names(model)
+        if self.structure and not any(site.kind == SOFTMAX for site in model.sites.values()):
+            raise ModelError(_NO_MAPS)
+        if not (self.scale_lr and any(step.replaces_quantizers for step in before)):  # the run knows those quantizers
+            self._learned(model)
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
         """Trains the model; a killed run continues from its last stored state.
@@ -80,10 +89,8 @@ class Distill(Step):
         """
         model.check_calibrated()
         calibration.runtime.ranks.equalise(model.tensors().values())
-        scaled = learnable_activation_scales(model, "") if self.scale_lr else {}
-        named, path = self._parameters(model), calibration.state_file("distill")
-        if not named and not scaled:
-            raise SpdfqError("distill: no quantized weight to learn; set learned = 'all' or scale_lr, or leave it out")
+        named, scaled = self._learned(model)
+        path, key = calibration.state_file("distill"), calibration.state_key(self)
         with (
             calibration.teacher.frozen() as float_network,
             learned_scales(scaled.values()) as scales,
@@ -91,7 +98,8 @@ class Distill(Step):
             calibration.runtime.progress("distilling", self.iterations) as advance,
         ):
             by_name = dict(zip(scaled, scales, strict=True))
-            training = Training({**named, **by_name}, adam((list(named.values()), self.lr), (scales, self.scale_lr)))
+            optimizer = adam((list(named.values()), self.lr), (scales, self.scale_lr))
+            training = Training({**named, **by_name}, optimizer, key=key)
             if path:
                 training.resume(path, calibration.runtime.ranks)
             calls = block_calls(float_network, block_names(model), calibration.images[:1]) if self.features else []
@@ -100,9 +108,18 @@ class Distill(Step):
             targets = _Targets(pair, calibration.images, self.batch)
             _Loop(self, calibration, pair, targets, training, advance).run()
 
-    def _parameters(self, model: QuantizedModel) -> dict[str, Tensor]:
-        named: dict[str, Tensor] = dict(model.network.named_parameters())
-        return named if self.learned == "all" else {name: named[name] for name in model.weight_names()}
+    def _learned(self, model: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
+        """The parameters to learn, and the quantizers of the scales to learn, by name.
+
+        Raises:
+            SpdfqError: there are neither.
+        """
+        every: dict[str, Tensor] = dict(model.network.named_parameters())
+        named = every if self.learned == "all" else {name: every[name] for name in model.weight_names()}
+        scaled = learnable_activation_scales(model, "") if self.scale_lr else {}
+        if not named and not scaled:
+            raise SpdfqError("distill: no quantized weight to learn; set learned = 'all' or scale_lr, or leave it out")
+        return named, scaled
 
     def loss(self, student: "ForwardResult", teacher: "ForwardResult", headless: bool = False) -> Tensor:
         """The sum of the weighted terms; see `divergence` for ``headless``."""
@@ -111,7 +128,7 @@ class Distill(Step):
             loss = loss + self.features * torch.stack(list(map(relative_error, student.blocks, teacher.blocks))).mean()
         if self.structure:
             if not teacher.maps:
-                raise ModelError("distill: structure compares attention maps; this model has none; set structure = 0")
+                raise ModelError(_NO_MAPS)
             similarities = [map_similarity(*maps) for maps in zip(student.maps, teacher.maps, strict=True)]
             loss = loss + self.structure * (1 - torch.stack(similarities).mean())
         return loss

@@ -25,8 +25,9 @@ from spdfq.backends.learning.fisher import squared_gradients
 from spdfq.backends.learning.qdrop import QDrop
 from spdfq.backends.learning.shares import Share
 from spdfq.backends.learning.training import SAVE_SECONDS, LearningRates, Training, adam, take_step, trainable
+from spdfq.backends.names import some_of
 from spdfq.backends.propagation import Propagation, of_images
-from spdfq.errors import ComponentError, NonFiniteError
+from spdfq.errors import ComponentError, NonFiniteError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
 from spdfq.quantized.sites import WEIGHT
 from spdfq.quantized.visiting import Visit
@@ -97,6 +98,7 @@ class Reconstruction(Step, ABC):
     """
 
     calibrates: ClassVar[frozenset[str]] = NEITHER
+    changes_weights: ClassVar[bool] = True
     shared: ClassVar[bool] = True
 
     name: ClassVar[str]
@@ -129,9 +131,36 @@ class Reconstruction(Step, ABC):
         return model.quantized
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
-        """Refuses ranges that were not chosen before, and a model without blocks."""
+        """Refuses ranges that were not chosen before, a model without blocks, and blocks with nothing to learn."""
+        super().check(model, before)
         check_calibrated_by(before, model)
-        block_names(model)
+        blocks = block_names(model)
+        if not (self.scale_lr and any(step.replaces_quantizers for step in before)):  # the run knows those quantizers
+            self._idle_blocks(model, blocks)
+
+    def learns(self, model: QuantizedModel, block: str) -> bool:
+        """Whether anything of a block is learned: a quantized weight, or the scale of an activation."""
+        scales = learnable_activation_scales(model, f"{block}.") if self.scale_lr else {}
+        return bool(scales or model.weight_names(f"{block}."))
+
+    def _idle_blocks(self, model: QuantizedModel, blocks: list[str]) -> list[str]:
+        """The blocks of which nothing is learned.
+
+        Raises:
+            SpdfqError: these are all of them.
+        """
+        idle = [block for block in blocks if not self.learns(model, block)]
+        if len(idle) == len(blocks):
+            raise SpdfqError(f"{self.name}: no quantized weight in the blocks to learn; set scale_lr, or leave it out")
+        return idle
+
+    def _note_unlearned(self, model: QuantizedModel, blocks: list[str]) -> None:
+        """Notes the blocks of which nothing is learned, and the quantized weights outside of blocks."""
+        inside = tuple(f"{block}." for block in blocks)
+        if idle := self._idle_blocks(model, blocks):
+            model.note(self.name, [f"{some_of(idle)}: nothing to learn, no weight is quantized"])
+        if outside := [name for name in model.weight_names() if not name.startswith(inside)]:
+            model.note(self.name, [f"{some_of(outside)}: not learned, outside of the blocks"])
 
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:
         """Reconstructs every block; blocks that a killed run finished are read from its state file.
@@ -139,13 +168,16 @@ class Reconstruction(Step, ABC):
         Raises:
             ModelError: the model has no blocks that can be called alone.
             NonFiniteError: the error of a block is not finite.
-            SpdfqError: a site was not calibrated.
+            DataError: a state file is damaged, or of other work.
+            SpdfqError: a site was not calibrated, or there is nothing to learn.
         """
         model.check_calibrated()
+        blocks = block_names(model)
+        self._note_unlearned(model, blocks)
         calibration.runtime.ranks.equalise(model.tensors().values())
-        finished = FinishedParts.of(model, calibration, self.name)
+        finished = FinishedParts.of(model, calibration, self, self.name)
         with calibration.teacher.frozen() as float_network:
-            calls = block_calls(float_network, block_names(model), calibration.images[:1])
+            calls = block_calls(float_network, blocks, calibration.images[:1])
             teacher = Propagation(float_network, calibration.images, self.batch)
             student = Propagation(model.network, calibration.images, self.batch)
             with calibration.runtime.progress("reconstructing", len(calls) * self.iterations) as advance:
@@ -215,6 +247,8 @@ class BlockReconstruction:
     def run(self, teacher: Propagation, student: Propagation, finished: FinishedParts) -> Hidden:
         """Trains the block, or restores it if a killed run has finished it; returns what it hands to later blocks.
 
+        A block with nothing to learn stays as it is.
+
         Images pass through restored blocks too, so a resumed run computes the same numbers in the same order.
         """
         teacher_inputs = teacher.inputs_of(self.call)
@@ -223,7 +257,7 @@ class BlockReconstruction:
         if self.spec.inputs == "quantized":
             with self.model.visiting(self.spec.quantized(self.model)):
                 inputs = student.inputs_of(self.call)
-        if finished.restore(changes):
+        if not changes or finished.restore(changes):
             self.advance(self.spec.iterations)
         else:
             self.train(BlockData(inputs, teacher_inputs, targets, self._importance(teacher.network)))
@@ -325,7 +359,7 @@ class BlockReconstruction:
         rates = [([scale], self.spec.scale_rate(scale)) for scale in scales.values()]
         optimizer = adam((self.learner.parameters, self.spec.lr), *rates)
         named = {f"learned.{index}": parameter for index, parameter in enumerate(self.learner.parameters)}
-        return Training({**named, **scales}, optimizer)
+        return Training({**named, **scales}, optimizer, key=self.calibration.state_key(self.spec))
 
     def _restore(self, training: Training) -> None:
         """Restores the state that a killed run stored in the middle of the block."""

@@ -12,6 +12,7 @@ from spdfq.backends.learning.shares import Share
 from spdfq.errors import DataError
 from spdfq.runtime.files import read_tensors, write_tensors
 from spdfq.runtime.ranks import Ranks
+from spdfq.runtime.state_key import check_state_key
 
 SAVE_SECONDS = 10.0
 _REMEDY = "delete it, or use --fresh"
@@ -76,30 +77,33 @@ class Training:
         named: the trained tensors by name.
         optimizer: an Adam of all of them.
         iteration: the next iteration.
+        key: a hash of what the training depends on, which its file holds.
     """
 
     named: dict[str, Tensor]
     optimizer: torch.optim.Adam
     iteration: int = 0
+    key: str = ""
 
     def save(self, path: Path) -> None:
         """Stores the state so that a crash leaves either the old file or the new one."""
         stored = dict(self.named)
         for name, leaf in self.named.items():
             stored |= {f"{name}:{key}": value for key, value in self.optimizer.state[leaf].items()}
-        write_tensors(path, stored, {"iteration": str(self.iteration)})
+        write_tensors(path, stored, {"iteration": str(self.iteration), "key": self.key})
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
         """Restores the state that `save` stored.
 
         Raises:
-            DataError: the file is damaged, or of another training.
+            DataError: the file is damaged, or of other work.
         """
         stored, metadata = read_tensors(path, _REMEDY)
         moments = {name: self._moments(stored, name) for name in self.named}
         if not metadata.get("iteration", "").isdecimal() or len(stored) != sum(1 + len(m) for m in moments.values()):
             raise DataError(f"{path}: holds another training; {_REMEDY}")
+        check_state_key(path, metadata, self.key)
         for name, leaf in self.named.items():
             if name not in stored or stored[name].shape != leaf.shape:
                 raise DataError(f"{path}: holds another {name}; {_REMEDY}")

@@ -28,6 +28,8 @@ class AdaLog(Step):
     """
 
     calibrates: ClassVar[frozenset[str]] = NEITHER
+    replaces_quantizers: ClassVar[bool] = True
+    fixes_weights: ClassVar[bool] = True
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
         """Refuses ranges that were not chosen before."""

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from spdfq.backends.base import Step
+from spdfq.backends.names import some_of
 from spdfq.errors import ModelError, SpdfqError
 from spdfq.quantized.model import QuantizedModel
 
 _TOLERANCE = 1e-4
-_NAMES = 3
 
 
 def refuse_after_calibration(step: str, model: QuantizedModel, before: Sequence[Step] = ()) -> None:
     """Raises SpdfqError if a range was chosen, by one of the steps before or at a site of the model."""
-    if any(other.calibrates for other in before) or any(quantizer.frozen for quantizer in model.quantizers.values()):
+    chosen = any(other.calibrates or other.replaces_quantizers for other in before)
+    if chosen or any(quantizer.frozen for quantizer in model.quantizers.values()):
         raise SpdfqError(f"{step}: changes the tensors whose ranges were chosen before; put it before 'calibrate'")
 
 
@@ -49,6 +50,5 @@ class Kept:
         """One line for each reason."""
         found = []
         for reason, names in self._names.items():
-            shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
-            found.append(f"{self._what} of {shown}: not {self._changed}, {reason}")
+            found.append(f"{self._what} of {some_of(names)}: not {self._changed}, {reason}")
         return found

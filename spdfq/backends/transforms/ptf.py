@@ -34,6 +34,7 @@ class PowerOfTwoFactors(Step):
     """
 
     calibrates: ClassVar[frozenset[str]] = NEITHER
+    replaces_quantizers: ClassVar[bool] = True
 
     observer: Any = component("observer", default=MinMaxObserver)
     batch: int = field(default=32, validator=validators.ge(1))

@@ -74,6 +74,8 @@ class RepQ(Step):
     """
 
     calibrates: ClassVar[frozenset[str]] = NEITHER
+    replaces_quantizers: ClassVar[bool] = True
+    changes_weights: ClassVar[bool] = True
 
     part: Literal["both", "channels", "fold"] = "both"
     observer: Any = component("observer", default=PercentileMseObserver)
@@ -81,13 +83,19 @@ class RepQ(Step):
     batch: int = field(default=32, validator=validators.ge(1))
 
     def check(self, model: QuantizedModel, before: Sequence[Step]) -> None:
-        """Refuses to fold ranges of channels if nothing before gives channels their ranges."""
-        split_before = any(isinstance(step, RepQ) and step.part == "channels" for step in before)
-        per_channel = any(
-            q.channel_axis is not None for name, q in model.quantizers.items() if model.sites[name].kind != WEIGHT
-        )
-        if self.part == "fold" and not split_before and not per_channel:
+        """Refuses to fold ranges of channels if channels have no ranges, or if these are folded already."""
+        super().check(model, before)
+        if self.part == "fold" and not self._finds_channels(model, before):
             raise SpdfqError(_NOTHING)
+
+    @staticmethod
+    def _finds_channels(model: QuantizedModel, before: Sequence[Step]) -> bool:
+        """Whether channels of activations have ranges of their own after the steps before."""
+        if parts := [step.part for step in before if isinstance(step, RepQ)]:
+            return parts[-1] == "channels"  # the others fold all of them
+        activations = [quantizer for name, quantizer in model.quantizers.items() if model.sites[name].kind != WEIGHT]
+        calibrated = any("activations" in step.calibrates for step in before)
+        return calibrated and any(quantizer.channel_axis is not None for quantizer in activations)
 
     @torch.no_grad()
     def run(self, model: QuantizedModel, calibration: Calibration) -> None:

@@ -16,7 +16,7 @@ from spdfq.backends.budget import allocation, sensitivity
 from spdfq.backends.budget.allocation import Item, allocated, bits_within, budget_items, least_cost
 from spdfq.backends.budget.knapsack import Choice, least_loss
 from spdfq.backends.quantize import check_quantization
-from spdfq.errors import NonFiniteError, RecipeError
+from spdfq.errors import DataError, NonFiniteError, RecipeError
 from spdfq.quantized import place
 from spdfq.recipe import Budget, load_recipe
 
@@ -223,6 +223,41 @@ def test_it_is_deterministic_and_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(seen) == 26
     assert within(chosen, WEIGHTS, folder=tmp_path) == first
     assert len(seen) == 40
+
+
+@pytest.mark.parametrize("budget", [WEIGHTS, OPERATIONS])
+@pytest.mark.parametrize("parts", ["activations, weights", "weights, activations", "all, weights, activations"])
+def test_each_kind_is_measured_with_the_observer_that_chooses_its_ranges(monkeypatch, budget, parts):
+    def measured(steps):
+        seen = []
+        monkeypatch.setattr(allocation, "allocated", lambda *args: seen.append(args[-1]) or {})
+        within(teacher("vit"), budget, f"quantization.steps=[{steps}]")
+        return seen[0]
+
+    every = {
+        "all": "{type='calibrate'}",
+        "weights": "{type='calibrate', sites='weights', weight_observer='minmax'}",
+        "activations": "{type='calibrate', sites='activations', observer='minmax'}",
+    }
+    together = measured("{type='calibrate', observer='minmax', weight_observer='minmax'}")
+    assert measured(", ".join(every[part] for part in parts.split(", "))) == together
+    assert measured(every["all"]) != together
+
+
+def test_measurements_of_other_work_are_refused(tmp_path):
+    within(teacher("vit"), WEIGHTS, folder=tmp_path)
+    for other in ({"seed": 9}, {"precision": "bfloat16"}):
+        with pytest.raises(DataError, match=r"sensitivity.safetensors: is the state of another model, of other"):
+            within(teacher("vit"), WEIGHTS, folder=tmp_path, **other)
+    for other in ("quantization.steps=['calibrate']", "quantization.budget.images=1", "quantization.gelu='log2'"):
+        with pytest.raises(DataError, match="give another folder, or delete it"):
+            within(teacher("vit"), WEIGHTS, other, folder=tmp_path)
+
+
+def test_another_limit_takes_the_measurements_that_are_there(tmp_path, monkeypatch):
+    within(teacher("vit"), WEIGHTS, folder=tmp_path)
+    monkeypatch.setattr(sensitivity, "_divergences", None)
+    within(teacher("vit"), WEIGHTS.replace("4.0", "3.0"), folder=tmp_path)
 
 
 def test_outputs_that_are_not_finite_are_refused(monkeypatch):

@@ -5,8 +5,18 @@ from contextlib import contextmanager
 import pytest
 import torch
 from attrs import evolve
-from safetensors.torch import load_file, save_file
-from support.backends import RUNTIME, Interrupted, back_end, images, network, quantized, taken, teacher, teacher_of
+from support.backends import (
+    RUNTIME,
+    Interrupted,
+    back_end,
+    flatten_tensors,
+    images,
+    network,
+    quantized,
+    taken,
+    teacher,
+    teacher_of,
+)
 from torch import nn
 
 from spdfq.backends import Blockwise, Calibration
@@ -207,6 +217,25 @@ def test_a_block_in_float_is_passed_through_on_the_way(watched):
     torch.testing.assert_close(watched["blocks.2"][0][0], wanted, atol=2e-5, rtol=1e-4)
 
 
+def test_blocks_and_weights_that_are_not_learned_are_noted():
+    outside = "blockwise: {}: not learned, outside of the blocks"
+    model = reconstruct(quantized("swin"), teacher("swin"), evolve(STEP, iterations=1))
+    names = "patch_embed.proj.weight, layers.1.downsample.reduction.weight, head.fc.weight"
+    assert model.notes == [outside.format(names)]
+    in_float = "quantization.overrides=[{sites=['blocks.0.*', 'patch_embed.*', 'head.*'], bits=0}]"
+    model = reconstruct(quantized("vit", in_float), teacher("vit"))
+    assert model.notes == ["blockwise: blocks.0: nothing to learn, no weight is quantized"]
+    assert model.site_table()["notes"] == model.notes
+
+
+def test_a_block_whose_scales_are_learned_is_not_noted(watched):
+    chosen = teacher("vit")
+    model = quantized(chosen, "quantization.overrides=[{sites=['blocks.1.*.weight'], bits=0}]")
+    reconstruct(model, chosen, evolve(STEP, scale_lr=1e-3))
+    assert list(watched) == ["blocks.0", "blocks.1"]
+    assert not any("nothing to learn" in note for note in model.notes)
+
+
 def test_a_block_that_runs_twice_is_reconstructed_once(watched):
     chosen = teacher("vit")
     chosen.module.blocks = nn.Sequential(chosen.module.blocks[0], chosen.module.blocks[0], chosen.module.blocks[1])
@@ -374,7 +403,7 @@ def test_an_interrupted_reconstruction_goes_on_bit_for_bit(tmp_path, monkeypatch
     [
         lambda path: path.write_bytes(path.read_bytes()[:-9]),
         lambda path: path.write_text("{}"),
-        lambda path: save_file({name: value.flatten() for name, value in load_file(path).items()}, path),
+        flatten_tensors,
     ],
     ids=["truncated", "text", "other shapes"],
 )
