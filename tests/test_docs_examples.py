@@ -49,10 +49,11 @@ def test_the_readmes_example_has_at_most_twelve_lines_and_runs(run_as_script):
     assert seen["quantized"](seen["images"]).shape == (4, 10)
 
 
-def test_the_readmes_recipe_has_at_most_eight_lines_and_loads():
-    (recipe,) = blocks(ROOT / "README.md", "toml")
+def test_the_readmes_recipe_has_at_most_eight_lines_and_both_load():
+    recipe, integers = blocks(ROOT / "README.md", "toml")
     assert sum(1 for line in recipe.splitlines() if line) <= 8
     assert list(spdfq.load_recipe(tomllib.loads(recipe)).controls) == ["gaussian_noise"]
+    assert spdfq.load_recipe(tomllib.loads(integers)).quantization.activations.bits == 8
 
 
 def test_a_loss_that_a_script_registers_is_forgotten_after_the_test():
