@@ -115,20 +115,17 @@ def _bed(file: str, title: str) -> str:
 
 
 def _full_length() -> str:
-    """Sources at their published lengths on the real ViT: accuracy, and the time of the images."""
+    """Sources at their published lengths on the real ViT."""
     rows = [row for row in rows_of(FULL_LENGTH) if not row.error]
     groups = groups_by(rows, lambda row: f"{row.axes['images']} {row.axes['backend']}")
     backends = list(dict.fromkeys(str(row.axes["backend"]) for row in rows))
     headings = [text for name in backends for text in (f"`{name}`", "over PSAQ-ViT")]
-    table = [f"| images | iterations | minutes | {' | '.join(headings)} |", "| --- |" + " ---: |" * (2 + len(headings))]
+    table = [f"| images | iterations | {' | '.join(headings)} |", "| --- |" + " ---: |" * (1 + len(headings))]
     for images, name in LONG.items():
-        own = [row for row in rows if row.axes["images"] == images]
-        if not own:
+        if not any(row.axes["images"] == images for row in rows):
             continue
-        made = [row.stages["images"]["seconds"] for row in own if row.stages and not row.stages["images"]["reused"]]
         optimised = images not in ("real_fmnist", "gaussian_noise")
-        length = f"{iterations_of(f'images/{images}'):,}" if optimised else ""
-        cells = [length, f"{mean(made) / 60:.0f}" if optimised else ""]
+        cells = [f"{iterations_of(f'images/{images}'):,}" if optimised else ""]
         for backend in backends:
             group, psaq = groups.get(f"{images} {backend}"), groups.get(f"psaq_vit {backend}")
             cells.append(spread([row.top1 for row in group.rows.values()], 1) if group else "")
@@ -138,9 +135,8 @@ def _full_length() -> str:
     return (
         "## Published lengths, the real ViT-S at 112 pixels, W4A4\n\n"
         + "\n".join(table)
-        + "\n\nTop-1 in percent, simulated, and differences with 95 % intervals; 32 images; seeds "
-        f"{', '.join(map(str, seeds))}. "
-        f"Minutes are those of the images on one core, beside other work. Full precision {measured.fp.top1:.1f} %, "
+        + "\n\nTop-1 in percent, simulated, and differences with 95 % intervals; 32 images; seeds: "
+        f"{', '.join(map(str, seeds))}. Full precision {measured.fp.top1:.1f} %, "
         f"{measured.images:,} test images. Machine: {machines(rows)}. Reproduce: `spdfq bench "
         f"benchmarks/real_vit/full_length.toml`. Rows: `benchmarks/results/{FULL_LENGTH}.jsonl`."
     )
