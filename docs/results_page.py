@@ -116,7 +116,7 @@ TABLES = (
     ModelTable(
         "The bundled ViT, W4A4",
         _of("fmnist_vit_w4a4_matrix", "repq", "adaround_w4a4", "blockwise", "ridge", "strong"),
-        "1,000 test images that played no part in any choice.",
+        "The test images played no part in any choice.",
         ("benchmarks/fmnist/vit_w4a4_matrix.toml",),
         parts=("fmnist/spdfq", "fmnist/psaq_vit", "fmnist/mimiq", "images/spdfq_plus"),
     ),
@@ -143,7 +143,7 @@ TABLES = (
             Column("`repq`, W3A3", "real_vit_112_repq_ridge_w3a3", "repq_w3a3"),
             Column("`ridge`, W3A3", "real_vit_112_repq_ridge_w3a3", "ridge_w3a3"),
         ),
-        "100 iterations, 1,000 test images that played no part in any choice. `ridge` as above. "
+        "100 iterations; the test images played no part in any choice. `ridge` as above. "
         "[Another page](uniform-backend.md) has `strong` on the same images.",
         ("benchmarks/real_vit/repq_ridge.toml", "benchmarks/real_vit/repq_ridge_w3a3.toml"),
     ),
