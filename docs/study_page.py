@@ -23,14 +23,6 @@ BEDS = {
 }
 ABLATION = "fmnist_spdfq_ablation"
 FULL_LENGTH = "real_vit_112_full_length"
-LONG = {
-    "real_fmnist": "real images (reference)",
-    "spdfq": "SPDFQ",
-    "psaq_vit": "PSAQ-ViT",
-    "mimiq": "MimiQ",
-    "cross_entropy": "cross-entropy",
-    "gaussian_noise": "Gaussian noise",
-}
 # images, the parts that they have, and what the paper reports with these
 PARTS = {
     "cross_entropy": ("none", 51.73),
@@ -49,7 +41,10 @@ NAMES = {
     "clear": "reading `clear`",
     "outside": "reading `outside`",
     "present": "present recipe",
+    "spdfq": "SPDFQ",
     "psaq_vit": "PSAQ-ViT",
+    "mimiq": "MimiQ",
+    "cross_entropy": "cross-entropy",
     "gaussian_noise": "Gaussian noise",
 }
 
@@ -121,7 +116,7 @@ def _full_length() -> str:
     backends = list(dict.fromkeys(str(row.axes["backend"]) for row in rows))
     headings = [text for name in backends for text in (f"`{name}`", "over PSAQ-ViT")]
     table = [f"| images | iterations | {' | '.join(headings)} |", "| --- |" + " ---: |" * (1 + len(headings))]
-    for images, name in LONG.items():
+    for images, name in NAMES.items():
         if not any(row.axes["images"] == images for row in rows):
             continue
         optimised = images not in ("real_fmnist", "gaussian_noise")

@@ -1,7 +1,7 @@
 """Accuracy on labelled images, and agreement with the teacher."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def logits_over(
     if ranks.count > 1:
         finished.save()  # this process may be killed while it waits for slower ranks
     everything = {start: part for share in ranks.gathered(finished.batches) for start, part in share.items()}
-    return _checked(Predictions.joined(everything[start] for start in batches), label, count)
+    return _checked(Predictions.joined(everything[start] for start in batches), label)
 
 
 def _batch_by_batch(
@@ -92,9 +92,9 @@ def _finished(start: int, found: Predictions) -> tuple[int, Predictions]:
     return start, evolve(found, logits=found.logits.cpu())
 
 
-def _checked(found: Predictions, label: str, count: int) -> Predictions:
+def _checked(found: Predictions, label: str) -> Predictions:
     if not len(found.labels):
-        raise DataError(f"evaluation.dataset: none of the {count} images can be read, the first is {found.damaged[0]}")
+        raise DataError(none_readable(found.damaged))
     if wrong := int((~found.logits.isfinite()).any(1).sum()):
         raise NonFiniteError(f"{label}: the logits of {wrong} of {len(found.labels)} images are NaN or infinite")
     return found
@@ -231,6 +231,11 @@ def check_same_images(damaged: tuple[str, ...], before: tuple[str, ...], key: st
             f"{key}: {shortened(changed)} could be read for only one of the two models; check the disk, "
             "then measure both models again (spdfq run with --fresh)"
         )
+
+
+def none_readable(damaged: Sequence[str]) -> str:
+    """One line about evaluation images of which none can be read."""
+    return f"evaluation.dataset: none of the {len(damaged)} images can be read, the first is {damaged[0]}"
 
 
 def left_out(damaged: tuple[str, ...]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spdfq.attention import QUERIES_AND_KEYS, record_attention
 from spdfq.errors import DataError, ModelError, SpdfqError
-from spdfq.evaluation.accuracy import left_out
+from spdfq.evaluation.accuracy import left_out, none_readable
 from spdfq.losses.head_similarity import recorded_head_similarity
 from spdfq.runtime import Runtime
 from spdfq.teacher import Teacher, evaluation_mode
@@ -171,7 +171,7 @@ def dataset_centroids(teacher: Teacher, spec: Any, runtime: Runtime) -> Centroid
 
         features = [found for found, _ in class_features(teacher, images(), runtime)]
     if not features:
-        raise DataError(f"evaluation.dataset: none of the {len(unread)} images can be read, the first is {unread[0]}")
+        raise DataError(none_readable(unread))
     means = class_centroids(torch.cat(features), torch.cat(labels), teacher.num_classes)
     return evolve(means, damaged=tuple(unread))
 

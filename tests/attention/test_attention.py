@@ -1,12 +1,11 @@
-"""Recorded attention against unfused references, and the cost of recording."""
+"""Recorded attention against unfused references."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.attention import BOTH, NAMES, images_for
+from support.attention import BOTH, LARGE, NAMES, images_for
 from support.backends import images as colour_images
 from support.backends import quantized, teacher
-from support.memory import Largest
 from support.networks import ARCHITECTURES, build
 from torch import nn
 
@@ -15,10 +14,6 @@ from spdfq.attention import (
     CLASS_ATTENTION,
     QUERIES_AND_KEYS,
     AttentionRecord,
-    attend,
-    attention_probabilities,
-    explicit_attention,
-    fused_attention,
     operations,
     prefix_tokens,
     record_attention,
@@ -201,12 +196,6 @@ def test_a_mask_of_each_image_goes_with_its_row(rows):
     assert (row == 0).nonzero()[:, [0, 2]].tolist() == [[image, image] for image in range(len(row)) for _ in range(2)]
 
 
-LARGE = {  # more tokens than explicit products are computed for
-    "swin": {"img_size": 40, "patch_size": 2, "window_size": 10},
-    "vit": {"img_size": 48, "patch_size": 4, "class_token": False, "global_pool": "avg"},
-}
-
-
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("learnable", [False, True])
 def test_without_a_class_token_the_other_images_are_computed_as_the_reference_says(name, learnable):
@@ -333,96 +322,6 @@ def test_a_nan_image_gives_nan_rows_and_not_an_error():
     with record_attention(model) as record:
         model(torch.full((1, 3, 32, 32), float("nan")))
     assert record.class_attention[0].isnan().all()
-
-
-# cost
-
-
-BATCH, HEADS, SIDE = 2, 8, 28
-SQUARE = BATCH * HEADS * (SIDE**2 + 1) ** 2
-
-
-def largest_while(model, images, recording):
-    with Largest() as largest:
-        if recording:
-            with record_attention(model, rows=BATCH) as record:
-                loss = model(images).sum()
-            loss = loss + sum(row.square().sum() for row in record.class_attention)
-        else:
-            loss = model(images).sum()
-        torch.autograd.grad(loss, images)
-    return largest.numel
-
-
-def test_recording_the_class_row_allocates_no_square_tensor_forward_or_backward():
-    model = build("vit", img_size=SIDE * 2, patch_size=2, num_heads=HEADS, depth=1)
-    images = images_for(model, BATCH).requires_grad_()
-    with fused_attention(model):
-        plain = largest_while(model, images, recording=False)
-    recorded = largest_while(model, images, recording=True)
-    assert plain < SQUARE / 4
-    assert recorded == plain, "the largest tensor must be one the model makes anyway"
-
-
-@pytest.mark.parametrize("name", LARGE)
-def test_without_a_class_token_only_recorded_images_have_square_tensors(name):
-    shape = {"swin": {"depths": (1, 1), "num_heads": (8, 8)}, "vit": {"depth": 1, "num_heads": 8}}[name]
-    model = build(name, **LARGE[name], **shape).requires_grad_(False)
-    images = images_for(model, 6).requires_grad_()
-    windows, tokens = (4, 100) if name == "swin" else (1, 144)
-    assert largest_while(model, images, recording=True) == BATCH * windows * HEADS * tokens**2
-
-
-def test_the_dispatch_mode_of_the_test_above_sees_square_tensors():
-    model = build("vit", img_size=SIDE * 2, patch_size=2, num_heads=HEADS, depth=1)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    images = images_for(model, BATCH).requires_grad_()
-    assert largest_while(model, images, recording=False) >= SQUARE
-
-
-# the products themselves
-
-
-def test_probabilities_computed_by_hand():
-    query, key = torch.tensor([[[[2.0, 0.0]]]]), torch.tensor([[[[1.0, 5.0], [0.0, 7.0], [3.0, 1.0]]]])
-    # scores / 2: 1, 0, 3; softmax: e^1, e^0, e^3 over their sum 23.80382
-    assert attention_probabilities(query, key, None, 0.5).flatten().tolist() == pytest.approx(
-        [0.114195, 0.042010, 0.843795], abs=1e-6
-    )
-    keep = torch.tensor([True, True, False])
-    assert attention_probabilities(query, key, keep, 0.5).flatten().tolist() == pytest.approx(
-        [0.731059, 0.268941, 0], abs=1e-6
-    )
-    bias = torch.tensor([0.0, 1.0, float("-inf")])
-    assert attention_probabilities(query, key, bias, 0.5).flatten().tolist() == pytest.approx([0.5, 0.5, 0], abs=1e-6)
-
-
-@pytest.mark.parametrize("mask", [None, "boolean", "additive"])
-def test_explicit_and_fused_attention_agree(mask):
-    generator = torch.Generator().manual_seed(3)
-    query, key, value = (torch.randn(2, 3, 9, 8, generator=generator) for _ in range(3))
-    masks = {
-        None: None,
-        "boolean": torch.ones(9, 9).tril().bool(),
-        "additive": torch.randn(1, 3, 9, 9, generator=generator),
-    }
-    explicit = explicit_attention(query, key, value, masks[mask], 0.3)
-    fused = F.scaled_dot_product_attention(query, key, value, masks[mask], scale=0.3)
-    assert torch.allclose(explicit, fused, atol=1e-6)
-    assert torch.equal(attend(query, key, value, masks[mask], 0.3), explicit)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tokens", "explicit"),
-    [(torch.float32, 65, True), (torch.float32, 66, False), (torch.bfloat16, 200, True), (torch.bfloat16, 201, False)],
-)
-def test_few_tokens_are_explicit_products_on_a_cpu_more_in_bfloat16(dtype, tokens, explicit):
-    query = torch.randn(1, 1, tokens, 8, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
-    output = attend(query, query, query, None, 0.3)
-    assert output.dtype == dtype
-    assert ("ScaledDotProduct" in output.grad_fn.name()) is not explicit
 
 
 @pytest.mark.parametrize(
