@@ -3,117 +3,21 @@
 import base64
 import csv
 import json
-import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from support.reports import Page, page, run_json, teacher, whole_folder
 
-from spdfq.errors import DataError
-from spdfq.report import write_pictures, write_report, write_sheet
+from spdfq.report import write_pictures
 from spdfq.report.curves import curves
 from spdfq.report.page import bits_label
-from spdfq.report.pictures import _columns, _Places, heat, signed_heat, write_real_images
+from spdfq.report.pictures import _columns, _Places, heat, signed_heat
 from spdfq.synth.base import SyntheticImages
-from spdfq.teacher import Teacher
-
-VOID = {"meta", "img", "line", "polygon", "polyline"}
-
-
-class Page(HTMLParser):
-    """The tags, headings and text of a page; refuses one whose tags do not nest."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.tags, self.words, self.attributes = [], [], [], []
-        self.feed(html)
-        assert not self.open
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
-            self.words.append(data)
-
-
-def teacher(channels=1, mean=0.5, std=0.25):
-    size = (channels, 4, 4)
-    module = nn.Sequential(nn.Flatten(), nn.Linear(channels * 16, 2))
-    return Teacher(module, mean=[mean] * channels, std=[std] * channels, num_classes=2, input_size=size, name="tiny")
-
-
-def run_json():
-    return {
-        "name": "trial",
-        "started": "2026-01-18T09:14:03+00:00",
-        "versions": {"spdfq": "0.1.0", "torch": "2.14.0"},
-        "device": "cpu",
-        "device_name": "a processor",
-        "precision": "float32",
-        "threads": 2,
-        "git_commit": None,
-        "seed": 0,
-        "model": {"name": "tiny", "parameters": 250_000, "input_size": [1, 4, 4], "num_classes": 2},
-        "images": {"type": "optimize", "count": 2},
-        "backend": {"label": "W4A4", "placement": "matmul_inputs", "steps": ["calibrate", "blockwise"]},
-        "metrics": {
-            "images": 2000,
-            "fp": {"top1": 91.14, "top5": 99.8},
-            "quantized": {"top1": 89.86, "top5": 99.7},
-            "agreement": 95.25,
-            "simulated": True,
-        },
-        "stages": {
-            "images": {"seconds": 46.2, "reused": False, "key": "a"},
-            "quantize": {"seconds": 0.01, "reused": True, "key": "b"},
-        },
-        "warnings": [],
-    }
-
-
-def page(folder, **changes):
-    (folder / "run.json").write_text(json.dumps(run_json() | changes))
-    return write_report(folder).read_text(encoding="utf-8")
-
-
-def whole_folder(folder):
-    """A run folder with every optional piece."""
-    images = SyntheticImages(
-        images=torch.zeros(2, 1, 4, 4),
-        curves=torch.rand(1, 30, 2, generator=torch.Generator().manual_seed(0)),
-        columns=("total", "gradient"),
-        prior=torch.rand(2, 1, 2, 2, generator=torch.Generator().manual_seed(1)),
-        reached=torch.rand(2, 1, 2, 2, generator=torch.Generator().manual_seed(2)),
-    )
-    write_pictures(folder, images, teacher())
-    (folder / "recipe.toml").write_text('seed = 0\n\n[model]\nname = "tiny"\n')
-    sites = {
-        "quantized": [
-            {"name": f"blocks.{i}.fc.weight", "kind": "weight", "quantizer": "uniform", "bits": bits}
-            | {"granularity": "channel", "shape": [8, 6]}
-            for i, bits in enumerate((4, 8, 4))
-        ],
-        "float": [{"name": "norm", "what": "LayerNorm", "parameters": 1200}],
-    }
-    (folder / "sites.json").write_text(json.dumps(sites))
-    return folder
 
 
 def lightness(colours):
@@ -370,93 +274,6 @@ def test_controls_are_rows_beside_the_run_and_the_size_is_shown(tmp_path):
 
 def test_warnings_of_the_run_are_shown(tmp_path):
     assert "Warnings something to know" in Page(page(tmp_path, warnings=["something to know"])).text
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"no run\.json"):
-        write_report(tmp_path)
-
-
-def test_damaged_files_are_refused_by_name(tmp_path):
-    (tmp_path / "run.json").write_text('{"name": ')
-    with pytest.raises(DataError, match=r"run\.json: damaged \(JSONDecodeError: "):
-        write_report(tmp_path)
-    (tmp_path / "run.json").write_text('{"name": "trial"}')
-    with pytest.raises(DataError, match="lacks 'metrics'"):
-        write_report(tmp_path)
-    (tmp_path / "sites.json").write_text("[]")
-    with pytest.raises(DataError, match=r"sites\.json: damaged \(.*\); run the recipe again with --fresh"):
-        page(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("run.json", b'{"name": "trial"}', "lacks 'metrics'"),
-        ("run.json", b'{"name": "trial", "metrics": []}', "damaged (TypeError: "),
-        ("run.json", b"\xff", "damaged (UnicodeDecodeError: "),
-        ("run.json", json.dumps(run_json() | {"stages": []}).encode(), "damaged (AttributeError: "),
-        ("run.json", json.dumps(run_json() | {"warnings": 3}).encode(), "damaged (TypeError: "),
-        ("measures.json", b"{", "damaged (JSONDecodeError: "),
-        ("measures.json", b'{"semantic_alignment": "high"}', "damaged (ValueError: "),
-        ("sites.json", b"[" * 100_000, "damaged (RecursionError: "),
-        ("sites.json", b'{"quantized": 3}', "damaged (TypeError: "),
-        ("diagnosis.json", b"[]", "damaged (expected an object, got [])"),
-        ("site_noise.json", b'{"sites": [{}], "blocks": []}', "lacks 'site'"),
-        ("exports.json", b'{"model.onnx": 3}', "damaged (model.onnx: expected an object)"),
-        ("exports.json", b'{"model.onnx": {}}', "lacks 'size'; remove it and export again"),
-        ("explained.json", b'{"names": [], "keys": {}}', "damaged (AttributeError: "),
-        ("image_classes.json", b"3", "damaged (TypeError: "),
-        ("recipe.toml", b"\xff", "damaged (UnicodeDecodeError: "),
-    ],
-)
-def test_a_damaged_file_is_one_line_with_its_name(tmp_path, name, content, said):
-    page(whole_folder(tmp_path))
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as raised:
-        write_report(tmp_path)
-    assert str(raised.value).startswith(f"{tmp_path / name}: {said}")
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        *("0,0,1\n0,1,x", "0,0,1\n0,1,nan", "0,0,1\n0,1", "0,0,1\n0,1,2\n1,0,3"),
-        *("0,0,1\n\n0,1,2", "0,0,\udcff", f"0,0,{'1' * 200_000}", "0,0,1e308\n0,1,-1e308"),
-    ],
-    ids=["text", "nan", "short line", "short group", "empty line", "no UTF-8", "long field", "too wide"],
-)
-def test_a_damaged_loss_table_is_refused_by_name(tmp_path, rows):
-    text = f"group,iteration,total\n{rows}\n"
-    (tmp_path / "losses.csv").write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(DataError, match=r"losses\.csv: damaged") as raised:
-        page(tmp_path)
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("name", ["report.html", "synthetic.png", "attention.png", "losses.csv", "real.png", "all.png"])
-def test_a_kill_in_the_middle_of_a_file_leaves_no_part_of_it(tmp_path, monkeypatch, name):
-    pixels = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(3))
-
-    def write():
-        page(whole_folder(tmp_path))
-        write_real_images(tmp_path / "real.png", list(pixels))
-        write_sheet(tmp_path / "all.png", [("a run", pixels)])
-
-    def replace(source, target):
-        if target.name == name:
-            raise KeyboardInterrupt  # the file is complete beside its place, and not yet there
-        os.rename(source, target)
-
-    write()
-    before = (tmp_path / name).read_bytes()
-    pixels = 1 - pixels
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
-        write()
-    assert not (tmp_path / name).exists() or (tmp_path / name).read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_the_report_is_imported_without_torch():
